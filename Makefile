@@ -1,0 +1,35 @@
+# make demo      install, then generate text with SmolLM2-135M-Instruct
+# make test      all tests that this machine can run
+# make test-gpu  the tests that need a GPU
+# make check     ruff and mypy
+#
+# PYTHON=python3.12   interpreter that .venv is made from (3.10 or later)
+# DEVICE=cpu|gpu      which torch to install; by default gpu where nvidia-smi lists one
+# RUN=python3         use this interpreter as it is and install nothing
+
+PYTHON ?= python3
+DEVICE ?= auto
+RUN ?= .venv/bin/python
+READY := $(if $(filter .venv/bin/python,$(RUN)),.venv/.ready)
+
+.PHONY: demo test test-gpu check env
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(RUN) -m rowcast generate --chat --max-tokens 96 "Explain in three sentences why the sky is blue."
+
+test: $(READY)
+	$(RUN) -m pytest
+
+test-gpu: $(READY)
+	$(RUN) -m pytest -m gpu
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+env: $(READY)
+
+.venv/.ready: pyproject.toml constraints-cpu.txt tools/setup.sh
+	PYTHON="$(PYTHON)" DEVICE="$(DEVICE)" bash tools/setup.sh .venv
+	@touch $@

@@ -1,0 +1,42 @@
+"""Rowcast runs large language models by reading only what the next token needs.
+
+The public names below are loaded on first use, so that `import rowcast` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rowcast.errors import UserError
+    from rowcast.placement.plan import Plan
+    from rowcast.runtime.llm import LLM
+    from rowcast.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
+    from rowcast.runtime.params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "CompletionOutput", "Plan", "RequestOutput", "SamplingParams", "StreamChunk", "UserError", "__version__"]
+
+_HOME = {
+    "LLM": "rowcast.runtime.llm",
+    "SamplingParams": "rowcast.runtime.params",
+    "RequestOutput": "rowcast.runtime.outputs",
+    "CompletionOutput": "rowcast.runtime.outputs",
+    "StreamChunk": "rowcast.runtime.outputs",
+    "Plan": "rowcast.placement.plan",
+    "UserError": "rowcast.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rowcast' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,4 @@
+"""Offline: activation statistics, predictors, drafts and adaptation, written to files that the runtime reads.
+
+Sits beside `cluster`: may import `kernels`, `offload`, `runtime` and `placement`, and is imported by `cli` only. Under construction.
+"""

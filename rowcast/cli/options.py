@@ -1,0 +1,45 @@
+"""The options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+_MODEL = "Model"
+_SAMPLING = "Sampling"
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A directory, a GGUF file or a hub id.", rich_help_panel=_MODEL)]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Number format of weights and KV.", rich_help_panel=_MODEL),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to run.", rich_help_panel=_MODEL)]
+Ladder = Annotated[str, typer.Option("--ladder", help="The ladder of rungs; this version runs `plain`.", rich_help_panel=_MODEL)]
+Mode = Annotated[
+    Literal["exact", "approximate"],
+    typer.Option("--mode", help="Who has the last word: the exact model or a sparse rung.", rich_help_panel=_MODEL),
+]
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.", rich_help_panel=_MODEL)]
+GpuMemory = Annotated[
+    str | None, typer.Option("--gpu-memory", help="Most GPU memory to take, as in 24GiB.", rich_help_panel=_MODEL)
+]
+HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", help="Most host memory to take, as in 64GiB.", rich_help_panel=_MODEL)
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option("--max-model-len", help="Longest sequence, prompt and output.", rich_help_panel=_MODEL)
+]
+
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the smallest set of this mass.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the K likeliest tokens; 0: all.", rich_help_panel=_SAMPLING)]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.", rich_help_panel=_SAMPLING)
+]

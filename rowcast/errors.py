@@ -1,0 +1,15 @@
+"""The two kinds of failure that a caller may want to tell apart."""
+
+
+class UserError(ValueError):
+    """Bad input, in one sentence that names the value, the bound and the fix.
+
+    The command line prints the sentence and exits with code 2. The sentence holds no line break; its full stop is added if need be.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence if sentence.endswith(".") else f"{sentence}.")
+
+
+class OutOfMemoryError(UserError):
+    """The model, its KV cache or a request needs more memory than the budget allows."""

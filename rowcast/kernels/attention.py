@@ -1,0 +1,103 @@
+"""Attention of one sequence's new tokens over its keys and values: the torch reference.
+
+Causal, with grouped-query heads, sliding windows and ALiBi. Knows nothing of pages, layers or sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASK_ELEMENTS = 1 << 23
+"""Most elements of one score mask; longer prefills go over their queries in blocks."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    absolute_bias_scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of the last T positions of a sequence of L.
+
+    q [T, H, d]; k, v [L, K, d], K dividing H, L >= T: query i stands at position L - T + i and sees the keys up to and including
+    it, the last `window` of them if given. Returns [T, H, d].
+
+    `slopes` [H] adds ALiBi's slope * (key position - query position) to the scaled scores. With `absolute_bias_scale` the bias
+    is Falcon's instead: slope * key position, rounded to bfloat16 as in its training, times that scale.
+    """
+    tokens, length = q.shape[0], k.shape[0]
+    first = length - tokens
+    rows = max(1, MASK_ELEMENTS // (length * (1 if slopes is None else q.shape[1])))
+    plain_causal = slopes is None and window is None and first == 0
+    if tokens > rows and not plain_causal:
+        parts = [
+            attend(
+                q[i : i + rows],
+                k[: first + min(i + rows, tokens)],
+                v[: first + min(i + rows, tokens)],
+                scale=scale,
+                window=window,
+                slopes=slopes,
+                absolute_bias_scale=absolute_bias_scale,
+            )
+            for i in range(0, tokens, rows)
+        ]
+        return torch.cat(parts)
+    low = 0 if window is None else max(0, first + 1 - window)  # the oldest key that any query sees
+    k, v = k[low:], v[low:]
+    if tokens == 1 and slopes is None:
+        return _one_token(q, k, v, scale)
+    mask, causal = _mask(q, low, length, window, slopes, absolute_bias_scale)
+    return _many_tokens(q, k, v, scale, mask, causal)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """All query heads of a group read the same keys and all of them: they are that group's query rows, and no mask is needed."""
+    # q [1, H, d], k, v [L, K, d] -> [1, H, d]
+    heads, size = q.shape[1:]
+    groups = k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q.view(1, groups, heads // groups, size), k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale
+    )
+    return out.reshape(1, heads, size)
+
+
+def _many_tokens(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+    # q [T, H, d], k, v [L, K, d], mask [T, L] or [H, T, L] -> [T, H, d]
+    tokens, heads, size = q.shape
+    length, groups = k.shape[:2]
+    share = heads // groups
+    queries = q.view(tokens, groups, share, size).permute(1, 2, 0, 3)  # [K, H/K, T, d]
+    keys = k.transpose(0, 1)[:, None].expand(groups, share, length, size)  # a stride of 0: no copy
+    values = v.transpose(0, 1)[:, None].expand(groups, share, length, size)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.view(groups, share, tokens, length)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+    return out.permute(2, 0, 1, 3).reshape(tokens, heads, size)
+
+
+def _mask(
+    q: Tensor, low: int, length: int, window: int | None, slopes: Tensor | None, absolute_bias_scale: float | None
+) -> tuple[Tensor | None, bool]:
+    """(mask, is_causal): [T, L] bool (True = seen), or [H, T, L] additive where there are slopes."""
+    tokens = q.shape[0]
+    keys = torch.arange(low, length, device=q.device)
+    queries = torch.arange(length - tokens, length, device=q.device)[:, None]
+    if slopes is None and window is None and tokens == length:
+        return None, True
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys > queries - window
+    if slopes is None:
+        return seen, False
+    if absolute_bias_scale is None:
+        bias = slopes.float()[:, None, None] * (keys - queries)
+    else:
+        bias = (slopes.bfloat16()[:, None, None] * keys.bfloat16()).float() * absolute_bias_scale
+    return torch.where(seen, bias, float("-inf")).to(q.dtype), False

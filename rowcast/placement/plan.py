@@ -1,0 +1,123 @@
+"""A plan: which rung runs where, and how every byte of each device's budget is used. Torch-free.
+
+The engine executes a plan and nothing else; without one it makes the all-resident plan (`resident`). Files are msgpack; `to_json`
+is for reading.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgpack
+
+from rowcast.errors import UserError
+from rowcast.placement.units import format_bytes
+
+FORMAT = 1
+"""Raised when a field changes its meaning; files of another format are refused."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One model on one machine. Bytes are those of one rank."""
+
+    format: int = FORMAT
+    fingerprint: str
+    """Of the weights that it was made for (`Source.fingerprint`)."""
+    ladder: list[str]
+    """Rungs, cheapest first; the last decides."""
+    mode: str
+    dtype: str
+    device: str
+    """cpu or cuda."""
+    world: int
+    max_context: int
+    """Longest sequence in tokens, prompt and output together."""
+    max_num_seqs: int
+    max_batch_tokens: int
+    """Tokens run in one step at most; longer prompts are prefilled in chunks."""
+    block_size: int
+    """Positions in a KV block."""
+    num_blocks: int
+    budget_bytes: int
+    weight_bytes: int
+    """Weights and buffers that live as long as the model."""
+    kv_bytes: int
+    work_bytes: int
+    """Activations, logits and masks of the largest step."""
+    pass_bytes: int
+    """Weights that one pass reads: predicted traffic of a decode step, KV aside."""
+    kv_token_bytes: int
+    """KV of one position in all layers."""
+    notes: list[str]
+    """Why automatic choices came out as they did."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions that the KV memory holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def margin_bytes(self) -> int:
+        """What the budget leaves unused."""
+        return self.budget_bytes - self.weight_bytes - self.kv_bytes - self.work_bytes
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan file."""
+        Path(path).write_bytes(msgpack.packb(asdict(self)))
+
+    def to_json(self) -> str:
+        """The same content to read, indented."""
+        return json.dumps(asdict(self), indent=2)
+
+    def summary(self) -> str:
+        """One line: what takes how much."""
+        parts = [("weights", self.weight_bytes), ("KV", self.kv_bytes), ("work", self.work_bytes)]
+        used = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
+        return f"{used} of {format_bytes(self.budget_bytes)} on {self.device}; {self.kv_tokens} KV tokens"
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file. Raises UserError when there is none, it is damaged, or of another version."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the plan file {path}: {error.strerror}") from error
+        try:
+            content = msgpack.unpackb(data)
+        except Exception as error:
+            raise UserError(f"{path} is not a plan file: write one with Plan.save") from error
+        return Plan._from_content(path, content)
+
+    @staticmethod
+    def _from_content(path: str | Path, content: Any) -> Plan:
+        names = {f.name for f in fields(Plan)}
+        if not isinstance(content, dict) or "format" not in content:
+            raise UserError(f"{path} is not a plan file: write one with Plan.save")
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{path} has plan format {content['format']!r}, this version reads format {FORMAT}: make the plan again"
+            )
+        if set(content) != names:
+            wrong = sorted(names ^ set(content))
+            raise UserError(f"{path} lacks or adds the plan fields {', '.join(map(str, wrong))}: make the plan again")
+        for name, kind in get_type_hints(Plan).items():
+            plain = {list[str]: list}.get(kind, kind)
+            if not isinstance(content[name], plain) or isinstance(content[name], bool):
+                raise UserError(
+                    f"{path}: the plan field {name} is {content[name]!r}, not of type {plain.__name__}: make the plan again"
+                )
+        plan = Plan(**content)
+        for name in ("world", "max_context", "max_num_seqs", "max_batch_tokens", "block_size", "num_blocks"):
+            if content[name] < 1:
+                raise UserError(f"{path}: the plan field {name} is {content[name]}, at least 1 is needed: make the plan again")
+        if plan.dtype not in DTYPE_BYTES:
+            raise UserError(
+                f"{path}: the plan field dtype is {plan.dtype!r}, not one of {', '.join(DTYPE_BYTES)}: make the plan again"
+            )
+        return plan

@@ -1,0 +1,91 @@
+"""What this machine offers one rank: the device, the number format, the memory. Choices come back with their reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rowcast.errors import UserError
+from rowcast.placement.units import format_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+GPU_SHARE = 0.9
+"""Of a GPU's free memory that is used when no budget is given."""
+
+HOST_SHARE = 0.8
+"""Likewise of the host's available memory."""
+
+
+def choose_device(asked: str) -> tuple[torch.device, str]:
+    """`asked` is auto, cpu, cuda or cuda:N -> (device, reason). Raises UserError when it is not there."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device()), "device cuda: a GPU is visible"
+        return torch.device("cpu"), "device cpu: no GPU is visible"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu":
+        return torch.device("cpu"), "device cpu: asked for"
+    if device.type != "cuda":
+        raise UserError(f"device={asked!r} is not known: use auto, cpu or cuda")
+    visible = torch.cuda.device_count()
+    index = device.index or 0
+    if index >= visible:
+        raise UserError(f"device={asked!r} is not there: {visible} GPUs are visible, use --device cpu or auto")
+    return torch.device("cuda", index), f"device {device}: asked for"
+
+
+def choose_dtype(asked: str, stored: str, device: torch.device) -> tuple[str, str]:
+    """`asked` is auto or a name of DTYPES, `stored` the checkpoint's own format -> (name, reason)."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise UserError(f"dtype={asked!r} is not known: use auto, {', '.join(DTYPES)}")
+        return asked, f"dtype {asked}: asked for"
+    if device.type == "cpu":
+        return "float32", "dtype float32: every CPU computes in it at full speed"
+    if stored in ("bfloat16", "float16"):
+        return stored, f"dtype {stored}: the checkpoint's own"
+    return "bfloat16", f"dtype bfloat16: half the bytes of the checkpoint's {stored}"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that could be taken now: the GPU's free memory, or the host's, within its control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(found))
+
+
+def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
+    """(bytes that may be taken, reason). On a GPU the process is held to the budget by the allocator."""
+    available = available_bytes(device)
+    if asked is None:
+        share = GPU_SHARE if device.type == "cuda" else HOST_SHARE
+        budget, reason = int(available * share), f"budget: {share:.0%} of the memory that is free"
+    else:
+        budget, reason = asked, "budget: asked for"
+        if asked > available:
+            which = "gpu" if device.type == "cuda" else "host"
+            free = f"the {format_bytes(available)} that are free on {device}"
+            raise UserError(f"{which}_memory={format_bytes(asked)} is more than {free}: ask for less")
+    return budget, reason
+
+
+def hold_to_budget(device: torch.device, budget: int) -> None:
+    """From now on torch refuses to take more of the GPU than `budget` bytes. Nothing to do on a CPU."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

@@ -1,0 +1,240 @@
+"""The engine: requests in, tokens out, one step at a time. Torch-free; the executor does the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.placement.plan import Plan
+from rowcast.placement.units import format_bytes
+from rowcast.runtime.detokenizer import Detokenizer
+from rowcast.runtime.executor import Executor, SeqSetup
+from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
+from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.request import Request, Sequence
+from rowcast.runtime.scheduler import Scheduler
+from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import SeqResult, SeqStep, TokenLogprobs
+
+MakeDetokenizer = Callable[[SamplingParams, Seq[int]], Detokenizer]
+"""(params, prompt ids) -> one sample's detokenizer."""
+
+
+class Engine:
+    """Executes a plan for any number of requests, which join and leave between steps. Not thread-safe."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        executor: Executor,
+        *,
+        eos_ids: Seq[int] = (),
+        seed: int = 0,
+        make_detokenizer: MakeDetokenizer | None = None,
+        token_text: Callable[[int], str] | None = None,
+    ) -> None:
+        """`eos_ids` end a text unless the request ignores them; `seed` derives the seeds of requests that bring none.
+
+        `make_detokenizer` is needed by requests that want text, `token_text` fills in logprobs' decoded tokens.
+        """
+        self.plan = plan
+        self.spec = spec
+        self.scheduler = Scheduler(
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            max_num_seqs=plan.max_num_seqs,
+            max_batch_tokens=plan.max_batch_tokens,
+        )
+        self._executor = executor
+        self._eos_ids = list(eos_ids)
+        self._seed = seed
+        self._make_detokenizer = make_detokenizer
+        self._token_text = token_text
+        self._requests = 0
+        self._sequences = 0
+        self._live: dict[int, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def add(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        bad_word_ids: list[list[int]] | None = None,
+    ) -> Request:
+        """Queue a request. Raises UserError where the prompt or the parameters cannot be honoured, and changes nothing then."""
+        if params.truncate_prompt_tokens is not None:
+            kept = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.plan.max_context - 1
+            prompt_ids = prompt_ids[-kept:]
+        max_length = self._max_length(prompt_ids, params)
+        index, self._requests = self._requests, self._requests + 1
+        seed = params.seed if params.seed is not None else (self._seed * 0x9E3779B97F4A7C15 + index) % (1 << 63)
+        stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, density={self.plan.ladder[-1]: 1.0})
+        request = Request(f"{index}", prompt, prompt_ids, params, seed, max_length, stats)
+        try:
+            for sample_index in range(params.n):
+                self._add_sample(request, sample_index, bad_word_ids or [])
+        except UserError:
+            self.abort(request)
+            raise
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        return request
+
+    def _add_sample(self, request: Request, sample_index: int, bad_word_ids: list[list[int]]) -> None:
+        params, seq_id, self._sequences = request.params, self._sequences, self._sequences + 1
+        eos_ids = [] if params.ignore_eos else self._eos_ids
+        self._executor.add(SeqSetup(seq_id, params, request.seed, sample_index, request.prompt_ids, eos_ids, bad_word_ids))
+        detokenizer = None
+        if params.detokenize and self._make_detokenizer is not None:
+            detokenizer = self._make_detokenizer(params, request.prompt_ids)
+        seq = Sequence(seq_id, sample_index, request, detokenizer)
+        request.sequences.append(seq)
+        self._live[seq_id] = seq
+        self.scheduler.add(seq)
+
+    def step(self) -> list[Sequence]:
+        """Schedule, run, commit. Returns the sequences that gained tokens."""
+        chosen, preempted = self.scheduler.schedule()
+        for seq in preempted:
+            self._executor.free_kv(seq.seq_id)
+            seq.request.stats.preemptions += 1
+        steps = [self._command(seq, tokens) for seq, tokens in chosen]
+        results = self._executor.step(steps)
+        self._count_bytes(steps)
+        gained = [self._commit(seq, step, result) for (seq, _), step, result in zip(chosen, steps, results, strict=True)]
+        return [seq for (seq, _), has_gained in zip(chosen, gained, strict=True) if has_gained]
+
+    def abort(self, request: Request) -> None:
+        """Drop what is left of a request; samples that have finished stay as they are."""
+        for seq in request.sequences:
+            if seq.finish_reason is None:
+                self._finish(seq, "abort")
+
+    def check(self) -> None:
+        """Nothing is leaked. For tests and idle moments."""
+        self.scheduler.check()
+        if not self._live:
+            assert self.scheduler.pool.free_blocks == self.scheduler.pool.total
+
+    def _command(self, seq: Sequence, tokens: int) -> SeqStep:
+        request = seq.request
+        found = request.prompt_logprobs
+        wanted = (
+            found is not None
+            and seq.sample_index == 0
+            and seq.computed + 1 >= len(found)
+            and len(found) < len(request.prompt_ids)
+        )
+        return SeqStep(
+            seq_id=seq.seq_id,
+            tokens=seq.tokens(seq.computed, seq.computed + tokens),
+            start=seq.computed,
+            blocks=list(seq.blocks),
+            prompt_length=len(request.prompt_ids),
+            sample=tokens == seq.pending,
+            prompt_logprobs=request.params.prompt_logprobs if wanted else None,
+        )
+
+    def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> bool:
+        """Take over what a step gave one sequence, up to the first stop. False if it gave no token."""
+        request = seq.request
+        if request.prompt_logprobs is not None and result.prompt_logprobs is not None:
+            request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs]
+        if not result.tokens:
+            seq.computed += len(step.tokens)
+            return False
+        emitted = 0
+        for i, token in enumerate(result.tokens):
+            seq.output_ids.append(token)
+            emitted += 1
+            if result.logprobs is not None:
+                seq.logprobs.append(self._logprobs(result.logprobs[i]))
+                seq.cumulative_logprob += result.logprobs[i].logprob
+            if self._stops(seq, token):
+                break
+        seq.computed = seq.length - 1
+        request.stats.rounds += 1
+        request.count(emitted)
+        return True
+
+    def _stops(self, seq: Sequence, token: int) -> bool:
+        """Whether the newest token ends the sequence; if so, ends it."""
+        params, generated = seq.request.params, len(seq.output_ids)
+        is_eos = token in self._eos_ids and not params.ignore_eos
+        is_stop = token in (params.stop_token_ids or ())
+        honoured = generated >= params.min_tokens
+        if honoured and (is_eos or is_stop):
+            if seq.detokenizer is not None and params.include_stop_str_in_output:
+                seq.detokenizer.push(token, check_stop=False)
+            self._finish(seq, "stop", None if is_eos else token)
+            return True
+        if seq.detokenizer is not None:
+            match = seq.detokenizer.push(token, check_stop=generated > params.min_tokens or params.min_tokens == 0)
+            if match is not None:
+                self._finish(seq, "stop", match.stop)
+                return True
+        if seq.length >= seq.request.max_length:
+            self._finish(seq, "length")
+            return True
+        return False
+
+    def _finish(self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason
+        if seq.detokenizer is not None:
+            seq.detokenizer.finish()
+        self.scheduler.remove(seq)
+        self._executor.remove(seq.seq_id)
+        del self._live[seq.seq_id]
+
+    def _max_length(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """Length at which the request ends, once it is known to fit."""
+        prompt, context, vocabulary = len(prompt_ids), self.plan.max_context, self.spec.vocab_size
+        if not prompt:
+            raise UserError("the prompt has no tokens: give at least one")
+        for token in prompt_ids:
+            if not 0 <= token < vocabulary:
+                raise UserError(f"prompt token id {token} is outside the vocabulary, 0 to {vocabulary - 1}")
+        if prompt >= context:
+            raise UserError(
+                f"the prompt has {prompt} tokens, but the context is {context} and one token has to be generated: shorten the "
+                f"prompt to {context - 1} tokens"
+                + (" or raise max_model_len" if context < self.spec.max_context else " or use a model with a longer context")
+            )
+        length = min(context, prompt + params.max_tokens) if params.max_tokens is not None else context
+        if length - 1 > self.plan.kv_tokens:
+            raise OutOfMemoryError(
+                f"a request of {prompt} prompt and {length - prompt} new tokens needs KV memory of "
+                f"{format_bytes(length * self.plan.kv_token_bytes)}, there are {format_bytes(self.plan.kv_bytes)} "
+                f"({self.plan.kv_tokens} tokens): shorten it or raise the memory budget"
+            )
+        return length
+
+    def _logprobs(self, entry: TokenLogprobs) -> Logprobs:
+        text = self._token_text or _no_text
+        found = {
+            token: Logprob(value, rank, text(token))
+            for rank, (token, value) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
+        }
+        return {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id)), **found}
+
+    def _count_bytes(self, steps: list[SeqStep]) -> None:
+        """Traffic of one pass: the weights once, shared by its sequences, and each sequence's own visible KV."""
+        memory = "host" if self.plan.device == "cpu" else "gpu"
+        layers = self.spec.num_layers
+        for step in steps:
+            length = step.start + len(step.tokens)
+            kv = sum(min(length, window or length) for window in self.spec.windows) * self.plan.kv_token_bytes // layers
+            read = self._live[step.seq_id].request.stats.bytes_read
+            read[memory] = read.get(memory, 0) + self.plan.pass_bytes // len(steps) + kv
+
+
+def _no_text(_: int) -> None:
+    return None

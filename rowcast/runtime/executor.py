@@ -1,0 +1,135 @@
+"""Runs steps: the seam between the engine, which decides, and the ranks, which compute.
+
+Everything that crosses it is plain data (`step`), so that an executor may live in this process, as here, or be a gang of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.sampler import Sampler, prompt_logprobs
+from rowcast.runtime.step import SeqResult, SeqStep, TokenLogprobs
+
+LOGIT_ROWS = 256
+"""Most rows of logits held at once while prompt log-probabilities are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeqSetup:
+    """What an executor has to know about a sequence before its first step."""
+
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    prompt_ids: list[int]
+    eos_ids: list[int]
+    bad_word_ids: list[list[int]]
+
+
+class Executor(Protocol):
+    """One or many ranks. Not thread-safe: one engine drives it."""
+
+    def add(self, setup: SeqSetup) -> None:
+        """Announce a sequence. Precondition: its id is not in use. Raises UserError, and forgets it, where its parameters contradict
+        each other or the vocabulary."""
+        ...
+
+    def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`."""
+        ...
+
+    def free_kv(self, seq_id: int) -> None:
+        """The sequence was preempted: its KV is void, its sampling state stays."""
+        ...
+
+    def remove(self, seq_id: int) -> None:
+        """Forget the sequence altogether."""
+        ...
+
+
+class LocalExecutor:
+    """One rank in this process, running the plain rung: every weight, every KV entry, one token a round."""
+
+    def __init__(self, decoder: Decoder, kv: PagedKV, sampler: Sampler) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._sampler = sampler
+        self._prompts: dict[int, list[int]] = {}
+
+    def add(self, setup: SeqSetup) -> None:
+        self._sampler.add(
+            setup.seq_id,
+            setup.params,
+            seed=setup.seed,
+            sample_index=setup.sample_index,
+            prompt_ids=setup.prompt_ids,
+            eos_ids=setup.eos_ids,
+            bad_word_ids=setup.bad_word_ids,
+        )
+        self._prompts[setup.seq_id] = setup.prompt_ids
+
+    @torch.inference_mode()
+    def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        hidden = self._decoder.forward(steps, self._kv)
+        for step in steps:
+            self._kv.commit(step.seq_id, len(step.tokens))
+        ends, end = [], 0
+        for step in steps:
+            end += len(step.tokens)
+            ends.append(end)
+        tokens, logprobs = self._sample(steps, hidden, ends)
+        return [
+            SeqResult(
+                step.seq_id,
+                tokens.get(step.seq_id, []),
+                logprobs.get(step.seq_id),
+                self._prompt_logprobs(step, hidden[end - len(step.tokens) : end]),
+            )
+            for step, end in zip(steps, ends, strict=True)
+        ]
+
+    def free_kv(self, seq_id: int) -> None:
+        self._kv.free(seq_id)
+
+    def remove(self, seq_id: int) -> None:
+        self._kv.free(seq_id)
+        self._sampler.remove(seq_id)
+        self._prompts.pop(seq_id, None)
+
+    def _sample(
+        self, steps: Sequence[SeqStep], hidden: Tensor, ends: list[int]
+    ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
+        """The next token of every sequence whose last token ran."""
+        chosen = [(step.seq_id, end - 1) for step, end in zip(steps, ends, strict=True) if step.sample]
+        if not chosen:
+            return {}, {}
+        seq_ids = [seq_id for seq_id, _ in chosen]
+        rows = [row for _, row in chosen]
+        if len(rows) < hidden.shape[0]:
+            hidden = hidden[rows]
+        drawn = self._sampler.sample(seq_ids, self._decoder.logits(hidden))
+        tokens = {seq_id: [token] for seq_id, token in zip(seq_ids, drawn.token_ids.tolist(), strict=True)}
+        for seq_id, ids in tokens.items():
+            self._sampler.commit(seq_id, ids)
+        wanted = zip(seq_ids, drawn.logprobs or [], strict=False)
+        return tokens, {seq_id: [entry] for seq_id, entry in wanted if entry is not None}
+
+    def _prompt_logprobs(self, step: SeqStep, hidden: Tensor) -> list[TokenLogprobs] | None:
+        # hidden [t, D]: row i predicts the prompt token at position start + i + 1, where there is one
+        if step.prompt_logprobs is None:
+            return None
+        successors = self._prompts[step.seq_id][step.start + 1 : step.start + 1 + len(step.tokens)]
+        found: list[TokenLogprobs] = []
+        for i in range(0, len(successors), LOGIT_ROWS):
+            ids = successors[i : i + LOGIT_ROWS]
+            found += prompt_logprobs(self._decoder.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
+        return found

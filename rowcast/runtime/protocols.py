@@ -1,0 +1,121 @@
+"""The seams between packages: who computes, who holds KV, who talks to other ranks, who reads weights from disk.
+
+Torch types only. `runtime` offers one plain implementation of each; `offload`, `cluster` and `calibration` add others, which are
+injected from outside, so the decoder's maths never learns where bytes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import SeqStep
+
+
+class Comm(Protocol):
+    """Tensor-parallel communication. Every rank makes the same calls in the same order."""
+
+    rank: int
+    world: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over all ranks. May overwrite `x`; the result is the same on every rank."""
+        ...
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Gather equal shapes from all ranks: [...] -> [world, ...], rank order, the same on every rank. Does not modify `x`."""
+        ...
+
+
+class Source(Protocol):
+    """Named tensors of one checkpoint, read by slice. Names are Hugging Face's, whatever the file format."""
+
+    def names(self) -> Sequence[str]:
+        """All tensor names, in file order."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor. Raises KeyError for an unknown name."""
+        ...
+
+    def read(self, name: str, rows: slice | None = None, cols: slice | None = None, *, out: Tensor | None = None) -> Tensor:
+        """A slice of one tensor, rows along dimension 0 and columns along dimension 1, on the CPU.
+
+        Reads the bytes of that slice only (for block-quantised files: of the blocks that hold it). With `out` the values are
+        converted into it (any floating dtype, shape of the slice, rows may be strided) and `out` is returned; without, a new
+        contiguous tensor in the file's own dtype (float32 for quantised tensors). Memory beside the result stays within some megabytes.
+
+        Raises KeyError for an unknown name and UserError when the file is damaged.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """16 hex digits that differ when the weights differ: of names, shapes, dtypes and samples of the bytes."""
+        ...
+
+
+class WeightView(Protocol):
+    """The products of one rank's share of the weights. Shapes: T tokens, D hidden, H and K local query and KV heads, d head size."""
+
+    spec: ModelSpec
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids [T], positions [T] (int64) -> [T, D], complete on every rank."""
+        ...
+
+    def norm(self, layer: int, which: str, x: Tensor) -> Tensor:
+        """`which` is attn, mlp, embed or final (layer 0 for the last two); [T, D] -> [T, D]. Does not modify `x`."""
+        ...
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d], with bias, clip and q/k norm, before RoPE."""
+        ...
+
+    def out(self, layer: int, heads: Tensor) -> Tensor:
+        """[T, H, d] -> this rank's part of the sum, [T, D]. The bias is in one rank's part only."""
+        ...
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        """[T, D] -> this rank's part of the sum, [T, D]. The bias is in one rank's part only."""
+        ...
+
+    def head(self, x: Tensor) -> Tensor:
+        """[T, D] -> logits of this rank's vocabulary rows, [T, V_local], equal sizes on all ranks (padding rows are -inf)."""
+        ...
+
+
+class KVView(Protocol):
+    """Keys and values of all running sequences. Committed length is a number for each sequence: rollback costs nothing."""
+
+    def bind(self, steps: Sequence[SeqStep]) -> None:
+        """Start a forward pass over `steps`; later `append` and `attend` calls refer to their tokens, in order.
+
+        Precondition: each step's `start` equals the sequence's length in this view (0 for one not seen before) and its block table
+        covers start + len(tokens) positions.
+        """
+        ...
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write k, v [T, K, d] (k after RoPE) of the bound tokens, as proposals: lengths do not change."""
+        ...
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, H, d] -> [T, H, d]; token i sees its own sequence's entries at positions <= its own, within the layer's window."""
+        ...
+
+    def commit(self, seq_id: int, tokens: int) -> None:
+        """The first `tokens` proposals of the last pass are now part of the sequence: its length grows by that many."""
+        ...
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """Shorten a sequence to `length` committed tokens, O(1). Raises ValueError if it is shorter than that."""
+        ...
+
+    def free(self, seq_id: int) -> None:
+        """Forget the sequence. Its blocks belong to the caller again. Unknown ids are ignored."""
+        ...

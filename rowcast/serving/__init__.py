@@ -1,0 +1,4 @@
+"""HTTP in front of the engine: an OpenAI-compatible server.
+
+May import everything but `cli`; nothing else imports it. Under construction.
+"""

@@ -1,0 +1,89 @@
+"""The environment variables, all of them. Torch-free.
+
+What belongs to one model or one request is an argument of `LLM` or `SamplingParams`; a variable is for the machine. A variable
+that begins with ROWCAST_ and is not listed here is refused: it is a misspelling that would otherwise go unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from rowcast.errors import UserError
+
+PREFIX = "ROWCAST_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+T = TypeVar("T")
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("1 or 0")
+
+
+def _level(text: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError("one of " + ", ".join(LOG_LEVELS))
+    return text.lower()
+
+
+def _threads(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
+        raise ValueError("a whole number from 1 to 1024")
+    return int(text)
+
+
+def _setting(default: T, parse: Callable[[str], T], doc: str) -> T:
+    """`parse` raises ValueError with what it expects."""
+    return field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One field a variable: `cpu_pack` is ROWCAST_CPU_PACK."""
+
+    cpu_pack: bool = _setting(True, _switch, "1: repack CPU weights for oneDNN while loading; 0: use torch's plain linear.")
+    log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
+    threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One row of the registry, for printing."""
+
+    name: str
+    value: object
+    default: object
+    doc: str
+
+
+def settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """The settings as `environ` has them now; nothing is remembered.
+
+    Raises UserError for a malformed value and for an unknown variable that starts with ROWCAST_.
+    """
+    known = {PREFIX + f.name.upper(): f for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX):
+            continue
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"the environment variable {name} is unknown, did you mean {near}? (all: {', '.join(known)})")
+        try:
+            values[known[name].name] = known[name].metadata["parse"](environ[name].strip())
+        except ValueError as expected:
+            raise UserError(f"the environment variable {name} is {environ[name]!r}, it must be {expected}") from None
+    return Settings(**values)
+
+
+def describe(values: Settings) -> list[Variable]:
+    """All variables with their values, in the order of the registry."""
+    return [Variable(PREFIX + f.name.upper(), getattr(values, f.name), f.default, f.metadata["doc"]) for f in fields(Settings)]

@@ -1,0 +1,24 @@
+"""What all tests share: no network, and GPU tests only where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny models: handing work to a second thread takes longer than doing it
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is first imported, after this.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in [name for name in os.environ if name.startswith("ROWCAST_")]:
+    del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

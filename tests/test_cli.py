@@ -1,0 +1,458 @@
+"""The command line as a user meets it: exit codes, what goes to which stream, and every bad input in one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import rowcast.cli
+from rowcast.runtime.checkpoint import open_checkpoint
+
+STATS = {
+    "prompt_tokens",
+    "generated_tokens",
+    "ttft_s",
+    "tokens_per_s",
+    "rounds",
+    "tokens_per_round",
+    "acceptance",
+    "density",
+    "bytes_read",
+}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """One command line in this process -> exit code, standard output, standard error."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = rowcast.cli.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """One command line that has to end with code 2, nothing on standard output and one sentence -> the sentence."""
+
+    def refused(*args: object) -> str:
+        code, out, err = run(*args)
+        assert (code, out) == (2, ""), err
+        sentences = [line for line in err.splitlines() if line.startswith("rowcast: ")]
+        assert len(sentences) == 1
+        assert err.endswith(sentences[0] + "\n")
+        assert "Traceback" not in err
+        return sentences[0]
+
+    return refused
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def weights() -> dict[str, torch.Tensor]:
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (64, 32),
+        "model.norm.weight": (32,),
+        layer + "input_layernorm.weight": (32,),
+        layer + "post_attention_layernorm.weight": (32,),
+        layer + "self_attn.q_proj.weight": (32, 32),
+        layer + "self_attn.k_proj.weight": (16, 32),
+        layer + "self_attn.v_proj.weight": (16, 32),
+        layer + "self_attn.o_proj.weight": (32, 32),
+        layer + "mlp.gate_proj.weight": (48, 32),
+        layer + "mlp.up_proj.weight": (48, 32),
+        layer + "mlp.down_proj.weight": (32, 48),
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A sound Hugging Face directory, for damaging. It has no tokenizer."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file(weights(), folder / "model.safetensors")
+    return folder
+
+
+# What needs no model
+
+
+def test_help_is_quick_and_light() -> None:
+    heavy = "[m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]"
+    code = f"import sys, rowcast.cli as c; c.main(['--help']); print({heavy})"
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert found.stdout.splitlines()[-1] == "[]"
+    assert min(seconds) < 0.3  # CPU time: other work on the machine does not count.
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--help"], ["generate", "--help"], ["chat", "--help"], ["bench", "latency", "--help"], ["env", "--help"]]
+)
+def test_help(run: Callable[..., tuple[int, str, str]], args: list[str]) -> None:
+    code, out, err = run(*args)
+    assert (code, err) == (0, "")
+    assert "Usage: rowcast" in out
+
+
+def test_version(run: Callable[..., tuple[int, str, str]]) -> None:
+    assert run("--version") == (0, f"rowcast {rowcast.__version__}\n", "")
+
+
+def test_env(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("env", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["settings"]["ROWCAST_CPU_PACK"] is True
+    assert set(facts["linear_backend"]) == {"float32", "bfloat16", "float16"}
+    code, out, _ = run("env")
+    assert code == 0
+    assert "ROWCAST_THREADS" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["frobnicate"], "frobnicate"),
+        (["generate", "hi", "--max-token", "3"], "--max-tokens"),
+        (["generate"], "--prompt-file"),
+        (["generate", "hi", "--max-tokens", "many"], "--max-tokens"),
+        (["generate", "hi", "--max-tokens", "0"], "max_tokens is 0"),
+        (["generate", "hi", "--max-tokens", "-5"], "max_tokens is -5"),
+        (["generate", "hi", "--max-tokens", "99999999999"], "max_tokens is 99999999999"),
+        (["generate", "hi", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "hi", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "hi", "--top-p", "1.5"], "top_p is 1.5"),
+        (["generate", "hi", "--top-k", "-7"], "top_k is -7"),
+        (["generate", "hi", "--min-p", "2"], "min_p is 2"),
+        (["generate", "hi", "--seed", "-1"], "seed is -1"),
+        (["generate", "hi", "--n", "0"], "n is 0"),
+        (["generate", "hi", "--n", "2"], "temperature"),
+        (["generate", "hi", "--logprobs", "1000"], "logprobs is 1000"),
+        (["generate", "hi", "--stop", ""], "stop"),
+        (["generate", "hi", "--dtype", "int3"], "float32"),
+        (["generate", "hi", "--device", "tpu"], "cuda"),
+        (["generate", "hi", "--mode", "sloppy"], "exact"),
+        (["bench", "latency", "--repeat", "0"], "--repeat"),
+        (["bench", "latency", "--against", "magic"], "transformers"),
+    ],
+)
+def test_bad_arguments(refused: Callable[..., str], args: list[str], words: str) -> None:
+    assert words in refused(*args)
+
+
+def test_bad_environment(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROWCAST_CPU_PAKC", "1")
+    assert "did you mean ROWCAST_CPU_PACK" in refused("generate", "hi")
+
+
+def test_bad_prompt_files(refused: Callable[..., str], tmp_path: Path, stdin: Callable[[bytes], None]) -> None:
+    assert "No such file" in refused("generate", "--prompt-file", tmp_path / "none.txt")
+    assert "directory" in refused("generate", "--prompt-file", tmp_path)
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"")
+    assert "is empty" in refused("generate", "--prompt-file", file)
+    file.write_bytes(b" \n")
+    assert "is empty" in refused("generate", "--prompt-file", file)
+    file.write_bytes(b"caf\xe9")
+    assert "not UTF-8 at byte 3" in refused("generate", "--prompt-file", file)
+    stdin(b"")
+    assert "standard input is empty" in refused("generate", "-")
+
+
+# Models that cannot be run
+
+
+def test_no_such_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "no-such-model" in refused("generate", "hi", "--model", tmp_path / "no-such-model")
+    assert "nobody/no-such-model" in refused("generate", "hi", "--model", "nobody/no-such-model")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in refused("generate", "hi", "--model", empty)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000])
+def test_truncated_safetensors(refused: Callable[..., str], model_dir: Path, size: int) -> None:
+    os.truncate(model_dir / "model.safetensors", size)
+    assert "model.safetensors" in refused("generate", "hi", "--model", model_dir)
+
+
+def test_corrupt_safetensors(refused: Callable[..., str], model_dir: Path) -> None:
+    with (model_dir / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * 64)
+    assert "model.safetensors" in refused("generate", "hi", "--model", model_dir)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, 3_000_000])
+def test_truncated_gguf(refused: Callable[..., str], tmp_path: Path, size: int) -> None:
+    whole = open_checkpoint("SmolLM2-135M-Instruct").path
+    broken = tmp_path / "broken.gguf"
+    with Path(whole).open("rb") as file:
+        broken.write_bytes(file.read(size))
+    assert "broken.gguf" in refused("generate", "hi", "--model", broken)
+
+
+def test_corrupt_gguf(refused: Callable[..., str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\xff" * 200)
+    assert "broken.gguf" in refused("generate", "hi", "--model", broken)
+    broken.write_bytes(b"not a model at all")
+    assert "broken.gguf" in refused("generate", "hi", "--model", broken)
+
+
+def test_index_naming_a_missing_file(refused: Callable[..., str], model_dir: Path) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "model-00001-of-00002.safetensors")
+    index = dict.fromkeys(weights(), "model-00001-of-00002.safetensors")
+    index["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert "model-00002-of-00002.safetensors" in refused("generate", "hi", "--model", model_dir)
+
+
+def test_missing_and_misshapen_tensors(refused: Callable[..., str], model_dir: Path) -> None:
+    tensors = weights()
+    removed = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, model_dir / "model.safetensors")
+    assert "up_proj" in refused("generate", "hi", "--model", model_dir)
+    tensors["model.layers.0.mlp.up_proj.weight"] = removed[:40].contiguous()
+    save_file(tensors, model_dir / "model.safetensors")
+    assert "up_proj" in refused("generate", "hi", "--model", model_dir)
+
+
+def test_pickled_weights(refused: Callable[..., str], model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    sentence = refused("generate", "hi", "--model", model_dir)
+    assert "pickle" in sentence
+    assert "safetensors" in sentence
+
+
+def test_unknown_architecture(refused: Callable[..., str], model_dir: Path) -> None:
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    sentence = refused("generate", "hi", "--model", model_dir)
+    assert "mamba" in sentence
+    for family in ("opt", "llama", "mistral", "qwen2", "qwen3", "bloom", "mpt", "falcon"):
+        assert family in sentence
+
+
+def test_damaged_config(refused: Callable[..., str], model_dir: Path) -> None:
+    (model_dir / "config.json").write_text("{")
+    assert "config.json" in refused("generate", "hi", "--model", model_dir)
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "num_attention_heads": -4}))
+    assert "num_attention_heads" in refused("generate", "hi", "--model", model_dir)
+    (model_dir / "config.json").unlink()
+    assert "config.json" in refused("generate", "hi", "--model", model_dir)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--max-model-len", "0"], "max_model_len"),
+        (["--max-model-len", "1000000"], "8192"),
+        (["--tp", "0"], "tensor_parallel_size"),
+        (["--tp", "3"], "tensor_parallel_size"),
+        (["--ladder", "stairs"], "plain"),
+        (["--host-memory", "much"], "much"),
+        (["--host-memory", "-1GiB"], "-1GiB"),
+        (["--gpu-memory", "0"], "gpu_memory"),
+        (["--host-memory", "10MiB"], "10.0 MiB"),
+        (["--plan", "no-such-plan"], "no-such-plan"),
+    ],
+)
+def test_what_the_model_cannot_do(refused: Callable[..., str], args: list[str], words: str) -> None:
+    assert words in refused("generate", "hi", *args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(refused: Callable[..., str]) -> None:
+    assert "cuda" in refused("generate", "hi", "--device", "cuda")
+
+
+def test_prompt_longer_than_the_context(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 300)
+    sentence = refused("generate", "--prompt-file", file, "--max-model-len", "128")
+    assert "128" in sentence
+
+
+# SmolLM2
+
+
+def test_generate_streams_text(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("generate", "The capital of France is", "--max-tokens", 8)
+    assert code == 0
+    assert "Paris" in out
+    assert "8 generated" in err.splitlines()[-1]
+    assert "tokens/s" in err.splitlines()[-1]
+
+
+def test_generate_json(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Once upon a time")
+    args = ["The capital of France is", "--prompt-file", file, "--max-tokens", 6, "--ignore-eos", "--logprobs", 2, "--json"]
+    code, out, _ = run("generate", *args)
+    assert code == 0
+    objects = [json.loads(line) for line in out.splitlines()]
+    assert len(objects) == 2
+    assert "Paris" in objects[0]["text"]
+    for found in objects:
+        assert len(found["token_ids"]) == 6
+        assert found["finish_reason"] == "length"
+        assert set(found["stats"]) >= STATS
+        assert found["stats"]["generated_tokens"] == 6
+        assert found["stats"]["rounds"] == 6
+        assert len(found["logprobs"]) == 6
+
+
+def test_generate_reads_standard_input(run: Callable[..., tuple[int, str, str]], stdin: Callable[[bytes], None]) -> None:
+    args = ["--max-tokens", 5, "--temperature", 0.8, "--seed", 7, "--json"]
+    _, given, _ = run("generate", "The capital of France is", *args)
+    stdin(b"The capital of France is")
+    _, read, _ = run("generate", "-", *args)
+    assert json.loads(read)["token_ids"] == json.loads(given)["token_ids"]
+
+
+def test_generate_several(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("generate", "One", "Two", "--n", 2, "--temperature", 1, "--seed", 1, "--max-tokens", 3)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("==>")] == [
+        "==> 1.1 <==",
+        "==> 1.2 <==",
+        "==> 2.1 <==",
+        "==> 2.2 <==",
+    ]
+
+
+def test_generate_with_the_chat_template(run: Callable[..., tuple[int, str, str]]) -> None:
+    _, raw, _ = run("generate", "What is the capital of France?", "--max-tokens", 12, "--json")
+    _, chat, _ = run("generate", "What is the capital of France?", "--max-tokens", 12, "--chat", "--json")
+    assert json.loads(chat)["stats"]["prompt_tokens"] > json.loads(raw)["stats"]["prompt_tokens"]
+    assert "Paris" in json.loads(chat)["text"]
+
+
+def test_stop_string(run: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = run("generate", "Count: one, two, three, four,", "--stop", "seven", "--stop", "\n\n", "--json")
+    found = json.loads(out)
+    assert found["finish_reason"] == "stop"
+    assert "seven" not in found["text"]
+
+
+def test_chat_from_a_pipe(run: Callable[..., tuple[int, str, str]], stdin: Callable[[bytes], None]) -> None:
+    too_long = "word " * 400
+    stdin(f"What is the capital of France?\n\n{too_long}\nAnd of Italy?\n/reset\n/exit\nnever read\n".encode())
+    code, out, err = run("chat", "--max-tokens", 16, "--max-model-len", 256)
+    assert code == 0
+    assert "Paris" in out
+    assert "Rome" in out
+    assert err.count(" generated, ") == 2
+    assert err.count("rowcast: ") == 1
+    assert "256" in err
+
+
+def test_chat_system_message(run: Callable[..., tuple[int, str, str]], stdin: Callable[[bytes], None]) -> None:
+    counts = []
+    for system in ("Be kind.", "Be kind. " * 20):
+        stdin(b"Hello")
+        code, _, err = run("chat", "--max-tokens", 1, "--system", system)
+        assert code == 0
+        counts.append(int(err.rpartition("[")[2].split()[0]))
+    assert counts[1] > counts[0] + 50
+
+
+def test_bench_latency(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("bench", "latency", "--prompt-tokens", 16, "--max-tokens", 8, "--repeat", 1)
+    report = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert set(report["rowcast"]) >= {"load_s", "prefill_s", "decode_tokens_per_s"}
+    assert all(value > 0 for value in report["rowcast"].values())
+    assert report["floor"]["decode_tokens_per_s"] > 0
+    assert "ratio" not in report
+    assert "decode floor" in err
+
+
+# Processes
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rowcast", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_exit_code_of_the_process() -> None:
+    process = start("generate", "hi", "--max-tokens", "-1")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("rowcast: max_tokens is -1")
+    assert err.count("\n") == 1
+
+
+def test_interrupt_is_quiet() -> None:
+    process = start("generate", "Once upon a time", "--max-tokens", "4000", "--ignore-eos")
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_closed_pipe_is_quiet() -> None:
+    process = start("generate", "Once upon a time", "--max-tokens", "4000", "--ignore-eos")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+
+
+COMMAND = Path(sys.executable).with_name("rowcast")
+
+
+@pytest.mark.skipif(not COMMAND.exists(), reason="rowcast is not installed as a command")
+def test_installed_command() -> None:
+    found = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"rowcast {rowcast.__version__}\n"

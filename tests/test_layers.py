@@ -1,0 +1,144 @@
+"""Imports point one way, torch stays out of what must not need it, and `import rowcast` is instant."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rowcast
+
+ROOT = Path(rowcast.__file__).parent
+
+EVERYWHERE = ("errors", "settings", "placement.plan")
+CONTRACTS = ("runtime.protocols", "runtime.spec", "runtime.step")
+
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "settings": ("errors",),
+    "placement": ("placement", "runtime.spec", *EVERYWHERE),
+    "kernels": ("kernels", *EVERYWHERE),
+    "offload": ("offload", "kernels", *CONTRACTS, *EVERYWHERE),
+    # Without a plan the engine makes the all-resident one itself.
+    "runtime": ("runtime", "offload", "kernels", "placement.resident", "placement.units", *EVERYWHERE),
+    "cluster": ("cluster", "runtime", "offload", "kernels", *EVERYWHERE),
+    "calibration": ("calibration", "placement", "runtime", "offload", "kernels", *EVERYWHERE),
+    "serving": ("serving", "cluster", "placement", "runtime", "offload", "kernels", "__init__", *EVERYWHERE),
+    "cli": ("cli", "serving", "cluster", "calibration", "placement", "runtime", "offload", "kernels", "__init__", *EVERYWHERE),
+    "__main__": ("cli",),
+}
+"""For each package or module, prefixes of what it may import. Whatever is not named may not be."""
+
+
+def module_name(path: Path) -> str:
+    """rowcast/runtime/spec.py -> runtime.spec; a package is named by itself, rowcast/__init__.py is __init__."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+TORCH_FREE = {"errors", "settings", "runtime.spec", "runtime.params", "runtime.step", "runtime.outputs", "cli", "cli.generate"}
+"""Beside these: all of placement, and every module whose docstring says that it is."""
+
+
+def torch_free() -> list[str]:
+    said = {name for name, path in MODULES.items() if "Torch-free." in (ast.get_docstring(ast.parse(path.read_text())) or "")}
+    return sorted(TORCH_FREE | said | {name for name in MODULES if name.split(".")[0] == "placement"})
+
+
+def imports(name: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of each module of ours that `source`, the text of module `name`, imports anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno} imports relatively; name the whole path"
+            targets = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, attribute in targets:
+            if module.split(".")[0] != "rowcast":
+                continue
+            inner = module.removeprefix("rowcast").removeprefix(".")
+            deeper = f"{inner}.{attribute}".strip(".")
+            yield node.lineno, deeper if deeper in MODULES else inner or "__init__"
+
+
+def violations(name: str, source: str) -> list[str]:
+    allowed = MAY_IMPORT[name.split(".")[0]]
+    return [
+        f"rowcast/{name.replace('.', '/')}:{line} imports {target}"
+        for line, target in imports(name, source)
+        if not any(target == prefix or target.startswith(prefix + ".") for prefix in allowed)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_imports_point_one_way(name: str) -> None:
+    assert violations(name, MODULES[name].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("kernels.linear", "from rowcast.runtime import spec"),
+        ("offload.banks", "import rowcast.runtime.model"),
+        ("runtime.engine", "from rowcast.cluster import gang"),
+        ("runtime.engine", "def late():\n    from rowcast.cli import main"),
+        ("placement.plan", "from rowcast.runtime.model import Decoder"),
+        ("placement.plan", "from rowcast import LLM"),
+        ("cluster.gang", "from rowcast.serving import http"),
+        ("settings", "from rowcast.runtime.spec import ModelSpec"),
+    ],
+)
+def test_a_wrong_import_is_seen(name: str, line: str) -> None:
+    assert len(violations(name, line)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("offload.banks", "from rowcast.runtime import protocols, spec, step"),
+        ("kernels.linear", "from rowcast.settings import settings"),
+        ("cluster.gang", "from rowcast.placement.plan import Plan"),
+        ("cli.generate", "from rowcast import LLM"),
+    ],
+)
+def test_a_right_import_is_let_through(name: str, line: str) -> None:
+    assert violations(name, line) == []
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", torch_free())
+def test_torch_free(name: str) -> None:
+    module = f"rowcast.{name}"
+    loaded = run_python(f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_import_is_instant() -> None:
+    loaded = run_python("import sys; old = set(sys.modules); import rowcast; print(*sorted(m for m in set(sys.modules) - old))")
+    assert [m for m in loaded.split() if m.startswith("rowcast")] == ["rowcast"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run_python("import rowcast")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+def test_public_names() -> None:
+    for name in rowcast.__all__:
+        assert getattr(rowcast, name) is not None
+    assert set(rowcast.__all__) <= set(dir(rowcast))
+    with pytest.raises(AttributeError, match="LMM"):
+        _ = rowcast.LMM

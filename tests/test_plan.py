@@ -1,0 +1,111 @@
+"""Plans: memory accounted for, files that survive a round trip and refuse what they are not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import msgpack
+import pytest
+from test_kv import SPEC
+
+from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.placement.plan import Plan
+from rowcast.placement.resident import CPU_KV_BYTES, resident_plan
+from rowcast.placement.units import format_bytes, parse_bytes
+from rowcast.runtime.spec import parameter_count
+
+GIB = 1 << 30
+
+
+def make(**changes: object) -> Plan:
+    given = {"fingerprint": "f", "dtype": "bfloat16", "device": "cuda:0", "budget_bytes": GIB} | changes
+    return resident_plan(SPEC, **given)  # type: ignore[arg-type]
+
+
+def test_bytes_are_accounted_for() -> None:
+    plan = make()
+    assert plan.weight_bytes == 2 * parameter_count(SPEC)
+    assert plan.kv_token_bytes == 2 * 2 * 2 * 8 * 2  # keys and values, layers, KV heads, head size, bytes
+    assert plan.kv_bytes == plan.num_blocks * plan.block_size * plan.kv_token_bytes
+    assert plan.margin_bytes >= 0
+    assert plan.num_blocks == 64 * 4  # 64 sequences of 64 tokens: more would never be used
+
+
+def test_kv_shrinks_to_the_budget() -> None:
+    full = make()
+    tight = make(budget_bytes=full.weight_bytes + full.work_bytes + 100 * 16 * full.kv_token_bytes + 7)
+    assert tight.num_blocks == 100 and tight.margin_bytes == 7
+    assert make(device="cpu", budget_bytes=64 * GIB).kv_bytes <= CPU_KV_BYTES
+
+
+def test_what_does_not_fit_says_how_much_was_needed() -> None:
+    full = make()
+    with pytest.raises(OutOfMemoryError, match="--gpu-memory"):
+        make(budget_bytes=full.weight_bytes)
+    one_block = full.weight_bytes + full.work_bytes + 16 * full.kv_token_bytes
+    assert make(budget_bytes=one_block).notes[-1].startswith("KV memory holds 16 tokens")
+    with pytest.raises(OutOfMemoryError, match=r"64 tokens.*need"):
+        make(budget_bytes=one_block, max_context=64)
+
+
+@pytest.mark.parametrize("name", ["max_context", "max_num_seqs", "max_batch_tokens", "block_size"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_absurd_numbers_are_refused(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{value} has to be at least 1"):
+        make(**{name: value})
+
+
+def test_a_longer_context_than_the_models_is_refused() -> None:
+    with pytest.raises(UserError, match="64 tokens"):
+        make(max_context=65)
+
+
+def test_files_round_trip(tmp_path: Path) -> None:
+    plan = make()
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan") == plan
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    plan, path = make(), tmp_path / "plan"
+    content = asdict(plan)
+    damaged = [
+        b"",
+        b"{}",
+        msgpack.packb([1]),
+        msgpack.packb(content)[:-9],
+        msgpack.packb(content | {"format": 99}),
+        msgpack.packb(content | {"more": 1}),
+        msgpack.packb({k: v for k, v in content.items() if k != "dtype"}),
+        msgpack.packb(content | {"num_blocks": "many"}),
+        msgpack.packb(content | {"num_blocks": True}),
+        msgpack.packb(content | {"num_blocks": -1}),
+        msgpack.packb(content | {"dtype": "int8"}),
+    ]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="plan") as caught:
+            Plan.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no-such"):
+        Plan.load(tmp_path / "no-such")
+    assert replace(plan, num_blocks=3).kv_tokens == 48
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("24GiB", 24 * GIB), ("512 MiB", 512 << 20), ("1.5g", 3 << 29), ("10GB", 10**10), (4096, 4096), ("77", 77), ("2kb", 2000)],
+)
+def test_amounts_of_memory(text: str | int, count: int) -> None:
+    assert parse_bytes(text, "x") == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "24XB", "1e9", "nan", 0, -5, True])
+def test_amounts_that_are_none(text: str | int) -> None:
+    with pytest.raises(UserError, match=r"memory|more than 0"):
+        parse_bytes(text, "gpu_memory")
+
+
+def test_amounts_to_read() -> None:
+    assert [format_bytes(n) for n in (5, 2048, 3 << 29, 5 << 40)] == ["5 B", "2.0 KiB", "1.5 GiB", "5.0 TiB"]

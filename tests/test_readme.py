@@ -1,0 +1,81 @@
+"""What the README and the example show does run, and what they name does exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import typer.main
+
+import rowcast.cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("rowcast ")]
+
+
+def run_script(*args: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_python_block_runs() -> None:
+    (code,) = blocks("python")
+    out = run_script("-c", code)
+    assert out.startswith(" Paris")
+    assert "Paris" in out.splitlines()[-1]
+
+
+def test_example_runs() -> None:
+    out = run_script("examples/driver.py").splitlines()
+    assert "Paris" in out[1]
+    told = {line.partition(" -> ")[0]: line for line in out}
+    alone = next(line for line in out if line.startswith("alone: ")).removeprefix("alone: ")
+    assert alone in told["'Once upon a time'"]
+    assert out[-1].startswith("refused: temperature is -1")
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_parses(line: str) -> None:
+    """Names and options as the command line takes them; nothing runs."""
+    command = typer.main.get_command(rowcast.cli.app)
+    args = shlex.split(line)[1:]
+    while hasattr(command, "commands"):
+        command = command.commands[args.pop(0)]
+    command.make_context("rowcast", args)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test", "check", "test-gpu"} <= named <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = [path for path in (ROOT / "rowcast").rglob("*.py") if not path.name.startswith("__")]
+    assert [str(path) for path in modules if path.name not in text] == []
