@@ -29,7 +29,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster", "runtime", "offload", "kernels", *EVERYWHERE),
     "calibration": ("calibration", "placement", "runtime", "offload", "kernels", *EVERYWHERE),
     "serving": ("serving", "cluster", "placement", "runtime", "offload", "kernels", "__init__", *EVERYWHERE),
-    "cli": ("cli", "serving", "cluster", "calibration", "placement", "runtime", "offload", "kernels", "__init__", *EVERYWHERE),
+    "bench": ("bench", "cluster", "calibration", "placement", "runtime", "offload", "kernels", "__init__", *EVERYWHERE),
+    "cli": (
+        "cli",
+        "bench",
+        "serving",
+        "cluster",
+        "calibration",
+        "placement",
+        "runtime",
+        "offload",
+        "kernels",
+        "__init__",
+        *EVERYWHERE,
+    ),
     "__main__": ("cli",),
 }
 """For each package or module, prefixes of what it may import. Whatever is not named may not be."""

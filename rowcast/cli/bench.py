@@ -29,7 +29,7 @@ def latency(
     as_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
 ) -> None:
     """Time to load, to read a prompt and to write a token, at batch 1."""
-    from rowcast.cli import latency as measure
+    from rowcast.bench import latency as measure
 
     report = measure.run(model, dtype, device, against is not None, prompt_tokens, max_tokens, repeat)
     if not as_json:

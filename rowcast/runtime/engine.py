@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out, one step at a time. Torch-free; the executor does the arithmetic."""
+"""The engine: requests in, tokens out, one step at a time; an executor does the arithmetic. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import Plan
 from rowcast.placement.units import format_bytes
 from rowcast.runtime.detokenizer import Detokenizer
-from rowcast.runtime.executor import Executor, SeqSetup
 from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.request import Request, Sequence
 from rowcast.runtime.scheduler import Scheduler
 from rowcast.runtime.spec import ModelSpec
-from rowcast.runtime.step import SeqResult, SeqStep, TokenLogprobs
+from rowcast.runtime.step import Executor, SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 MakeDetokenizer = Callable[[SamplingParams, Seq[int]], Detokenizer]
 """(params, prompt ids) -> one sample's detokenizer."""

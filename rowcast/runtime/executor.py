@@ -1,63 +1,23 @@
-"""Runs steps: the seam between the engine, which decides, and the ranks, which compute.
-
-Everything that crosses it is plain data (`step`), so that an executor may live in this process, as here, or be a gang of ranks.
-"""
+"""The executor of world size 1: one rank in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
-from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
-from rowcast.runtime.step import SeqResult, SeqStep, TokenLogprobs
+from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 LOGIT_ROWS = 256
 """Most rows of logits held at once while prompt log-probabilities are taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class SeqSetup:
-    """What an executor has to know about a sequence before its first step."""
-
-    seq_id: int
-    params: SamplingParams
-    seed: int
-    sample_index: int
-    prompt_ids: list[int]
-    eos_ids: list[int]
-    bad_word_ids: list[list[int]]
-
-
-class Executor(Protocol):
-    """One or many ranks. Not thread-safe: one engine drives it."""
-
-    def add(self, setup: SeqSetup) -> None:
-        """Announce a sequence. Precondition: its id is not in use. Raises UserError, and forgets it, where its parameters contradict
-        each other or the vocabulary."""
-        ...
-
-    def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`."""
-        ...
-
-    def free_kv(self, seq_id: int) -> None:
-        """The sequence was preempted: its KV is void, its sampling state stays."""
-        ...
-
-    def remove(self, seq_id: int) -> None:
-        """Forget the sequence altogether."""
-        ...
-
-
 class LocalExecutor:
-    """One rank in this process, running the plain rung: every weight, every KV entry, one token a round."""
+    """Implements `Executor` with the plain rung: every weight, every KV entry, one token a round."""
 
     def __init__(self, decoder: Decoder, kv: PagedKV, sampler: Sampler) -> None:
         self._decoder = decoder

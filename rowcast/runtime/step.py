@@ -1,8 +1,15 @@
-"""What the engine tells an executor, and what it hears back: plain numbers, fit for msgpack. Torch-free."""
+"""The seam between the engine, which decides, and the ranks, which compute. Torch-free.
+
+What crosses it is plain numbers, fit for msgpack, so that an executor may live in this process or be a gang of ranks elsewhere.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from rowcast.runtime.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +50,37 @@ class SeqResult:
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeqSetup:
+    """What an executor has to know about a sequence before its first step."""
+
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    prompt_ids: list[int]
+    eos_ids: list[int]
+    bad_word_ids: list[list[int]]
+
+
+class Executor(Protocol):
+    """One or many ranks. Not thread-safe: one engine drives it."""
+
+    def add(self, setup: SeqSetup) -> None:
+        """Announce a sequence. Precondition: its id is not in use. Raises UserError, and forgets it, where its parameters contradict
+        each other or the vocabulary."""
+        ...
+
+    def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`."""
+        ...
+
+    def free_kv(self, seq_id: int) -> None:
+        """The sequence was preempted: its KV is void, its sampling state stays."""
+        ...
+
+    def remove(self, seq_id: int) -> None:
+        """Forget the sequence altogether."""
+        ...

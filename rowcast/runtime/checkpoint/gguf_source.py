@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -97,10 +96,6 @@ class GGUFSource:
         stored = ((name, entry.tensor) for name, entry in self._entries.items())
         return fingerprint((name, t.shape, t.kind.name, self._gguf.file, t.offset, t.nbytes) for name, t in stored)
 
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "rowcast-gguf")
-
     def _fill(self, target: Tensor, tensor: GGUFTensor, window: Window, order: Rows | None) -> None:
         """Write the window's values into target [rows, columns]."""
         kind = tensor.kind
@@ -140,12 +135,17 @@ class GGUFSource:
         self._run(reordered, _close_runs(ascending, height))
 
     def _run(self, job: Callable[[Part], None], parts: Iterable[Part]) -> None:
-        """job(part) for every part, on the pool when there is more than one."""
+        """job(part) for every part, by several threads when there is more than one part.
+
+        The threads end with the read. As long as they live, so do the OpenMP teams that torch gave them, and OpenMP, counting more
+        threads than cores, makes every later product of the main thread sleep and wake: a decode step takes twice as long.
+        """
         jobs = list(parts)
         if len(jobs) == 1:
             job(jobs[0])
-        else:
-            list(self._pool.map(job, jobs))
+            return
+        with ThreadPoolExecutor(min(MAX_THREADS, len(jobs), os.cpu_count() or 1)) as pool:
+            list(pool.map(job, jobs))
 
 
 def _is_host_float32(target: Tensor) -> bool:
