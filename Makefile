@@ -22,7 +22,7 @@ test: $(READY)
 	$(RUN) -m pytest
 
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu $(shell grep -l 'mark\.gpu' tests/test_*.py)
 
 check: $(READY)
 	$(RUN) -m ruff check .

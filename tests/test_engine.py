@@ -34,22 +34,23 @@ EOS = 5
 Model = tuple[ModelSpec, Decoder]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path: Path = tmp_path_factory.mktemp("llama")
     tiny_model("llama-gqa", path)
     spec = spec_from_config(json.loads((path / "config.json").read_text()))
-    return spec, load_decoder(spec, SafetensorsSource.open(path))
+    return spec, load_decoder(spec, SafetensorsSource.open(path), device=torch.device(request.param))
 
 
 def make_engine(model: Model, *, blocks: int = 200, block_size: int = 4, eos: tuple[int, ...] = (), **changes: Any) -> Engine:
     spec, decoder = model
+    device = decoder.device
     plan: Plan = resident_plan(
         spec, fingerprint="", dtype="float32", device="cpu", budget_bytes=1 << 30, block_size=block_size, max_num_seqs=16
     )
     plan = replace(plan, num_blocks=blocks, **changes)
-    kv = PagedKV(spec, Shard(), num_blocks=blocks, block_size=block_size, dtype=torch.float32, device=torch.device("cpu"))
-    return Engine(plan, spec, LocalExecutor(decoder, kv, Sampler(spec.vocab_size, torch.device("cpu"))), eos_ids=eos)
+    kv = PagedKV(spec, Shard(), num_blocks=blocks, block_size=block_size, dtype=torch.float32, device=device)
+    return Engine(plan, spec, LocalExecutor(decoder, kv, Sampler(spec.vocab_size, device)), eos_ids=eos)
 
 
 def run(engine: Engine, *requests: Request) -> list[list[list[int]]]:
@@ -203,7 +204,7 @@ def test_prompt_logprobs_are_those_of_one_pass(model: Model, blocks: int) -> Non
     request = engine.add(prompt, replace(GREEDY, max_tokens=4, prompt_logprobs=2, logprobs=1))
     run(engine, other, request)
 
-    kv = PagedKV(spec, Shard(), num_blocks=8, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    kv = PagedKV(spec, Shard(), num_blocks=8, block_size=4, dtype=torch.float32, device=decoder.device)
     logits = decoder.logits(decoder.forward([SeqStep(0, prompt, 0, list(range(8)), len(prompt), True)], kv))
     expected = logits.log_softmax(-1)
     found = request.prompt_logprobs

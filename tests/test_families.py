@@ -40,16 +40,18 @@ TOLERANCE = 1e-4
 class Ours:
     """One rank of our model with its own KV cache: the one place that knows how to put both together."""
 
-    def __init__(self, path: Path, comm: Comm) -> None:
+    def __init__(self, path: Path, comm: Comm, device: str = "cpu") -> None:
         spec = spec_from_config(json.loads((path / "config.json").read_text()))
-        self.decoder = load_decoder(spec, SafetensorsSource.open(path), dtype=torch.float32, comm=comm)
+        self.decoder = load_decoder(
+            spec, SafetensorsSource.open(path), dtype=torch.float32, device=torch.device(device), comm=comm
+        )
         self.kv = PagedKV(
             spec,
             Shard(comm.rank, comm.world),
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             dtype=torch.float32,
-            device=torch.device("cpu"),
+            device=torch.device(device),
         )
 
     def logits(self, tokens: list[int], prompt: int, chunk: int) -> Tensor:
@@ -63,7 +65,7 @@ class Ours:
             self.kv.commit(7, end - start)
             start = end
         self.kv.free(7)
-        return torch.cat(rows)
+        return torch.cat(rows).cpu()
 
 
 @dataclass
@@ -108,9 +110,10 @@ def test_reference_tells_models_apart(reference: Reference) -> None:
     assert reference.logits.std(0).mean() > 0.3
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("chunk", [PROMPT_TOKENS, 7])
-def test_logits_equal_transformers(reference: Reference, chunk: int) -> None:
-    logits = Ours(reference.path, SoloComm()).logits(reference.tokens, PROMPT_TOKENS, chunk)
+def test_logits_equal_transformers(reference: Reference, chunk: int, device: str) -> None:
+    logits = Ours(reference.path, SoloComm(), device).logits(reference.tokens, PROMPT_TOKENS, chunk)
     torch.testing.assert_close(logits, reference.logits, atol=TOLERANCE, rtol=0)
 
 
