@@ -111,9 +111,23 @@ def test_a_stream_is_the_same_text_in_pieces(llm: LLM, greedy: list[RequestOutpu
 def test_a_dropped_stream_is_cancelled(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], GREEDY)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
+    assert not llm.engine.has_work and list(stream) == []
+    del stream
+    _ = llm.stream(PROMPTS[0], GREEDY)  # never iterated over
+    del _
     assert not llm.engine.has_work
     llm.engine.check()
+
+
+def test_streams_run_side_by_side(llm: LLM, greedy: list[RequestOutput]) -> None:
+    """Each step moves both; neither loses what the other's steps gave it, nor what `generate` in between does."""
+    first, second = llm.stream(PROMPTS[0], GREEDY), llm.stream(PROMPTS[3], GREEDY)
+    texts = [next(first).text, ""]
+    assert llm.generate(PROMPTS[5], GREEDY)[0].outputs[0].text == greedy[5].outputs[0].text
+    texts[1] += "".join(chunk.text for chunk in second)
+    texts[0] += "".join(chunk.text for chunk in first)
+    assert texts == [greedy[0].outputs[0].text, greedy[3].outputs[0].text]
 
 
 def test_a_stop_string_cuts_the_text_and_is_never_shown(llm: LLM, greedy: list[RequestOutput]) -> None:

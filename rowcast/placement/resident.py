@@ -22,37 +22,37 @@ def resident_plan(
     device: str,
     budget_bytes: int,
     head_copy_bytes: int = 0,
-    max_context: int | None = None,
+    max_model_len: int | None = None,
     max_num_seqs: int = 64,
-    max_batch_tokens: int = 2048,
+    max_num_batched_tokens: int = 2048,
     block_size: int = 16,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """Weights first, then work space, then as much KV as `max_num_seqs` full contexts can use or the budget allows.
 
-    `head_copy_bytes`: what a second, re-ordered copy of a tied LM head takes. `max_context` None: the model's own, shortened by the
-    KV memory if that is smaller. Raises OutOfMemoryError when the budget cannot hold the weights and `max_context` tokens (one block
+    `head_copy_bytes`: what a second, re-ordered copy of a tied LM head takes. `max_model_len` None: the model's own, shortened by the
+    KV memory if that is smaller. Raises OutOfMemoryError when the budget cannot hold the weights and `max_model_len` tokens (one block
     if None), and UserError for values out of range.
     """
     for name, value, low in (
-        ("max_model_len", max_context, 1),
+        ("max_model_len", max_model_len, 1),
         ("max_num_seqs", max_num_seqs, 1),
-        ("max_num_batched_tokens", max_batch_tokens, 1),
+        ("max_num_batched_tokens", max_num_batched_tokens, 1),
         ("block_size", block_size, 1),
     ):
         if value is not None and value < low:
             raise UserError(f"{name}={value} has to be at least {low}")
-    if max_context is not None and max_context > spec.max_context:
-        raise UserError(f"max_model_len={max_context} is more than the {spec.max_context} tokens that the model was made for")
+    if max_model_len is not None and max_model_len > spec.max_context:
+        raise UserError(f"max_model_len={max_model_len} is more than the {spec.max_context} tokens that the model was made for")
     chosen = list(notes)
     width = DTYPE_BYTES[dtype]
     weights = parameter_count(spec) * width + head_copy_bytes
-    work = _work_bytes(spec, width, max_num_seqs, max_batch_tokens)
+    work = _work_bytes(spec, width, max_num_seqs, max_num_batched_tokens)
     token_bytes = kv_bytes_per_token(spec, width)
     block_bytes = token_bytes * block_size
-    context = max_context or spec.max_context
+    context = max_model_len or spec.max_context
     context_blocks = -(-context // block_size)
-    needed = context_blocks if max_context is not None else 1
+    needed = context_blocks if max_model_len is not None else 1
     rest = budget_bytes - weights - work
     if rest < needed * block_bytes:
         raise OutOfMemoryError(
@@ -75,7 +75,7 @@ def resident_plan(
         world=1,
         max_context=context,
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens,
+        max_batch_tokens=max_num_batched_tokens,
         block_size=block_size,
         num_blocks=blocks,
         budget_bytes=budget_bytes,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from rowcast.errors import UserError
+
+MAX_BYTES = 1 << 50
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -19,10 +22,12 @@ def parse_bytes(text: str | int, what: str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
         unit = {u.lower(): u for u in _UNITS}.get(match[2].lower()) if match else None
         if match is None or unit is None:
-            raise UserError(f"{what}={text!r} is not an amount of memory: write a number and a unit, such as 24GiB or 512MiB")
-        value = int(float(match[1]) * _UNITS[unit])
+            raise UserError(f"{what}={text!r:.60} is not an amount of memory: write a number and a unit, such as 24GiB or 512MiB")
+        value = int(Fraction(match[1]) * _UNITS[unit])
     if value <= 0:
         raise UserError(f"{what}={text!r} has to be more than 0 bytes, such as 24GiB")
+    if value > MAX_BYTES:
+        raise UserError(f"{what}={text!s:.40} is more than any machine has: use at most {format_bytes(MAX_BYTES)}")
     return value
 
 

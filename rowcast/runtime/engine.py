@@ -87,25 +87,30 @@ class Engine:
         return request
 
     def _add_sample(self, request: Request, sample_index: int, bad_word_ids: list[list[int]]) -> None:
-        params, seq_id, self._sequences = request.params, self._sequences, self._sequences + 1
-        eos_ids = [] if params.ignore_eos else self._eos_ids
-        self._executor.add(SeqSetup(seq_id, params, request.seed, sample_index, request.prompt_ids, eos_ids, bad_word_ids))
+        params = request.params
         detokenizer = None
         if params.detokenize and self._make_detokenizer is not None:
             detokenizer = self._make_detokenizer(params, request.prompt_ids)
+        seq_id, self._sequences = self._sequences, self._sequences + 1
+        eos_ids = [] if params.ignore_eos else self._eos_ids
+        self._executor.add(SeqSetup(seq_id, params, request.seed, sample_index, request.prompt_ids, eos_ids, bad_word_ids))
         seq = Sequence(seq_id, sample_index, request, detokenizer)
         request.sequences.append(seq)
         self._live[seq_id] = seq
         self.scheduler.add(seq)
 
     def step(self) -> list[Sequence]:
-        """Schedule, run, commit. Returns the sequences that gained tokens."""
+        """Schedule, run, commit. Returns the sequences that gained tokens. Precondition: `has_work`."""
         chosen, preempted = self.scheduler.schedule()
         for seq in preempted:
             self._executor.free_kv(seq.seq_id)
             seq.request.stats.preemptions += 1
         steps = [self._command(seq, tokens) for seq, tokens in chosen]
-        results = self._executor.step(steps)
+        try:
+            results = self._executor.step(steps)
+        except BaseException:
+            self._preempt_all()  # what the step left of the KV is unknown
+            raise
         self._count_bytes(steps)
         gained = [self._commit(seq, step, result) for (seq, _), step, result in zip(chosen, steps, results, strict=True)]
         return [seq for (seq, _), has_gained in zip(chosen, gained, strict=True) if has_gained]
@@ -121,6 +126,11 @@ class Engine:
         self.scheduler.check()
         if not self._live:
             assert self.scheduler.pool.free_blocks == self.scheduler.pool.total
+
+    def _preempt_all(self) -> None:
+        """After a failed step: every sequence is computed again from its tokens."""
+        for seq in self.scheduler.preempt_all():
+            self._executor.free_kv(seq.seq_id)
 
     def _command(self, seq: Sequence, tokens: int) -> SeqStep:
         request = seq.request

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rowcast.errors import OutOfMemoryError
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
@@ -39,6 +40,16 @@ class LocalExecutor:
 
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        try:
+            return self._step(steps)
+        except torch.OutOfMemoryError as error:
+            tokens = sum(len(step.tokens) for step in steps)
+            raise OutOfMemoryError(
+                f"the device ran out of memory in a step of {tokens} tokens and {len(steps)} sequences: lower max_num_batched_tokens "
+                "or max_num_seqs, or free memory on it"
+            ) from error
+
+    def _step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         hidden = self._decoder.forward(steps, self._kv)
         for step in steps:
             self._kv.commit(step.seq_id, len(step.tokens))

@@ -24,13 +24,14 @@ from rowcast.runtime.engine import Engine
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.model import load_decoder
-from rowcast.runtime.outputs import RequestOutput, StreamChunk
+from rowcast.runtime.outputs import RequestOutput
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.progress import LoadProgress
-from rowcast.runtime.request import Request, Sequence
+from rowcast.runtime.request import Request
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.spec import ModelSpec, parameter_count
+from rowcast.runtime.stream import Stream
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 from rowcast.settings import settings
 
@@ -62,9 +63,9 @@ class LLM:
         gpu_memory: str | int | None = None,
         host_memory: str | int | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        block_size: int = 16,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        block_size: int | None = None,
         seed: int = 0,
         plan: Plan | str | Path | None = None,
         progress: bool | None = None,
@@ -72,10 +73,12 @@ class LLM:
         """Load a model.
 
         `model`: a directory with safetensors, a GGUF file, or a hub id. `gpu_memory` and `host_memory` are hard budgets ("24GiB" or
-        bytes) for the device that the model runs on. `max_model_len`: longest sequence in tokens, prompt and output together.
-        `max_num_batched_tokens`: tokens in one step; longer prompts are prefilled in chunks. `seed` derives the seeds of requests that
-        name none. `plan`: a plan or a plan file, which then decides everything but the model. `progress`: show a bar on standard
-        error while loading; None: if that is a terminal.
+        bytes); a model that runs on the GPU needs host memory for one tensor at a time only. `max_model_len`: longest sequence in
+        tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
+        `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
+        block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
+        the seed, so none of them may be given with it. `progress`: show a bar on standard error while loading; None: if that is a
+        terminal.
 
         Raises UserError (a ValueError) in one sentence for anything that cannot be, OutOfMemoryError where memory is short.
         """
@@ -87,62 +90,74 @@ class LLM:
         self.checkpoint: Checkpoint = open_checkpoint(model)
         self.spec: ModelSpec = spec_from_config(self.checkpoint.config)
         fingerprint = self.checkpoint.source.fingerprint()
+        limits = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size": block_size,
+        }
         if plan is None:
-            self.plan = self._resident_plan(
-                fingerprint,
-                dtype,
-                device,
-                gpu_memory,
-                host_memory,
-                max_model_len,
-                max_num_seqs,
-                max_num_batched_tokens,
-                block_size,
-            )
+            self.plan = self._resident_plan(fingerprint, device, dtype, gpu_memory, host_memory, limits)
         else:
-            self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-            if self.plan.fingerprint != fingerprint:
-                raise UserError(f"the plan was made for other weights than those of {model}: make a plan for this model")
-            _check_choices(
-                self.plan.world, self.plan.ladder[-1] if len(self.plan.ladder) == 1 else str(self.plan.ladder), self.plan.mode
-            )
+            given: dict[str, object] = {**limits, "gpu_memory": gpu_memory, "host_memory": host_memory}
+            given |= {"dtype": None if dtype == "auto" else dtype, "device": None if device == "auto" else device}
+            self.plan = self._given_plan(plan, fingerprint, given)
         for note in self.plan.notes:
             log.info("%s", note)
         log.info("plan: %s", self.plan.summary())
+        self._tokenizer: Tokenizer | UserError
+        try:
+            self._tokenizer = load_tokenizer(self.checkpoint)
+        except UserError as error:  # Token ids do without; whoever needs text gets the error.
+            self._tokenizer = error
         self._build(seed, progress)
-        self._tokenizer: Tokenizer | None = None
         self.load_stats = {"seconds": time.perf_counter() - started, "weight_bytes": self.plan.weight_bytes}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, loaded when first asked for. Raises UserError if the model has none."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.checkpoint)
+        """The model's tokenizer. Raises UserError if it has none that can be used."""
+        if isinstance(self._tokenizer, UserError):
+            raise self._tokenizer
         return self._tokenizer
 
     def generate(
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Complete prompts: text, token ids, or lists of them; one SamplingParams for all or one each. Results in input order."""
+        return list(self.iterate(prompts, sampling_params))
+
+    def iterate(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> Iterator[RequestOutput]:
+        """`generate`, one result at a time: each as soon as it and those before it are finished. All prompts run together.
+
+        Nothing happens before the first result is asked for; dropping the iterator cancels what is left.
+        """
         each = _prompts(prompts)
         params = _params(sampling_params, len(each))
         requests: list[Request] = []
         try:
-            for prompt, param in zip(each, params, strict=True):
-                requests.append(self._add(prompt, param))
-            while any(not r.finished for r in requests):
-                self.engine.step()
+            for i, (prompt, param) in enumerate(zip(each, params, strict=True), start=1):
+                try:
+                    requests.append(self._add(prompt, param))
+                except UserError as error:
+                    if len(each) == 1:
+                        raise
+                    raise type(error)(f"prompt {i} of {len(each)}: {error}") from error
+            for request in requests:
+                while not request.finished:
+                    self.engine.step()
+                yield request.output()
         finally:
             for request in requests:
                 self.engine.abort(request)
-        return [request.output() for request in requests]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Complete one prompt and yield text as soon as it is final. The last chunk carries the whole `output`.
 
-        Bad input raises here, not at the first chunk. Dropping the iterator cancels the request.
+        Bad input raises here, not at the first chunk. Closing or dropping the stream cancels the request.
         """
-        return self._stream(self._add(prompt, sampling_params or SamplingParams()))
+        return Stream(self.engine, self._add(prompt, sampling_params or SamplingParams()))
 
     def chat(
         self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
@@ -151,29 +166,30 @@ class LLM:
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         return self.generate([self.tokenizer.chat(conversation) for conversation in conversations], sampling_params)  # type: ignore[arg-type]
 
-    def stream_chat(self, messages: Seq[Message], sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream_chat(self, messages: Seq[Message], sampling_params: SamplingParams | None = None) -> Stream:
         """`chat` for one conversation, streamed."""
         return self.stream(self.tokenizer.chat(messages), sampling_params)
 
     def _resident_plan(
         self,
         fingerprint: str,
-        dtype: str,
         device: str,
+        dtype: str,
         gpu_memory: str | int | None,
         host_memory: str | int | None,
-        max_model_len: int | None,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        block_size: int,
+        limits: Mapping[str, int | None],
     ) -> Plan:
         chosen, device_reason = devices.choose_device(device)
         name, dtype_reason = devices.choose_dtype(dtype, self.checkpoint.stored_dtype, chosen)
-        budgets = {
-            what: None if asked is None else parse_bytes(asked, what)
-            for what, asked in (("gpu_memory", gpu_memory), ("host_memory", host_memory))
+        asked = {
+            what: None if amount is None else parse_bytes(amount, what)
+            for what, amount in (("gpu_memory", gpu_memory), ("host_memory", host_memory))
         }
-        budget, budget_reason = devices.budget_bytes(chosen, budgets["gpu_memory" if chosen.type == "cuda" else "host_memory"])
+        if chosen.type == "cpu" and gpu_memory is not None:
+            raise UserError(
+                f"gpu_memory={gpu_memory} was given, but the model runs on the CPU: give host_memory, or device='cuda'"
+            )
+        budget, budget_reason = devices.budget_bytes(chosen, asked["gpu_memory" if chosen.type == "cuda" else "host_memory"])
         head = self.spec.vocab_size * self.spec.embed_size if self.spec.tied_embeddings else 0
         return resident_plan(
             self.spec,
@@ -182,12 +198,25 @@ class LLM:
             device=str(chosen),
             budget_bytes=budget,
             head_copy_bytes=packed_copy_bytes(chosen, devices.DTYPES[name], head),
-            max_context=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_batch_tokens=max_num_batched_tokens,
-            block_size=block_size,
             notes=(device_reason, dtype_reason, budget_reason),
+            **{key: value for key, value in limits.items() if value is not None},
         )
+
+    def _given_plan(self, plan: Plan | str | Path, fingerprint: str, given: Mapping[str, object]) -> Plan:
+        """The caller's plan, if it fits the model and nothing contradicts it."""
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"{name}={value} was given together with a plan, which decides that itself: leave one of them out"
+                )
+        chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
+        if chosen.fingerprint != fingerprint:
+            raise UserError("the plan was made for other weights than this model's: make a plan for this model")
+        if chosen.max_context > self.spec.max_context:
+            context = f"the plan's context of {chosen.max_context} tokens is more than the model's {self.spec.max_context}"
+            raise UserError(f"{context}: make the plan again")
+        _check_choices(chosen.world, " / ".join(chosen.ladder), chosen.mode)
+        return chosen
 
     def _build(self, seed: int, progress: bool | None) -> None:
         """Put the plan into effect: weights, KV store, sampler, engine."""
@@ -196,7 +225,7 @@ class LLM:
         dtype = devices.DTYPES[plan.dtype]
         devices.hold_to_budget(device, plan.budget_bytes)
         try:
-            with LoadProgress(self.checkpoint.path.name, plan.weight_bytes, progress) as bar:
+            with LoadProgress(self.checkpoint.path.name, parameter_count(spec) * dtype.itemsize, progress) as bar:
                 decoder = load_decoder(spec, self.checkpoint.source, dtype=dtype, device=device, progress=bar.advance)
             kv = PagedKV(spec, Shard(), num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -217,10 +246,20 @@ class LLM:
         )
 
     def _eos_ids(self) -> list[int]:
-        ids = self.checkpoint.generation_config.get("eos_token_id", self.checkpoint.config.get("eos_token_id"))
-        if ids is None:
-            return []
-        return [int(i) for i in ids] if isinstance(ids, list) else [int(ids)]
+        """Tokens that end a text: those of the generation config, else of the config, and the tokenizer's own."""
+        found = self.checkpoint.generation_config.get("eos_token_id")
+        if found is None:
+            found = self.checkpoint.config.get("eos_token_id")
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.spec.vocab_size:
+                raise UserError(
+                    f"eos_token_id is {found!r:.60} in the model's config, but it has to be one or more token ids from 0 to "
+                    f"{self.spec.vocab_size - 1}: correct generation_config.json or config.json"
+                )
+        if not isinstance(self._tokenizer, UserError) and self._tokenizer.eos_token_id is not None:
+            ids = [*ids, self._tokenizer.eos_token_id]
+        return list(dict.fromkeys(ids))
 
     def _make_detokenizer(self, params: SamplingParams, prompt_ids: Seq[int]) -> Detokenizer:
         return Detokenizer(
@@ -262,31 +301,6 @@ class LLM:
             if ids not in found:
                 found.append(ids)
         return found
-
-    def _stream(self, request: Request) -> Iterator[StreamChunk]:
-        try:
-            while True:
-                gained = [seq for seq in self.engine.step() if seq.request is request]
-                chunks = [chunk for seq in gained if (chunk := _chunk(seq)) is not None]
-                if request.finished:
-                    last = chunks.pop()
-                    yield from chunks
-                    yield StreamChunk(last.text, last.token_ids, last.index, last.finish_reason, request.output())
-                    return
-                yield from chunks
-        finally:
-            self.engine.abort(request)
-
-
-def _chunk(seq: Sequence) -> StreamChunk | None:
-    """What the sequence gained and may be shown, None if all of it is held back."""
-    text = "" if seq.detokenizer is None else seq.detokenizer.take_delta()
-    held_back = seq.detokenizer is not None and not text and seq.finish_reason is None
-    if held_back:
-        return None
-    ids = seq.output_ids[seq.streamed_tokens :]
-    seq.streamed_tokens = len(seq.output_ids)
-    return StreamChunk(text, ids, seq.sample_index, seq.finish_reason)
 
 
 def _prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

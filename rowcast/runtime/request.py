@@ -27,6 +27,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     streamed_tokens: int = 0
+    streamed: bool = False
+    """Its last chunk was handed out."""
 
     @property
     def length(self) -> int:

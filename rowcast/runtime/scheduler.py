@@ -53,6 +53,10 @@ class Scheduler:
             budget -= tokens
         return chosen, preempted
 
+    def preempt_all(self) -> list[Sequence]:
+        """Send every running sequence back to the queue, its KV void."""
+        return [self._preempt_youngest() for _ in range(len(self.running))]
+
     def remove(self, seq: Sequence) -> None:
         """The sequence has finished or was cancelled: give its blocks back."""
         if seq in self.running:
@@ -76,13 +80,17 @@ class Scheduler:
         """Give `seq` the blocks for its next `tokens` tokens; false if it had to give way itself."""
         missing = self.blocks_for(seq.computed + tokens) - len(seq.blocks)
         while missing > self.pool.free_blocks:
-            victim = self.running.pop()
-            self.pool.give_back(victim.blocks)
-            victim.computed = 0
-            self.waiting.appendleft(victim)
+            victim = self._preempt_youngest()
             preempted.append(victim)
             if victim is seq:
                 return False
         if missing > 0:
             seq.blocks += self.pool.take(missing)
         return True
+
+    def _preempt_youngest(self) -> Sequence:
+        victim = self.running.pop()
+        self.pool.give_back(victim.blocks)
+        victim.computed = 0
+        self.waiting.appendleft(victim)
+        return victim

@@ -1,0 +1,174 @@
+"""The driver API on tiny models: what it refuses, in which order results come, what an error leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import VOCAB, tiny_model
+
+from rowcast import LLM, SamplingParams, UserError
+
+PARAMS = SamplingParams(temperature=0.8, seed=4, max_tokens=8, detokenize=False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama-gqa", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> LLM:
+    return LLM(str(directory))
+
+
+def refused(*words: str, **arguments: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        LLM(**arguments)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_stands_alone(directory: Path, llm: LLM, tmp_path: Path) -> None:
+    llm.plan.save(tmp_path / "plan")
+    planned = LLM(str(directory), plan=tmp_path / "plan", ladder="plain", mode="exact", tensor_parallel_size=1)
+    assert planned.plan == llm.plan
+    for name, value in {
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "host_memory": "1GiB",
+        "gpu_memory": 1 << 30,
+        "max_model_len": 16,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 64,
+        "block_size": 8,
+    }.items():
+        refused(f"{name}={value}", "plan", model=str(directory), plan=llm.plan, **{name: value})
+
+
+def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
+    refused("other weights", model=str(directory), plan=replace(llm.plan, fingerprint="0" * 16))
+    refused("1000", "128", model=str(directory), plan=replace(llm.plan, max_context=1000))
+    refused("ladder", "hire", model=str(directory), plan=replace(llm.plan, ladder=["hire", "plain"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2"]),
+        ({"tensor_parallel_size": 0}, ["tensor_parallel_size=0"]),
+        ({"ladder": "triforce"}, ["triforce", "plain"]),
+        ({"mode": "approximate"}, ["approximate"]),
+        ({"mode": "fast"}, ["fast"]),
+        ({"dtype": "int8"}, ["int8", "bfloat16"]),
+        ({"device": "tpu"}, ["tpu"]),
+        ({"device": "cuda:99"}, ["cuda:99"]),
+        ({"host_memory": "many"}, ["host_memory='many'"]),
+        ({"host_memory": "1KiB"}, ["not enough memory", "--host-memory"]),
+        ({"host_memory": "900TiB"}, ["host_memory=900.0 TiB", "free"]),
+        ({"gpu_memory": "1GiB"}, ["gpu_memory", "CPU"]),
+        ({"max_model_len": 129}, ["129", "128"]),
+        ({"max_num_seqs": 0}, ["max_num_seqs=0"]),
+        ({"max_num_batched_tokens": -1}, ["max_num_batched_tokens=-1"]),
+        ({"block_size": 0}, ["block_size=0"]),
+    ],
+)
+def test_arguments_that_cannot_be(directory: Path, arguments: dict[str, Any], words: list[str]) -> None:
+    refused(*words, model=str(directory), **({"device": "cpu"} | arguments))
+
+
+def test_unknown_arguments_are_refused(directory: Path) -> None:
+    with pytest.raises(TypeError, match="gpu_memroy"):
+        LLM(str(directory), gpu_memroy="1GiB")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("value", ["abc", {}, [[1]], [None], 1e400, -1, VOCAB, True])
+def test_end_tokens_that_are_none(value: Any, tmp_path: Path) -> None:
+    tiny_model("llama-gqa", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": value}))
+    refused("eos_token_id", str(VOCAB - 1), model=str(tmp_path))
+
+
+def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    tiny_model("llama-gqa", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
+    generation = tmp_path / "generation_config.json"
+    for content, expected in (({"eos_token_id": [7, 9]}, [7, 9]), ({"eos_token_id": None}, [3]), ({}, [3])):
+        generation.write_text(json.dumps(content))
+        assert LLM(str(tmp_path)).engine._eos_ids == expected
+
+
+def test_results_come_in_order_as_they_finish(llm: LLM) -> None:
+    lengths = [12, 3, 6]
+    params = [replace(PARAMS, max_tokens=n, ignore_eos=True) for n in lengths]
+    found = llm.iterate([[1, 2], [3], [4, 5, 6]], params)
+    first = next(found)
+    assert len(first.outputs[0].token_ids) == 12
+    assert not llm.engine.has_work  # the others ran with it
+    assert [len(o.outputs[0].token_ids) for o in found] == lengths[1:]
+
+
+def test_one_bad_prompt_is_named_and_cancels_the_others(llm: LLM) -> None:
+    with pytest.raises(UserError, match=f"prompt 2 of 3: .*{VOCAB}"):
+        llm.generate([[1], [VOCAB], [2]], PARAMS)
+    assert not llm.engine.has_work
+    with pytest.raises(UserError, match="2 SamplingParams"):
+        llm.generate([[1]], [PARAMS, PARAMS])
+    llm.engine.check()
+
+
+@pytest.mark.parametrize("prompt", ["", [], {"text": "x"}, {"prompt": "a", "prompt_token_ids": [1]}, [1, "a"], [[1.5]], [[True]]])
+def test_prompts_that_are_none(llm: LLM, prompt: Any) -> None:
+    if prompt == []:
+        assert llm.generate([]) == []
+        return
+    with pytest.raises(UserError):
+        llm.generate(prompt, PARAMS)
+    assert not llm.engine.has_work
+
+
+def test_text_needs_a_tokenizer_and_ids_do_not(llm: LLM) -> None:
+    assert len(llm.generate([1, 2, 3], PARAMS)[0].outputs[0].token_ids) > 0
+    with pytest.raises(UserError, match="tokenizer"):
+        llm.generate("text", PARAMS)
+    with pytest.raises(UserError, match="tokenizer"):
+        llm.generate([1, 2, 3], replace(PARAMS, detokenize=True))
+    with pytest.raises(UserError, match="logit_bias"):
+        llm.generate([1, 2, 3], replace(PARAMS, n=2, logit_bias={VOCAB: 1.0}))
+    assert not llm.engine.has_work
+    assert not llm.engine._executor._prompts and not llm.engine._executor._sampler._sequences  # type: ignore[attr-defined]
+    llm.engine.check()
+
+
+def test_a_failed_step_is_run_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of the layers, after some of them wrote K/V: a stream that was running gives its tokens all the same."""
+    llm = LLM(str(directory))
+    params = replace(PARAMS, ignore_eos=True)
+    expected = llm.generate([5, 6, 7], params)[0].outputs[0].token_ids
+    stream = llm.stream([5, 6, 7], params)
+    tokens = next(stream).token_ids
+    kv = llm.engine._executor._kv  # type: ignore[attr-defined]
+    attend = kv.attend
+
+    def fail(layer: int, q: Any) -> Any:
+        if layer == 1:
+            raise RuntimeError("planted")
+        return attend(layer, q)
+
+    monkeypatch.setattr(kv, "attend", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        llm.generate([[9]], PARAMS)
+    monkeypatch.undo()
+    for chunk in stream:
+        tokens = tokens + chunk.token_ids
+    assert tokens == expected
+    llm.engine.check()
