@@ -21,6 +21,7 @@ from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
@@ -29,6 +30,7 @@ from rowcast.runtime.model import load_decoder
 from rowcast.runtime.protocols import Comm
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.step import SeqStep
+from rowcast.runtime.weights import DenseWeights
 
 PROMPT_TOKENS = 24
 NEW_TOKENS = 20
@@ -61,7 +63,7 @@ class Ours:
         rows, start = [], 0
         for end in ends:
             step = SeqStep(7, tokens[start:end], start, blocks[: -(-end // BLOCK_SIZE)], prompt, sample=True)
-            rows.append(self.decoder.logits(self.decoder.forward([step], self.kv)))
+            rows.append(self.decoder.logits(self.decoder.run([step], self.kv)))
             self.kv.commit(7, end - start)
             start = end
         self.kv.free(7)
@@ -122,6 +124,13 @@ def test_ranks_together_equal_transformers(reference: Reference, world: int) -> 
     ranks = run_ranks(world, lambda comm: Ours(reference.path, comm).logits(reference.tokens, PROMPT_TOKENS, 7))
     torch.testing.assert_close(ranks[0], reference.logits, atol=TOLERANCE, rtol=0)
     assert all(torch.equal(ranks[0], other) for other in ranks[1:])
+
+
+def test_a_plan_predicts_what_a_pass_reads(reference: Reference) -> None:
+    ours = Ours(reference.path, SoloComm())
+    weights = ours.decoder._weights
+    assert isinstance(weights, DenseWeights)
+    assert pass_bytes(ours.decoder.spec, 4) == weights.bytes
 
 
 def test_dynamic_rope_length_is_the_prompts_whatever_the_chunks(tmp_path: Path) -> None:

@@ -134,10 +134,21 @@ def test_rollback_and_commit_refuse_what_was_never_there() -> None:
         kv.rollback(0, 3)
     with pytest.raises(ValueError, match="fewer than 4"):
         kv.commit(0, 4)
+    kv.commit(0, 1)  # the third
+    assert kv.length(0) == 3
+    with pytest.raises(ValueError, match="fewer than 1"):
+        kv.commit(0, 1)
+    kv.bind([SeqStep(0, [4, 5], 3, [0, 1], 3, False)])
     kv.rollback(0, 0)
     assert kv.length(0) == 0
+    with pytest.raises(ValueError, match="fewer than 1"):
+        kv.commit(0, 1)
+    kv.bind([SeqStep(0, [1], 0, [0], 3, False)])
     kv.free(0)
     kv.free(0)
+    with pytest.raises(ValueError, match="fewer than 1"):
+        kv.commit(0, 1)
+    assert kv.seq_ids == set()
 
 
 def test_a_rank_takes_its_own_slopes() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tiny import VOCAB, tiny_model
 
 from rowcast import LLM, SamplingParams, UserError
@@ -53,6 +56,7 @@ def test_a_plan_stands_alone(directory: Path, llm: LLM, tmp_path: Path) -> None:
 
 
 def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
+    refused("plan=5", model=str(directory), plan=5)
     refused("other weights", model=str(directory), plan=replace(llm.plan, fingerprint="0" * 16))
     refused("1000", "128", model=str(directory), plan=replace(llm.plan, max_context=1000))
     refused("ladder", "hire", model=str(directory), plan=replace(llm.plan, ladder=["hire", "plain"]))
@@ -77,6 +81,11 @@ def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
         ({"max_num_seqs": 0}, ["max_num_seqs=0"]),
         ({"max_num_batched_tokens": -1}, ["max_num_batched_tokens=-1"]),
         ({"block_size": 0}, ["block_size=0"]),
+        ({"max_model_len": "abc"}, ["max_model_len='abc'", "whole number"]),
+        ({"max_model_len": 64.5}, ["max_model_len=64.5"]),
+        ({"max_model_len": True}, ["max_model_len=True"]),
+        ({"seed": 1.5}, ["seed=1.5"]),
+        ({"device": None}, ["device=None"]),
     ],
 )
 def test_arguments_that_cannot_be(directory: Path, arguments: dict[str, Any], words: list[str]) -> None:
@@ -126,14 +135,56 @@ def test_one_bad_prompt_is_named_and_cancels_the_others(llm: LLM) -> None:
     llm.engine.check()
 
 
-@pytest.mark.parametrize("prompt", ["", [], {"text": "x"}, {"prompt": "a", "prompt_token_ids": [1]}, [1, "a"], [[1.5]], [[True]]])
+@pytest.mark.parametrize(
+    "prompt",
+    ["", 5, None, [None], {"text": "x"}, {"prompt": None}, {"prompt_token_ids": 5}, {"prompt": "a", "prompt_token_ids": [1]}, [1, "a"],
+     [[1.5]], [[True]], [["a"]], b"bytes", [""], {}],
+)  # fmt: skip
 def test_prompts_that_are_none(llm: LLM, prompt: Any) -> None:
-    if prompt == []:
-        assert llm.generate([]) == []
-        return
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="prompt") as caught:
         llm.generate(prompt, PARAMS)
+    assert "\n" not in str(caught.value)
     assert not llm.engine.has_work
+
+
+def test_prompts_of_many_kinds(llm: LLM) -> None:
+    expected = llm.generate([1, 2], PARAMS)[0].outputs[0].token_ids
+    for prompt in (np.array([1, 2]), torch.tensor([1, 2]), (1, 2), {"prompt_token_ids": [1, 2]}, [np.int64(1), np.int32(2)]):
+        assert [o.outputs[0].token_ids for o in llm.generate(prompt, PARAMS)] == [expected]  # type: ignore[arg-type]
+    assert [o.outputs[0].token_ids for o in llm.generate(np.array([[1, 2], [1, 2]]), PARAMS)] == [expected, expected]  # type: ignore[arg-type]
+    assert llm.generate([], PARAMS) == []
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, [None], "y", 3])
+def test_sampling_params_that_are_none(llm: LLM, params: Any) -> None:
+    with pytest.raises(UserError, match="sampling_params"):
+        llm.generate([[1]], params)
+    with pytest.raises(UserError, match="sampling_params"):
+        llm.stream([1], params)
+
+
+def test_a_stream_has_one_prompt(llm: LLM) -> None:
+    with pytest.raises(UserError, match="one prompt, not 2"):
+        llm.stream([[1], [2]], PARAMS)  # type: ignore[list-item]
+
+
+def test_dropping_it_frees_it(directory: Path) -> None:
+    llm = LLM(str(directory))
+    llm.generate([1], PARAMS)
+    gone = weakref.ref(llm.engine)
+    del llm
+    assert gone() is None
+
+
+def test_json_of_several_samples(llm: LLM) -> None:
+    params = replace(PARAMS, n=2, logprobs=1, max_tokens=2, stop_token_ids=[3], ignore_eos=True)
+    [output] = llm.generate([1, 2], params)
+    found = json.loads(json.dumps(output.to_json()))
+    assert found["stats"]["generated_tokens"] == sum(len(o.token_ids) for o in output.outputs)
+    assert [o["token_ids"] for o in found["outputs"]] == [o.token_ids for o in output.outputs]
+    for sample in (found, *found["outputs"]):
+        assert {"text", "token_ids", "finish_reason", "stop_reason", "logprobs"} <= sample.keys()
+        assert [entry[0]["id"] for entry in sample["logprobs"]] == sample["token_ids"]
 
 
 def test_text_needs_a_tokenizer_and_ids_do_not(llm: LLM) -> None:

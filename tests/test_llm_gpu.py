@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,11 +35,25 @@ def test_float32_tokens_are_the_cpus(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_runs_alone_and_in_a_batch(dtype: str, tmp_path: Path) -> None:
+def test_half_precision_runs(dtype: str, tmp_path: Path) -> None:
+    """Its tokens are near those of float32, given the same tokens before: log-probabilities within what 16 bits round away."""
     tiny_model("llama-gqa", tmp_path)
     llm = LLM(str(tmp_path), device="cuda", dtype=dtype)
-    outputs = llm.generate(prompts(), PARAMS)
+    exact = LLM(str(tmp_path), device="cuda", dtype="float32")
+    outputs = llm.generate(prompts(), replace(PARAMS, temperature=0, top_k=0, logprobs=0))
     assert all(len(output.outputs[0].token_ids) == 40 for output in outputs)
+    for output in outputs:
+        ids = output.prompt_token_ids + output.outputs[0].token_ids
+        [scored] = exact.generate(ids, replace(PARAMS, max_tokens=1, prompt_logprobs=0))
+        assert scored.prompt_logprobs is not None and output.outputs[0].logprobs is not None
+        for token, mine, theirs in zip(
+            output.outputs[0].token_ids,
+            output.outputs[0].logprobs,
+            scored.prompt_logprobs[len(output.prompt_token_ids) :],
+            strict=True,
+        ):
+            assert theirs is not None
+            assert abs(mine[token].logprob - theirs[token].logprob) < 0.3
     assert llm.plan.dtype == dtype and llm.plan.device.startswith("cuda")
 
 
@@ -51,3 +67,31 @@ def test_the_budget_is_a_hard_limit(tmp_path: Path) -> None:
         LLM(str(tmp_path), device="cuda", gpu_memory="100TiB")
     with pytest.raises(UserError, match="not enough memory"):
         LLM(str(tmp_path), device="cuda", gpu_memory="1MiB")
+
+
+def test_a_full_batch_with_a_large_vocabulary_stays_within_the_budget(tmp_path: Path) -> None:
+    """64 sequences x 152k tokens, with all that sampling can ask for; KV takes what the plan leaves, so nothing else has room."""
+    tiny_model("llama-gqa", tmp_path, vocab_size=151_936)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    llm = LLM(str(tmp_path), device="cuda", dtype="float32", gpu_memory="700MiB", max_num_batched_tokens=256)
+    params = replace(
+        PARAMS, top_k=0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, frequency_penalty=0.1, max_tokens=6, logprobs=2
+    )
+    outputs = llm.generate([[i, i + 1] for i in range(64)], params)
+    assert all(len(output.outputs[0].token_ids) == 6 for output in outputs)
+    assert torch.cuda.max_memory_reserved() - before <= 700 << 20
+
+
+def test_a_second_model_in_the_same_process(tmp_path: Path) -> None:
+    tiny_model("llama-gqa", tmp_path)
+    first = LLM(str(tmp_path), device="cuda")
+    second = LLM(str(tmp_path), device="cuda")
+    assert len(second.generate([1, 2], PARAMS)[0].outputs[0].token_ids) == 40
+    assert len(first.generate([1, 2], PARAMS)[0].outputs[0].token_ids) == 40
+    del first, second
+    free = torch.cuda.mem_get_info()[0]
+    third = LLM(str(tmp_path), device="cuda", gpu_memory=int(free * 0.8))
+    assert len(third.generate([1, 2], PARAMS)[0].outputs[0].token_ids) == 40

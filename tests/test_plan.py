@@ -44,7 +44,9 @@ def test_what_does_not_fit_says_how_much_was_needed() -> None:
     with pytest.raises(OutOfMemoryError, match="--gpu-memory"):
         make(budget_bytes=full.weight_bytes)
     one_block = full.weight_bytes + full.work_bytes + 16 * full.kv_token_bytes
-    assert make(budget_bytes=one_block).notes[-1].startswith("KV memory holds 16 tokens")
+    shortened = make(budget_bytes=one_block)
+    assert (shortened.max_context, shortened.num_blocks) == (16, 1)
+    assert shortened.notes[-1].startswith("context 16 instead of 64 tokens")
     with pytest.raises(OutOfMemoryError, match=r"64 tokens.*need"):
         make(budget_bytes=one_block, max_model_len=64)
 
@@ -59,6 +61,12 @@ def test_absurd_numbers_are_refused(name: str, value: int) -> None:
 def test_a_longer_context_than_the_models_is_refused() -> None:
     with pytest.raises(UserError, match="64 tokens"):
         make(max_model_len=65)
+
+
+def test_a_step_holds_a_token_of_every_sequence() -> None:
+    assert make(max_num_batched_tokens=7).max_num_seqs == 7
+    with pytest.raises(UserError, match=r"max_num_batched_tokens=7 .* max_num_seqs=8"):
+        make(max_num_batched_tokens=7, max_num_seqs=8)
 
 
 def test_files_round_trip(tmp_path: Path) -> None:

@@ -348,3 +348,41 @@ def test_what_no_token_can_satisfy_is_refused(given: dict[str, Any], bad_words: 
     with pytest.raises(UserError) as caught:
         one(SamplingParams(**given), bad_word_ids=bad_words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_suspended_sequence_goes_on_with_its_counts() -> None:
+    """Device memory for penalties is held by sequences that run, not by those that wait."""
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.3, presence_penalty=0.2)
+    sampler = Sampler(V)
+    for seq_id in range(20):
+        sampler.add(seq_id, params, seed=1, sample_index=0, prompt_ids=[1, 2, seq_id], eos_ids=[EOS])
+    assert len(sampler._counts.in_prompt) == 0
+    logits = random_logits(2)
+    for tokens in ([3, 4], [3], [5, 5]):
+        before = sampler.process([0, 1], logits)
+        for seq_id in (0, 1):
+            sampler.commit(seq_id, tokens)
+        sampler.suspend(0)
+        sampler.suspend(0)
+        after = sampler.process([0, 1], logits)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after[:, 6:], sampler.process([1, 0], logits.flip(0)).flip(0)[:, 6:])
+    law = reference_law(logits[0].tolist(), params, [1, 2, 0], [3, 4, 3, 5, 5])
+    torch.testing.assert_close(after[0].softmax(-1), torch.tensor(law), atol=1e-6, rtol=1e-5)
+    assert len(sampler._counts.in_prompt) == 2
+    sampler.remove(0)
+    assert sampler.seq_ids == set(range(1, 20))
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.4)]
+)
+def test_logits_that_are_not_numbers_give_no_token(params: SamplingParams) -> None:
+    sampler = Sampler(V)
+    for seq_id in (0, 1):
+        sampler.add(seq_id, params, seed=1, sample_index=0, prompt_ids=[1], eos_ids=[EOS])
+    logits = random_logits(2)
+    logits[1, 7] = math.nan
+    first, second = sampler.sample([0, 1], logits).token_ids.tolist()
+    assert first >= 0
+    assert second == -1

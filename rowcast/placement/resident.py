@@ -7,6 +7,15 @@ from rowcast.placement.plan import DTYPE_BYTES, Plan
 from rowcast.placement.units import format_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
+MAX_NUM_SEQS = 64
+"""Sequences that run at the same time, unless the caller says otherwise."""
+
+LOGIT_ELEMENTS = 1 << 22
+"""Most logits held at once: a step with more rows samples them in parts."""
+
+LOGIT_BYTES = 48
+"""Taken for one such logit beside itself: its float32 form, integer words and float64 of the noise, sorted values and their mass."""
+
 CPU_KV_BYTES = 4 << 30
 """KV memory taken on a CPU unless one full context needs more: host memory is shared with everything else."""
 
@@ -23,7 +32,7 @@ def resident_plan(
     budget_bytes: int,
     head_copy_bytes: int = 0,
     max_model_len: int | None = None,
-    max_num_seqs: int = 64,
+    max_num_seqs: int | None = None,
     max_num_batched_tokens: int = 2048,
     block_size: int = 16,
     notes: tuple[str, ...] = (),
@@ -45,13 +54,20 @@ def resident_plan(
     if max_model_len is not None and max_model_len > spec.max_context:
         raise UserError(f"max_model_len={max_model_len} is more than the {spec.max_context} tokens that the model was made for")
     chosen = list(notes)
+    if max_num_seqs is None:
+        max_num_seqs = min(MAX_NUM_SEQS, max_num_batched_tokens)
+    if max_num_batched_tokens < max_num_seqs:
+        raise UserError(
+            f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}, but a step has to hold one "
+            "token of each sequence: raise the one or lower the other"
+        )
     width = DTYPE_BYTES[dtype]
     weights = parameter_count(spec) * width + head_copy_bytes
-    work = _work_bytes(spec, width, max_num_seqs, max_num_batched_tokens)
     token_bytes = kv_bytes_per_token(spec, width)
     block_bytes = token_bytes * block_size
     context = max_model_len or spec.max_context
     context_blocks = -(-context // block_size)
+    work = _work_bytes(spec, width, max_num_seqs, max_num_batched_tokens, context)
     needed = context_blocks if max_model_len is not None else 1
     rest = budget_bytes - weights - work
     if rest < needed * block_bytes:
@@ -65,7 +81,8 @@ def resident_plan(
     if device == "cpu" and blocks * block_bytes > CPU_KV_BYTES:
         blocks = min(blocks, max(context_blocks, CPU_KV_BYTES // block_bytes))
     if blocks < context_blocks:
-        chosen.append(f"KV memory holds {blocks * block_size} tokens, less than the context of {context}: the budget ends there")
+        chosen.append(f"context {blocks * block_size} instead of {context} tokens: the budget holds no more KV")
+        context = blocks * block_size
     return Plan(
         fingerprint=fingerprint,
         ladder=["plain"],
@@ -96,10 +113,16 @@ def pass_bytes(spec: ModelSpec, width: int) -> int:
     return (parameter_count(spec) - looked_up) * width
 
 
-def _work_bytes(spec: ModelSpec, width: int, max_num_seqs: int, max_batch_tokens: int) -> int:
-    """Peak of one step's temporaries: residual stream and norms, fused QKV, MLP, then float32 logits and their noise."""
+def _work_bytes(spec: ModelSpec, width: int, max_num_seqs: int, max_batch_tokens: int, context: int) -> int:
+    """Peak of what a step takes and gives back, and of the sampler's counts.
+
+    Layers: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks. Sampling: logits in parts.
+    Penalties: prompt and output counts of every running sequence, with room to grow.
+    """
     qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     mlp = spec.intermediate_size * (4 if spec.gated else 2)
     activations = max_batch_tokens * (4 * spec.hidden_size + max(2 * qkv, mlp)) * width
-    logits = max_num_seqs * spec.vocab_size * (width + 4 * 4)
-    return activations + max(logits, MASK_BYTES)
+    gathered = context * 2 * spec.num_kv_heads * spec.head_dim * width
+    logits = min(max(LOGIT_ELEMENTS, spec.vocab_size), max_num_seqs * spec.vocab_size) * (width + LOGIT_BYTES)
+    counts = 8 * max_num_seqs * spec.vocab_size
+    return max(activations + gathered + MASK_BYTES, logits) + counts

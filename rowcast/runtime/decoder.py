@@ -7,6 +7,7 @@ read, or how many ranks there are beyond summing their parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ from torch import Tensor
 from rowcast.runtime.protocols import Comm, KVView, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.step import SeqStep
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a forward pass reads of T tokens, [T] int64 each, on the device."""
+
+    ids: Tensor
+    positions: Tensor
+    prompt_lengths: Tensor
+    """Of each token's request; dynamic NTK scaling reads it."""
+
+    @staticmethod
+    def of(steps: Sequence[SeqStep], device: torch.device) -> Tokens:
+        """The tokens of all steps, in order."""
+        return Tokens(
+            torch.tensor([t for s in steps for t in s.tokens], device=device),
+            torch.tensor([p for s in steps for p in range(s.start, s.start + len(s.tokens))], device=device),
+            torch.tensor([s.prompt_length for s in steps for _ in s.tokens], device=device),
+        )
 
 
 class Decoder:
@@ -26,26 +46,25 @@ class Decoder:
         self._comm = comm
         self._rope = Rope(self.spec.rope, self.spec.head_dim, device) if self.spec.rope is not None else None
 
-    @torch.inference_mode()
-    def forward(self, steps: Sequence[SeqStep], kv: KVView) -> Tensor:
-        """Run the tokens of all steps, T in all, and write their K/V into `kv` as proposals. Returns hidden states [T, D].
+    def run(self, steps: Sequence[SeqStep], kv: KVView) -> Tensor:
+        """`forward` over the tokens of all steps, T in all, after binding them to `kv`. Returns hidden states [T, D]."""
+        kv.bind(steps)
+        return self.forward(Tokens.of(steps, self.device), kv)
 
-        The hidden states are those before the final norm; `logits` takes any rows of them.
+    @torch.inference_mode()
+    def forward(self, tokens: Tokens, kv: KVView) -> Tensor:
+        """Run the tokens that are bound to `kv` and write their K/V into it as proposals. Asks the device nothing.
+
+        Returns hidden states [T, D] before the final norm; `logits` takes any rows of them.
         """
         spec, weights = self.spec, self._weights
-        ids = torch.tensor([t for s in steps for t in s.tokens], device=self.device)
-        positions = torch.tensor([p for s in steps for p in range(s.start, s.start + len(s.tokens))], device=self.device)
-        rotation = None
-        if self._rope is not None:
-            prompt_lengths = torch.tensor([s.prompt_length for s in steps for _ in s.tokens], device=self.device)
-            cos, sin = self._rope.cos_sin(positions, prompt_lengths)
-            rotation = cos, sin
-        kv.bind(steps)
-        x = weights.embed(ids, positions)
+        x = weights.embed(tokens.ids, tokens.positions)
         if spec.embed_norm:
             x = weights.norm(0, "embed", x)
-        if rotation is not None:
-            rotation = rotation[0].to(x.dtype), rotation[1].to(x.dtype)
+        rotation = None
+        if self._rope is not None:
+            cos, sin = self._rope.cos_sin(tokens.positions, tokens.prompt_lengths)
+            rotation = cos.to(x.dtype), sin.to(x.dtype)
         for layer in range(spec.num_layers):
             x = self._layer(layer, x, rotation, kv)
         return x

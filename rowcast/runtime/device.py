@@ -56,17 +56,31 @@ def choose_dtype(asked: str, stored: str, device: torch.device) -> tuple[str, st
 def available_bytes(device: torch.device) -> int:
     """Memory that could be taken now: the GPU's free memory, or the host's, within its control group's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(found))
+    return max(0, min([*found, *_control_group_bytes(Path("/sys/fs/cgroup"))]))
+
+
+def _control_group_bytes(root: Path) -> list[int]:
+    """What this process's control group (version 2, or 1) still allows; empty without a limit. Cached file pages count as free."""
+    for folder, limit, used, inactive in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            bound, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if bound.isdigit():
+            return [int(bound) - taken + int(pages.get(inactive, 0))]
+    return []
 
 
 def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
@@ -85,7 +99,7 @@ def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
 
 
 def hold_to_budget(device: torch.device, budget: int) -> None:
-    """From now on torch refuses to take more of the GPU than `budget` bytes. Nothing to do on a CPU."""
+    """From now on torch refuses to take more of the GPU than `budget` bytes beyond what it holds. Nothing to do on a CPU."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + budget) / total), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -57,7 +58,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        """Whether any request that is still wanted is unfinished."""
+        return any(not seq.request.dropped for seq in self._live.values())
 
     def add(
         self,
@@ -72,16 +74,16 @@ class Engine:
             kept = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.plan.max_context - 1
             prompt_ids = prompt_ids[-kept:]
         max_length = self._max_length(prompt_ids, params)
-        index, self._requests = self._requests, self._requests + 1
-        seed = params.seed if params.seed is not None else (self._seed * 0x9E3779B97F4A7C15 + index) % (1 << 63)
+        seed = params.seed if params.seed is not None else self._derived_seed()
         stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, density={self.plan.ladder[-1]: 1.0})
-        request = Request(f"{index}", prompt, prompt_ids, params, seed, max_length, stats)
+        request = Request(f"{self._requests}", prompt, prompt_ids, params, seed, max_length, stats)
         try:
             for sample_index in range(params.n):
                 self._add_sample(request, sample_index, bad_word_ids or [])
         except UserError:
             self.abort(request)
             raise
+        self._requests += 1
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         return request
@@ -99,8 +101,9 @@ class Engine:
         self._live[seq_id] = seq
         self.scheduler.add(seq)
 
-    def step(self) -> list[Sequence]:
-        """Schedule, run, commit. Returns the sequences that gained tokens. Precondition: `has_work`."""
+    def step(self) -> None:
+        """Schedule, run, commit. Precondition: `has_work`."""
+        self._reap()
         chosen, preempted = self.scheduler.schedule()
         for seq in preempted:
             self._executor.free_kv(seq.seq_id)
@@ -112,8 +115,12 @@ class Engine:
             self._preempt_all()  # what the step left of the KV is unknown
             raise
         self._count_bytes(steps)
-        gained = [self._commit(seq, step, result) for (seq, _), step, result in zip(chosen, steps, results, strict=True)]
-        return [seq for (seq, _), has_gained in zip(chosen, gained, strict=True) if has_gained]
+        emitted: Counter[Request] = Counter()
+        for (seq, _), step, result in zip(chosen, steps, results, strict=True):
+            emitted[seq.request] += self._commit(seq, step, result)
+        for request, tokens in emitted.items():
+            if tokens:
+                request.count(tokens)
 
     def abort(self, request: Request) -> None:
         """Drop what is left of a request; samples that have finished stay as they are."""
@@ -123,9 +130,20 @@ class Engine:
 
     def check(self) -> None:
         """Nothing is leaked. For tests and idle moments."""
+        self._reap()
         self.scheduler.check()
+        self._executor.check(self._live.keys())
         if not self._live:
             assert self.scheduler.pool.free_blocks == self.scheduler.pool.total
+
+    def _reap(self) -> None:
+        """Abort requests that were dropped. Garbage collection may drop one at any moment, in mid-step too, so it only marks it."""
+        for request in {seq.request for seq in self._live.values() if seq.request.dropped}:
+            self.abort(request)
+
+    def _derived_seed(self) -> int:
+        """For a request that brings none: made of the engine's seed and the request's number, far from seeds that people choose."""
+        return (self._seed * 0x9E3779B97F4A7C15 + (self._requests + 1) * 0xD1B54A32D192ED03) % (1 << 63)
 
     def _preempt_all(self) -> None:
         """After a failed step: every sequence is computed again from its tokens."""
@@ -135,12 +153,7 @@ class Engine:
     def _command(self, seq: Sequence, tokens: int) -> SeqStep:
         request = seq.request
         found = request.prompt_logprobs
-        wanted = (
-            found is not None
-            and seq.sample_index == 0
-            and seq.computed + 1 >= len(found)
-            and len(found) < len(request.prompt_ids)
-        )
+        wanted = found is not None and seq.sample_index == 0 and len(found) < len(request.prompt_ids)
         return SeqStep(
             seq_id=seq.seq_id,
             tokens=seq.tokens(seq.computed, seq.computed + tokens),
@@ -151,14 +164,15 @@ class Engine:
             prompt_logprobs=request.params.prompt_logprobs if wanted else None,
         )
 
-    def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> bool:
-        """Take over what a step gave one sequence, up to the first stop. False if it gave no token."""
+    def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> int:
+        """Take over what a step gave one sequence, up to the first stop; the number of tokens."""
         request = seq.request
         if request.prompt_logprobs is not None and result.prompt_logprobs is not None:
-            request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs]
+            known = len(request.prompt_logprobs) - 1 - step.start  # from before a preemption
+            request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs[known:]]
         if not result.tokens:
             seq.computed += len(step.tokens)
-            return False
+            return 0
         emitted = 0
         for i, token in enumerate(result.tokens):
             seq.output_ids.append(token)
@@ -170,8 +184,7 @@ class Engine:
                 break
         seq.computed = seq.length - 1
         request.stats.rounds += 1
-        request.count(emitted)
-        return True
+        return emitted
 
     def _stops(self, seq: Sequence, token: int) -> bool:
         """Whether the newest token ends the sequence; if so, ends it."""
@@ -185,7 +198,7 @@ class Engine:
             self._finish(seq, "stop", None if is_eos else token)
             return True
         if seq.detokenizer is not None:
-            match = seq.detokenizer.push(token, check_stop=generated > params.min_tokens or params.min_tokens == 0)
+            match = seq.detokenizer.push(token, check_stop=generated > params.min_tokens)
             if match is not None:
                 self._finish(seq, "stop", match.stop)
                 return True

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from rowcast.errors import OutOfMemoryError
+from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
 from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep, TokenLogprobs
-
-LOGIT_ROWS = 256
-"""Most rows of logits held at once while prompt log-probabilities are taken."""
 
 
 class LocalExecutor:
@@ -25,6 +24,7 @@ class LocalExecutor:
         self._kv = kv
         self._sampler = sampler
         self._prompts: dict[int, list[int]] = {}
+        self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
 
     def add(self, setup: SeqSetup) -> None:
         self._sampler.add(
@@ -36,6 +36,7 @@ class LocalExecutor:
             eos_ids=setup.eos_ids,
             bad_word_ids=setup.bad_word_ids,
         )
+        self._sampler.commit(setup.seq_id, setup.output_ids)
         self._prompts[setup.seq_id] = setup.prompt_ids
 
     @torch.inference_mode()
@@ -50,26 +51,22 @@ class LocalExecutor:
             ) from error
 
     def _step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        hidden = self._decoder.forward(steps, self._kv)
-        for step in steps:
+        hidden = self._decoder.run(steps, self._kv)
+        ends = list(accumulate(len(step.tokens) for step in steps))
+        prompts = [self._prompt_logprobs(s, hidden[end - len(s.tokens) : end]) for s, end in zip(steps, ends, strict=True)]
+        drawn = self._sample(steps, hidden, ends)
+        # Nothing is committed before everything has succeeded.
+        results = []
+        for step, prompt in zip(steps, prompts, strict=True):
+            tokens, logprobs = drawn.get(step.seq_id, ([], None))
             self._kv.commit(step.seq_id, len(step.tokens))
-        ends, end = [], 0
-        for step in steps:
-            end += len(step.tokens)
-            ends.append(end)
-        tokens, logprobs = self._sample(steps, hidden, ends)
-        return [
-            SeqResult(
-                step.seq_id,
-                tokens.get(step.seq_id, []),
-                logprobs.get(step.seq_id),
-                self._prompt_logprobs(step, hidden[end - len(step.tokens) : end]),
-            )
-            for step, end in zip(steps, ends, strict=True)
-        ]
+            self._sampler.commit(step.seq_id, tokens)
+            results.append(SeqResult(step.seq_id, tokens, logprobs, prompt))
+        return results
 
     def free_kv(self, seq_id: int) -> None:
         self._kv.free(seq_id)
+        self._sampler.suspend(seq_id)
 
     def remove(self, seq_id: int) -> None:
         self._kv.free(seq_id)
@@ -78,21 +75,22 @@ class LocalExecutor:
 
     def _sample(
         self, steps: Sequence[SeqStep], hidden: Tensor, ends: list[int]
-    ) -> tuple[dict[int, list[int]], dict[int, list[TokenLogprobs]]]:
-        """The next token of every sequence whose last token ran."""
+    ) -> dict[int, tuple[list[int], list[TokenLogprobs] | None]]:
+        """The next token, and its log-probabilities where asked for, of every sequence whose last token ran."""
         chosen = [(step.seq_id, end - 1) for step, end in zip(steps, ends, strict=True) if step.sample]
-        if not chosen:
-            return {}, {}
-        seq_ids = [seq_id for seq_id, _ in chosen]
-        rows = [row for _, row in chosen]
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden[rows]
-        drawn = self._sampler.sample(seq_ids, self._decoder.logits(hidden))
-        tokens = {seq_id: [token] for seq_id, token in zip(seq_ids, drawn.token_ids.tolist(), strict=True)}
-        for seq_id, ids in tokens.items():
-            self._sampler.commit(seq_id, ids)
-        wanted = zip(seq_ids, drawn.logprobs or [], strict=False)
-        return tokens, {seq_id: [entry] for seq_id, entry in wanted if entry is not None}
+        found: dict[int, tuple[list[int], list[TokenLogprobs] | None]] = {}
+        for i in range(0, len(chosen), self._logit_rows):
+            seq_ids, rows = zip(*chosen[i : i + self._logit_rows], strict=True)
+            wanted = hidden if len(rows) == hidden.shape[0] else hidden[list(rows)]
+            drawn = self._sampler.sample(seq_ids, self._decoder.logits(wanted))
+            logprobs = drawn.logprobs or [None] * len(seq_ids)
+            for seq_id, token, entry in zip(seq_ids, drawn.token_ids.tolist(), logprobs, strict=True):
+                if token < 0:
+                    raise UserError(
+                        "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
+                    )
+                found[seq_id] = [token], None if entry is None else [entry]
+        return found
 
     def _prompt_logprobs(self, step: SeqStep, hidden: Tensor) -> list[TokenLogprobs] | None:
         # hidden [t, D]: row i predicts the prompt token at position start + i + 1, where there is one
@@ -100,7 +98,12 @@ class LocalExecutor:
             return None
         successors = self._prompts[step.seq_id][step.start + 1 : step.start + 1 + len(step.tokens)]
         found: list[TokenLogprobs] = []
-        for i in range(0, len(successors), LOGIT_ROWS):
-            ids = successors[i : i + LOGIT_ROWS]
+        for i in range(0, len(successors), self._logit_rows):
+            ids = successors[i : i + self._logit_rows]
             found += prompt_logprobs(self._decoder.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
         return found
+
+    def check(self, seq_ids: Collection[int]) -> None:
+        """It remembers these sequences and no others. For tests and idle moments."""
+        assert set(self._prompts) == set(seq_ids) == self._sampler.seq_ids
+        assert self._kv.seq_ids <= set(seq_ids)

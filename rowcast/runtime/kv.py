@@ -23,6 +23,8 @@ class _Bound:
     """One sequence's part of the bound pass."""
 
     seq_id: int
+    proposed: int
+    """Tokens of this pass that are not committed yet."""
     first: int
     """Its tokens are rows first, first + 1, ... of the pass."""
     tokens: int
@@ -63,6 +65,11 @@ class PagedKV:
         """Bytes of the whole store."""
         return 2 * self._keys.numel() * self._keys.element_size()
 
+    @property
+    def seq_ids(self) -> set[int]:
+        """Sequences with committed entries."""
+        return set(self._lengths)
+
     def length(self, seq_id: int) -> int:
         """Committed tokens of a sequence, 0 for an unknown one."""
         return self._lengths.get(seq_id, 0)
@@ -81,6 +88,7 @@ class PagedKV:
             self._bound.append(
                 _Bound(
                     step.seq_id,
+                    len(step.tokens),
                     first,
                     len(step.tokens),
                     end,
@@ -115,17 +123,25 @@ class PagedKV:
 
     def commit(self, seq_id: int, tokens: int) -> None:
         bound = next((b for b in self._bound if b.seq_id == seq_id), None)
-        if bound is None or tokens > bound.tokens:
+        if bound is None or tokens > bound.proposed:
             raise ValueError(f"sequence {seq_id} has fewer than {tokens} proposed tokens")
-        self._lengths[seq_id] = bound.length - bound.tokens + tokens
+        bound.proposed -= tokens
+        self._lengths[seq_id] = self.length(seq_id) + tokens
 
     def rollback(self, seq_id: int, length: int) -> None:
         if not 0 <= length <= self.length(seq_id):
             raise ValueError(f"cannot roll sequence {seq_id} of {self.length(seq_id)} tokens back to {length}")
         self._lengths[seq_id] = length
+        self._forget_proposals(seq_id)
 
     def free(self, seq_id: int) -> None:
         self._lengths.pop(seq_id, None)
+        self._forget_proposals(seq_id)
+
+    def _forget_proposals(self, seq_id: int) -> None:
+        for bound in self._bound:
+            if bound.seq_id == seq_id:
+                bound.proposed = 0
 
 
 def _entries(store: Tensor, seq: _Bound) -> Tensor:

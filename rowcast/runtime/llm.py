@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,13 +19,14 @@ from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.detokenizer import Detokenizer
-from rowcast.runtime.engine import Engine
+from rowcast.runtime.engine import Engine, MakeDetokenizer
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.outputs import RequestOutput
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.progress import LoadProgress
+from rowcast.runtime.prompts import Prompt, each_prompt
 from rowcast.runtime.request import Request
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
@@ -36,9 +36,6 @@ from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 from rowcast.settings import settings
 
 log = logging.getLogger("rowcast")
-
-Prompt = str | Seq[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}."""
 
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}"""
@@ -53,7 +50,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL,
+        model: str | Path = DEFAULT_MODEL,
         *,
         tensor_parallel_size: int = 1,
         ladder: str = "auto",
@@ -72,8 +69,9 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        `model`: a directory with safetensors, a GGUF file, or a hub id. `gpu_memory` and `host_memory` are hard budgets ("24GiB" or
-        bytes); a model that runs on the GPU needs host memory for one tensor at a time only. `max_model_len`: longest sequence in
+        `model`: a directory with safetensors, a GGUF file, or a hub id. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes)
+        for weights, KV and work space, which a GPU's allocator enforces; libraries and the interpreter come on top. A model that
+        runs on the GPU needs host memory for one tensor at a time. `max_model_len`: longest sequence in
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
         block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
@@ -83,6 +81,14 @@ class LLM:
         Raises UserError (a ValueError) in one sentence for anything that cannot be, OutOfMemoryError where memory is short.
         """
         started = time.perf_counter()
+        limits = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size": block_size,
+        }
+        model = str(model) if isinstance(model, Path) else model
+        _check_types({"model": model, "ladder": ladder, "mode": mode, "dtype": dtype, "device": device}, {**limits, "seed": seed})
         _check_choices(tensor_parallel_size, ladder, mode)
         threads = settings().threads
         if threads is not None:
@@ -90,12 +96,6 @@ class LLM:
         self.checkpoint: Checkpoint = open_checkpoint(model)
         self.spec: ModelSpec = spec_from_config(self.checkpoint.config)
         fingerprint = self.checkpoint.source.fingerprint()
-        limits = {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "block_size": block_size,
-        }
         if plan is None:
             self.plan = self._resident_plan(fingerprint, device, dtype, gpu_memory, host_memory, limits)
         else:
@@ -105,19 +105,20 @@ class LLM:
         for note in self.plan.notes:
             log.info("%s", note)
         log.info("plan: %s", self.plan.summary())
-        self._tokenizer: Tokenizer | UserError
+        self._tokenizer: Tokenizer | str
+        """Or why there is none."""
         try:
             self._tokenizer = load_tokenizer(self.checkpoint)
         except UserError as error:  # Token ids do without; whoever needs text gets the error.
-            self._tokenizer = error
+            self._tokenizer = str(error)
         self._build(seed, progress)
         self.load_stats = {"seconds": time.perf_counter() - started, "weight_bytes": self.plan.weight_bytes}
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError if it has none that can be used."""
-        if isinstance(self._tokenizer, UserError):
-            raise self._tokenizer
+        if isinstance(self._tokenizer, str):
+            raise UserError(self._tokenizer)
         return self._tokenizer
 
     def generate(
@@ -133,8 +134,8 @@ class LLM:
 
         Nothing happens before the first result is asked for; dropping the iterator cancels what is left.
         """
-        each = _prompts(prompts)
-        params = _params(sampling_params, len(each))
+        each = each_prompt(prompts)
+        params = _each_params(sampling_params, len(each))
         requests: list[Request] = []
         try:
             for i, (prompt, param) in enumerate(zip(each, params, strict=True), start=1):
@@ -157,7 +158,11 @@ class LLM:
 
         Bad input raises here, not at the first chunk. Closing or dropping the stream cancels the request.
         """
-        return Stream(self.engine, self._add(prompt, sampling_params or SamplingParams()))
+        each = each_prompt(prompt)
+        if len(each) != 1:
+            raise UserError(f"a stream has one prompt, not {len(each)}: call stream for each, or generate")
+        [params] = _each_params(sampling_params, 1)
+        return Stream(self.engine, self._add(each[0], params))
 
     def chat(
         self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
@@ -209,6 +214,8 @@ class LLM:
                 raise UserError(
                     f"{name}={value} was given together with a plan, which decides that itself: leave one of them out"
                 )
+        if not isinstance(plan, (Plan, str, Path)):
+            raise UserError(f"plan={plan!r:.60} has to be a Plan or the path of a plan file")
         chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
         if chosen.fingerprint != fingerprint:
             raise UserError("the plan was made for other weights than this model's: make a plan for this model")
@@ -241,8 +248,8 @@ class LLM:
             LocalExecutor(decoder, kv, Sampler(spec.vocab_size, device)),
             eos_ids=self._eos_ids(),
             seed=seed,
-            make_detokenizer=self._make_detokenizer,
-            token_text=lambda token: self.tokenizer.token(token),
+            make_detokenizer=_detokenizers(self._tokenizer),
+            token_text=None if isinstance(self._tokenizer, str) else self._tokenizer.token,
         )
 
     def _eos_ids(self) -> list[int]:
@@ -257,41 +264,14 @@ class LLM:
                     f"eos_token_id is {found!r:.60} in the model's config, but it has to be one or more token ids from 0 to "
                     f"{self.spec.vocab_size - 1}: correct generation_config.json or config.json"
                 )
-        if not isinstance(self._tokenizer, UserError) and self._tokenizer.eos_token_id is not None:
+        if not isinstance(self._tokenizer, str) and self._tokenizer.eos_token_id is not None:
             ids = [*ids, self._tokenizer.eos_token_id]
         return list(dict.fromkeys(ids))
 
-    def _make_detokenizer(self, params: SamplingParams, prompt_ids: Seq[int]) -> Detokenizer:
-        return Detokenizer(
-            self.tokenizer,
-            stop=list(params.stop_strings),
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            prompt_ids=prompt_ids,
-        )
-
-    def _add(self, prompt: Prompt, params: SamplingParams) -> Request:
-        text, ids = self._tokenize(prompt)
+    def _add(self, prompt: str | list[int], params: SamplingParams) -> Request:
+        text, ids = (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
         bad_words = [ids for word in params.bad_words or () for ids in self._bad_word_ids(word)]
         return self.engine.add(ids, params, prompt=text, bad_word_ids=bad_words)
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            given = [prompt[key] for key in ("prompt_token_ids", "prompt") if key in prompt]
-            if len(given) != 1 or len(prompt) != 1:
-                raise UserError(
-                    f"a prompt mapping has the key prompt or prompt_token_ids, not {', '.join(map(str, prompt)) or 'none'}"
-                )
-            prompt = given[0]
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UserError("the prompt is empty: give at least one character")
-            return prompt, self.tokenizer.encode(prompt)
-        ids = [i for i in prompt if isinstance(i, int) and not isinstance(i, bool)]
-        if len(ids) != len(prompt):
-            raise UserError(f"a prompt is text or a list of token ids, not {prompt!r:.60}")
-        return None, ids
 
     def _bad_word_ids(self, word: str) -> list[list[int]]:
         """A bad word is forbidden at the start of a text and after a space."""
@@ -303,19 +283,42 @@ class LLM:
         return found
 
 
-def _prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """One prompt or several -> a list of prompts."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _each_params(params: object, count: int) -> list[SamplingParams]:
+    """One SamplingParams for all prompts, or one for each."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Seq) or not all(isinstance(p, SamplingParams) for p in params):
+        raise UserError(f"sampling_params are {params!r:.60}: give SamplingParams(...), or a list with one for each prompt")
     if len(params) != count:
         raise UserError(f"{len(params)} SamplingParams were given for {count} prompts: give one, or one for each prompt")
     return list(params)
+
+
+def _detokenizers(tokenizer: Tokenizer | str) -> MakeDetokenizer:
+    """Makes detokenizers, or says why there can be none. Knows the tokenizer only, so that an LLM is freed when it is dropped."""
+
+    def make(params: SamplingParams, prompt_ids: Seq[int]) -> Detokenizer:
+        if isinstance(tokenizer, str):
+            raise UserError(tokenizer)
+        return Detokenizer(
+            tokenizer,
+            stop=params.stop_strings,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prompt_ids=prompt_ids,
+        )
+
+    return make
+
+
+def _check_types(texts: Mapping[str, object], numbers: Mapping[str, object]) -> None:
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{name}={value!r:.60} has to be text")
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise UserError(f"{name}={value!r:.60} has to be a whole number")
 
 
 def _check_choices(tensor_parallel_size: int, ladder: str, mode: str) -> None:

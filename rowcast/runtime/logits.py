@@ -47,6 +47,7 @@ def keep_top_(logits: Tensor, top_k: Tensor, top_p: Tensor, max_k: int) -> None:
     mass = weights.cumsum(-1)
     # Kept while the mass before a token is short of top_p; the first always is.
     kept = ((mass - weights < top_p * mass[:, -1:]) & (ranks < top_k)).sum(-1, keepdim=True)
+    kept = kept.clamp(min=1)  # 0 where logits are NaN
     logits.masked_fill_(logits < values.gather(-1, kept - 1), -torch.inf)
 
 

@@ -35,6 +35,18 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the model's own end of text."""
 
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "index": self.index,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self.logprobs is not None:
+            found["logprobs"] = [_logprobs_json(entry) for entry in self.logprobs]
+        return found
+
 
 @dataclass(slots=True)
 class RequestStats:
@@ -92,23 +104,13 @@ class RequestOutput:
 
     def to_json(self) -> dict[str, Any]:
         """The command line's object: the first sample's text, ids and finish reason, `stats`; `outputs` where n > 1."""
-        first = self.outputs[0]
-        found: dict[str, Any] = {
-            "text": first.text,
-            "token_ids": first.token_ids,
-            "finish_reason": first.finish_reason,
-            "stop_reason": first.stop_reason,
-            "stats": self.metrics.to_json(),
-        }
-        if first.logprobs is not None:
-            found["logprobs"] = [_logprobs_json(entry) for entry in first.logprobs]
+        samples = [output.to_json() for output in self.outputs]
+        found = {key: value for key, value in samples[0].items() if key != "index"}
+        found["stats"] = self.metrics.to_json()
         if self.prompt_logprobs is not None:
             found["prompt_logprobs"] = [None if entry is None else _logprobs_json(entry) for entry in self.prompt_logprobs]
-        if len(self.outputs) > 1:
-            found["outputs"] = [
-                {"index": o.index, "text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
-                for o in self.outputs
-            ]
+        if len(samples) > 1:
+            found["outputs"] = samples
         return found
 
 

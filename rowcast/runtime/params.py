@@ -43,7 +43,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Draw from tokens at least this fraction as likely as the likeliest (Nguyen et al., arXiv 2407.01082)."""
     seed: int | None = None
-    """None: a fresh one for each request."""
+    """None: one derived from the seed of `LLM` and the request's number. Reported in the statistics."""
     stop: str | Sequence[str] | None = None
     """Text that ends the output."""
     stop_token_ids: Sequence[int] | None = None
@@ -215,7 +215,7 @@ _texts = _many(_text, "strings")
 _bias_value = _real(-_FACTOR, _FACTOR, "-100 all but forbids a token")
 
 _CHECKS: dict[str, _Check] = {
-    "n": _integer(1, _MANY, "1 gives one completion"),
+    "n": _integer(1, 16384, "1 gives one completion"),
     "presence_penalty": _real(-2, 2, "0 switches it off"),
     "frequency_penalty": _real(-2, 2, "0 switches it off"),
     "repetition_penalty": _real(1 / _FACTOR, _FACTOR, "1 switches it off"),
@@ -223,7 +223,7 @@ _CHECKS: dict[str, _Check] = {
     "top_p": _real(0, 1, "1 switches it off", open_low=True),
     "top_k": _integer(-1, _MANY, "0 or -1 switches it off"),
     "min_p": _real(0, 1, "0 switches it off"),
-    "seed": _optional(_integer(0, 2**63 - 1, "None draws a fresh one")),
+    "seed": _optional(_integer(0, 2**63 - 1, "None derives one for each request")),
     "stop": _optional(_stop),
     "stop_token_ids": _optional(_ids),
     "bad_words": _optional(_texts),

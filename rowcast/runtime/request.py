@@ -73,6 +73,8 @@ class Request:
     stats: RequestStats
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] | None = None
+    dropped: bool = False
+    """Its owner has gone; the next step aborts it."""
     arrived_s: float = field(default_factory=time.perf_counter)
     first_token_s: float | None = None
     first_step_tokens: int = 0

@@ -95,15 +95,26 @@ class Sampler:
         stop_ids = tuple(i for i in sorted({*eos_ids, *(params.stop_token_ids or ())}) if i < self.vocab_size)
         bad_words = [list(word) for word in bad_word_ids if word]
         self._check(params, {*(stop_ids if params.min_tokens else ()), *(word[-1] for word in bad_words)})
-        slot = self._counts.add(self._ids(prompt_ids)) if params.penalises else None
-        self._sequences[seq_id] = SampledSequence(params, seed, sample_index, len(prompt_ids), stop_ids, bad_words, slot)
+        self._sequences[seq_id] = SampledSequence(params, seed, sample_index, list(prompt_ids), stop_ids, bad_words)
         self._last = None
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Sequences it was told of."""
+        return set(self._sequences)
+
+    def suspend(self, seq_id: int) -> None:
+        """The sequence will not be sampled for a while: give back its device memory, which the next `sample` fills again."""
+        sequence = self._sequences[seq_id]
+        if sequence.slot is not None:
+            self._counts.remove(sequence.slot)
+            sequence.slot = None
+            self._last = None
 
     def remove(self, seq_id: int) -> None:
         """Forget a sequence. Raises KeyError for an unknown one."""
-        slot = self._sequences.pop(seq_id).slot
-        if slot is not None:
-            self._counts.remove(slot)
+        self.suspend(seq_id)
+        del self._sequences[seq_id]
         self._last = None
 
     def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
@@ -136,18 +147,23 @@ class Sampler:
         return x
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> SampleOutput:
-        """Draw the next token of the sequences `rows` from logits [B, V]; the lowest id wins a tie.
+        """Draw the next token of the sequences `rows` from logits [B, V]; the lowest id wins a tie; -1 where logits are NaN.
 
         Does not modify `logits` and counts nothing: `commit` does. Waits for the device only if log-probabilities are asked for.
         """
         batch = self._batch(rows)
         x = self.process(rows, logits)
         token_ids = x.argmax(-1) if batch.draws is None else self._draw(batch, batch.draws, x)
-        return SampleOutput(token_ids, _report(batch, logits, token_ids) if batch.logprobs else None)
+        token_ids = token_ids.where(~x.gather(-1, token_ids[:, None])[:, 0].isnan(), -1)  # argmax prefers NaN
+        return SampleOutput(token_ids, _report(batch, logits, token_ids.clamp(min=0)) if batch.logprobs else None)
 
     def _batch(self, rows: Sequence[int]) -> Batch:
         if self._last is None or self._last[0] != list(rows):
             sequences = [self._sequences[seq_id] for seq_id in rows]
+            for sequence in sequences:
+                if sequence.params.penalises and sequence.slot is None:
+                    sequence.slot = self._counts.add(self._ids(sequence.prompt_ids))
+                    self._counts.count(sequence.slot, self._ids(sequence.generated))
             self._last = list(rows), make_batch(sequences, self.vocab_size, self.device)
         return self._last[1]
 

@@ -26,18 +26,18 @@ class SampledSequence:
     params: SamplingParams
     seed: int
     sample_index: int
-    prompt_length: int
+    prompt_ids: list[int]
     stop_ids: tuple[int, ...]
     """Forbidden until min_tokens are generated."""
     bad_words: list[list[int]]
-    slot: int | None
-    """Its row in the token counts, if it is penalised."""
     generated: list[int] = field(default_factory=list)
+    slot: int | None = None
+    """Its row in the token counts, while it is penalised and running."""
 
     @property
     def position(self) -> int:
         """Of the token to draw, in the whole sequence. It keys the noise."""
-        return self.prompt_length + len(self.generated)
+        return len(self.prompt_ids) + len(self.generated)
 
     def forbidden(self) -> list[int]:
         """By min_tokens and bad words, at this position."""

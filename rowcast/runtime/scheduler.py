@@ -15,6 +15,8 @@ class Scheduler:
     is admitted again, prompt and output are prefilled together.
     """
 
+    # A waiting prefill may have to let decodes go first: with max_batch_tokens >= max_num_seqs those always fit.
+
     def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
@@ -34,7 +36,7 @@ class Scheduler:
         """
         chosen: list[tuple[Sequence, int]] = []
         preempted: list[Sequence] = []
-        budget = max(1, self.max_batch_tokens - sum(1 for s in self.running if s.pending == 1))
+        budget = self.max_batch_tokens - sum(1 for s in self.running if s.pending == 1)
         for seq in list(self.running):
             if seq in preempted:
                 continue

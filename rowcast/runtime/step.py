@@ -1,12 +1,12 @@
 """The seam between the engine, which decides, and the ranks, which compute. Torch-free.
 
-What crosses it is plain numbers, fit for msgpack, so that an executor may live in this process or be a gang of ranks elsewhere.
+What crosses it is plain data, so that an executor may live in this process or be a gang of ranks elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rowcast.runtime.params import SamplingParams
@@ -63,6 +63,8 @@ class SeqSetup:
     prompt_ids: list[int]
     eos_ids: list[int]
     bad_word_ids: list[list[int]]
+    output_ids: list[int] = field(default_factory=list)
+    """Tokens it has generated before, when it is announced to a new executor: noise and penalties go on from there."""
 
 
 class Executor(Protocol):
@@ -74,7 +76,10 @@ class Executor(Protocol):
         ...
 
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`."""
+        """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`.
+
+        If it raises, nothing was committed; the caller may then `free_kv` the sequences and run them again.
+        """
         ...
 
     def free_kv(self, seq_id: int) -> None:
@@ -83,4 +88,8 @@ class Executor(Protocol):
 
     def remove(self, seq_id: int) -> None:
         """Forget the sequence altogether."""
+        ...
+
+    def check(self, seq_ids: Collection[int]) -> None:
+        """Assert that it remembers these sequences and no others."""
         ...

@@ -13,7 +13,7 @@ from rowcast.runtime.request import Request, Sequence
 class Stream(Iterator[StreamChunk]):
     """Steps the engine while it is iterated over; other requests of that engine move along and keep what they gain.
 
-    `close` cancels what is left of the request, as does dropping the stream.
+    `close` cancels what is left of the request; so does dropping the stream, at the engine's next step.
     """
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -38,7 +38,7 @@ class Stream(Iterator[StreamChunk]):
         self._ready.clear()
 
     def __del__(self) -> None:
-        self.close()
+        self._request.dropped = True
 
     def _collect(self) -> None:
         """Make chunks of what was gained since the last time."""

@@ -108,8 +108,10 @@ class DenseWeights:
             self._head = make_linear(self._embedding, shared=True)
         else:
             self._head = load.head()
-        table = 0 if spec.tied_embeddings else self._embedding.numel()
-        self.bytes = (load.elements - table) * dtype.itemsize
+        looked_up = (0 if spec.tied_embeddings else self._embedding.numel()) + (
+            0 if self._positions is None else self._positions.numel()
+        )
+        self.bytes = (load.elements - looked_up) * dtype.itemsize
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:  # [T], [T] -> [T, D]
         if self._comm.world == 1:
