@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rowcast.errors import UserError
+    from rowcast.errors import OutOfMemoryError, UserError
     from rowcast.placement.plan import Plan
     from rowcast.runtime.llm import LLM
     from rowcast.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "Plan", "RequestOutput", "SamplingParams", "StreamChunk", "UserError", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "OutOfMemoryError",
+    "Plan",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamChunk",
+    "UserError",
+    "__version__",
+]
 
 _HOME = {
     "LLM": "rowcast.runtime.llm",
@@ -27,6 +37,7 @@ _HOME = {
     "StreamChunk": "rowcast.runtime.outputs",
     "Plan": "rowcast.placement.plan",
     "UserError": "rowcast.errors",
+    "OutOfMemoryError": "rowcast.errors",
 }
 
 

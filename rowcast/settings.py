@@ -6,7 +6,9 @@ that begins with ROWCAST_ and is not listed here is refused: it is a misspelling
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -87,3 +89,25 @@ def settings(environ: Mapping[str, str] = os.environ) -> Settings:
 def describe(values: Settings) -> list[Variable]:
     """All variables with their values, in the order of the registry."""
     return [Variable(PREFIX + f.name.upper(), getattr(values, f.name), f.default, f.metadata["doc"]) for f in fields(Settings)]
+
+
+class _StandardError(logging.Handler):
+    """Writes to what sys.stderr is at the time of the message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def configure_logging() -> None:
+    """Let the logger "rowcast" say what ROWCAST_LOG asks for, on standard error. May be called again; other loggers stay as they are.
+
+    An application that gave this logger a handler keeps it as it is; with handlers of the root logger only, those get the messages.
+    """
+    logger = logging.getLogger("rowcast")
+    if any(not isinstance(handler, _StandardError) for handler in logger.handlers):
+        return
+    logger.setLevel(settings().log.upper())
+    if not logger.hasHandlers():
+        handler = _StandardError()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)

@@ -74,6 +74,37 @@ def llama_tensors(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in LLAMA_SHAPES.items()}
 
 
+def written_by_llama_cpp(model: Any, architecture: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a gated model of Transformers, as the converter writes them: only Llama says how much it rotates."""
+    config, state = model.config, model.state_dict()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    metadata = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+    }
+    if architecture == "llama":
+        metadata["rope.dimension_count"] = head_dim
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    tensors = {}
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, suffix = name.rsplit(".", 1)
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if architecture == "llama" and stem.endswith(projection):
+                tensor = interleave(tensor, heads)
+        tensors[f"{table.get_name(stem)}.{suffix}"] = tensor.contiguous()
+    return metadata, tensors
+
+
 def interleave(weight: Tensor, heads: int) -> Tensor:
     """Rows in halves -> rows in neighbouring pairs, as the converter permutes q and k of the architecture llama."""
     return weight.view(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.util
 import json
 import random
@@ -11,6 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,24 @@ from gguf import GGMLQuantizationType
 from gguf_writing import LLAMA, llama_tensors, write_gguf
 from safetensors.torch import save_file
 
+import rowcast
 from rowcast.errors import UserError
-from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint, opening
+from rowcast.runtime.checkpoint import DEFAULT_MODEL, DEFAULT_MODEL_HUB_ID, open_checkpoint
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.tokenizer import load_tokenizer
 
 VOCABULARY: dict[str, Any] = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [0.5, 1.5]}
+SENTENCEPIECE: dict[str, Any] = VOCABULARY | {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b", "▁", "▁a"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.5, -2.5, -3.5, -4.5],
+    "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1],
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.chat_template": "{{ bos_token }}{{ messages[0]['content'] }}",
+}
 
 
 def refused(model: Path | str, *words: str) -> None:
@@ -82,10 +98,100 @@ def test_a_hub_id_without_a_network() -> None:
     refused("nobody/no-such-model", "'nobody/no-such-model'", "hub's local cache", "network")
 
 
-def test_a_hub_model_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(opening, "_fetch", lambda hub_id: tmp_path)
-    refused("some/model", "'some/model'", "no model.safetensors", "save_pretrained")
+class ReadTimeout(Exception):
+    """An error of an HTTP client: none of the standard library's kinds."""
+
+
+class Hub:
+    """Stands in for the hub: one model, of which `files` exist. Its methods replace those of huggingface_hub."""
+
+    def __init__(self, folder: Path, files: dict[str, str], error: Exception | None = None) -> None:
+        self.folder, self.files, self.error = folder, files, error
+        self.asked: list[list[str]] = []
+
+    def snapshot_download(self, hub_id: str, *, allow_patterns: list[str]) -> str:
+        self.asked.append(allow_patterns)
+        if self.error is not None:
+            raise self.error
+        for name, text in self.files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (self.folder / name).write_text(text)
+        return str(self.folder)
+
+    def list_repo_files(self, hub_id: str) -> list[str]:
+        if self.error is not None:
+            raise self.error
+        return list(self.files)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub(tmp_path, {})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", made.list_repo_files)
+    return made
+
+
+@pytest.mark.parametrize(("file", "words"), [
+    ("pytorch_model.bin", ("no model.safetensors", "save_pretrained", "sandbox")),
+    ("README.md", ("no model.safetensors", "use a model that has one")),
+])  # fmt: skip
+def test_a_hub_model_without_safetensors(file: str, words: tuple[str, ...], hub: Hub) -> None:
+    hub.files = {file: "", "config.json": '{"model_type": "llama"}'}
+    refused("some/model", "'some/model'", *words)
+
+
+@pytest.mark.parametrize("config", [{}, {"config.json": '{"model_type": "llama"}'}])
+def test_a_hub_model_of_gguf_files_only(config: dict[str, str], hub: Hub) -> None:
+    hub.files = {"q4.gguf": "", "q8.gguf": "", **config}
+    with pytest.raises(UserError, match=r"GGUF files.*hf download some/model q4\.gguf") as caught:
+        open_checkpoint("some/model")
+    assert "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "word"), [
+    ({"model_type": "t5"}, "model_type 't5' is not supported"),
+    ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
+    ({"model_type": "llama", "num_local_experts": 8}, "mixture-of-experts"),
+])  # fmt: skip
+def test_a_hub_model_is_refused_before_its_weights_are_fetched(config: dict[str, Any], word: str, hub: Hub) -> None:
+    hub.files = {"config.json": json.dumps(config), "model.safetensors": "large"}
+    refused("some/model", word)
+    assert hub.asked == [["config.json"]]
+    assert not (hub.folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [ReadTimeout("timed out"), KeyError("x"), RuntimeError("broken\nvery"), OSError("gone")])
+def test_any_failure_of_the_hub_library(error: Exception, hub: Hub) -> None:
+    hub.error = error
+    refused("some/model", "'some/model'", type(error).__name__, str(error).splitlines()[0], "network")
+    assert hub.asked == [["config.json"]]
+
+
+def test_an_incomplete_cache_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(hub_id: str) -> list[str]:
+        raise ReadTimeout("no route")
+
+    hub.files = {"config.json": '{"model_type": "llama"}'}
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+    refused("some/model", "local cache", "ReadTimeout: no route", "network")
+
+
+def test_the_default_models_hub_id_is_a_hub_id(hub: Hub, caplog: pytest.LogCaptureFixture, good: Path) -> None:
+    hub.files = {"config.json": '{"model_type": "llama"}'}
+    assert open_checkpoint(DEFAULT_MODEL_HUB_ID).format == "safetensors"
+    assert not caplog.records
+
+
+def test_the_default_models_hub_id_falls_back_to_the_package(
+    hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.error = ReadTimeout("timed out")
+    assert open_checkpoint(DEFAULT_MODEL_HUB_ID).path == open_checkpoint(DEFAULT_MODEL).path
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "4-bit weights" in record.message and "ReadTimeout" in record.message
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(DEFAULT_MODEL_HUB_ID, "ReadTimeout")
 
 
 def test_the_default_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +241,15 @@ def test_bad_configs(text: str | None, words: tuple[str, ...], good: Path) -> No
     refused(good, *words)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"])
+def test_dangling_links(name: str, good: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if name == "model.safetensors.index.json":
+        (good / "model.safetensors").unlink()
+    (good / name).unlink(missing_ok=True)
+    (good / name).symlink_to(tmp_path_factory.mktemp("blobs") / "missing")
+    refused(good, "Cannot read the model", "No such file or directory", f"({good / name})")
+
+
 def test_a_bad_generation_config(good: Path) -> None:
     (good / "generation_config.json").write_bytes(b"\xff\xfe")
     refused(good, "generation_config.json", "not valid JSON")
@@ -175,6 +290,8 @@ def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> di
     ({"a": entry(offsets=[24, 0])}, 24, "do not fit"),
     ({"a": entry(offsets=[4, 28])}, 28, "its neighbour"),
     ({"a": entry(), "b": entry(offsets=[20, 44])}, 44, "its neighbour"),
+    ({"\ud800": entry()}, 24, r"'\ud800' is not valid Unicode"),
+    ({"a": entry(shape=[0, 2**40, 2**40], offsets=[0, 0])}, 0, "no elements"),
     ({"a": entry()}, 23, "the file at byte"),
     ({"a": entry()}, 25, "the file at byte"),
 ])  # fmt: skip
@@ -235,21 +352,28 @@ def test_every_truncation_of_a_gguf_header(tmp_path: Path) -> None:
 
 
 def test_flipped_bytes_of_headers_never_crash(tmp_path: Path, good: Path) -> None:
-    path = llama(tmp_path, **VOCABULARY)
-    for file, model, header in ((path, path, 1400), (good / "model.safetensors", good, 140)):
+    path = llama(tmp_path, **SENTENCEPIECE)
+    for file, model, header in ((path, path, 2200), (good / "model.safetensors", good, 140)):
         whole = file.read_bytes()
         choose = random.Random(0)
+        flips = [(choose.randrange(header), choose.randrange(256)) for _ in range(300)]
+        flips += [
+            (at, kind) for at in range(header) if 4 <= whole[at] <= 12 for kind in range(13)
+        ]  # these may be types of values
         opened = 0
-        for _ in range(200):
+        for at, value in flips:
             damaged = bytearray(whole)
-            damaged[choose.randrange(header)] = choose.randrange(256)
+            damaged[at] = value
             file.write_bytes(damaged)
             with contextlib.suppress(UserError):
-                source = open_checkpoint(str(model)).source
+                checkpoint = open_checkpoint(str(model))
                 opened += 1
-                for name in source.names():
-                    source.read(name)
-        assert 0 < opened < 200
+                for name in checkpoint.source.names():
+                    checkpoint.source.read(name)
+                checkpoint.source.fingerprint()
+                spec_from_config(checkpoint.config)
+                load_tokenizer(checkpoint).encode("a b")
+        assert 0 < opened < len(flips)
 
 
 def patched(path: Path, old: bytes, new: bytes) -> Path:
@@ -298,6 +422,15 @@ def test_a_tensor_without_dimensions(tmp_path: Path) -> None:
     refused(llama(tmp_path, {**llama_tensors(), "blk.0.attn_q.weight": np.array(1.0, np.float32)}), "claims 0 dimensions")
 
 
+@pytest.mark.parametrize("shape", [(0, 2**48), (2**48, 0), (0,)])
+def test_a_tensor_without_elements(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = llama(tmp_path, {**llama_tensors(), "blk.0.attn_q.weight": torch.ones((3, 5)[: len(shape)])})
+    old, new = ((3, 5)[: len(shape)][::-1], shape[::-1])
+    name = b"blk.0.attn_q.weight" + struct.pack("<I", len(shape))
+    patched(path, name + struct.pack(f"<{len(old)}Q", *old), name + struct.pack(f"<{len(new)}Q", *new))
+    refused(path, f"'blk.0.attn_q.weight' has the shape {list(shape)}, which holds nothing")
+
+
 def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in llama_tensors().items() if key != name}
 
@@ -309,11 +442,31 @@ def without(name: str) -> dict[str, Any]:
     ({"block_count": "1"}, ("value '1' for the metadata key llama.block_count",)),
     ({"attention.head_count_kv": [2, 1]}, ("another llama.attention.head_count_kv in each layer",)),
     ({"attention.head_count": 0}, ("0 attention heads",)),
-    ({"attention.head_count": 3}, ("'blk.0.attn_q.weight' do not divide into the heads",)),
+    (
+        {"attention.head_count": 3, "attention.head_count_kv": 1, "attention.key_length": 16},
+        ("'blk.0.attn_q.weight' do not divide into the heads",),
+    ),
+    ({"attention.head_count": 5, "attention.key_length": None, "rope.dimension_count": None}, ("5 attention heads",)),
     ({"attention.key_length": 32}, ("a rotation of 16 of the 32 dimensions",)),
+    ({"rope.dimension_count": 8}, ("a rotation of 8 of the 16 dimensions",)),
     ({"attention.value_length": 8}, ("values of another size",)),
     ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, ("longrope scaling",)),
     ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, ("lacks", "original_context_length")),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0}, ("positions scaled by 0.0",)),
+    ({"tokenizer.ggml.eos_token_id": "2"}, ("'2' for tokenizer.ggml.eos_token_id",)),
+    ({"tensors": {**llama_tensors(), "blk.1.ffn_up.weight": torch.ones(96, 64)}}, ("'blk.1.ffn_up.weight'", "not part of a llama")),
+    (
+        {"tensors": {**llama_tensors(), "blk.0.attn_q.bias": torch.ones(64)}, "attention.sliding_window": 16},
+        ("'blk.0.attn_q.bias'", "not part of a mistral"),
+    ),
+    (
+        {"tensors": {**llama_tensors(), "blk.0.attn_output.bias": torch.ones(64)}, "architecture": "qwen2"},
+        ("'blk.0.attn_output.bias'", "not part of a qwen2"),
+    ),
+    (
+        {"tensors": {**llama_tensors(), "blk.0.ffn_up.bias": torch.ones(96)}, "architecture": "qwen3"},
+        ("'blk.0.ffn_up.bias'", "not part of a qwen3"),
+    ),
     ({"rope.scaling.alpha": 2.0}, ("the metadata key llama.rope.scaling.alpha",)),
     ({"split.count": 2}, ("llama-gguf-split --merge",)),
     ({"tensors": without("token_embd.weight")}, ("no tensor 'token_embd.weight'",)),
@@ -325,8 +478,23 @@ def test_models_that_we_would_run_wrongly(arguments: dict[str, Any], words: tupl
     refused(llama(tmp_path, **arguments), "m.gguf", *words)
 
 
+BANNED = re.compile(
+    r"\btorch\.load\b|\ballow_pickle\b|\bweights_only\b|\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\s*[(.=]"
+    r"|^\s*(import|from)\s.*\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\b",
+    re.MULTILINE,
+)
+
+
 def test_no_source_file_unpickles() -> None:
-    folder = Path(opening.__file__).parent
-    banned = re.compile(r"\b(torch\.load|pickle|allow_pickle)\b\s*[(.=]")
-    for file in folder.glob("*.py"):
-        assert not banned.search(file.read_text()), file.name
+    files = list(Path(rowcast.__file__).parent.rglob("*.py"))
+    assert {"checkpoint", "cli", "kernels", "runtime"} <= {file.parent.name for file in files}
+    for file in files:
+        assert not BANNED.search(file.read_text()), file
+    for text in (
+        "torch.load(f)",
+        "import json, pickle",
+        "from pickle import load",
+        "pickle.loads(x)",
+        "np.load(f, allow_pickle=True)",
+    ):
+        assert BANNED.search(text)

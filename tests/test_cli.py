@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -9,16 +10,22 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 import rowcast.cli
-from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast import LLM, SamplingParams
+from rowcast.bench.latency import PeakMemory
+from rowcast.cli import options
+from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
+from rowcast.runtime.outputs import RequestOutput
 
 STATS = {
     "prompt_tokens",
@@ -110,7 +117,24 @@ def model_dir(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def mute_dir(model_dir: Path) -> Path:
+    """The model with a tokenizer of special tokens only, which have no text, and without a chat template."""
+    names = [f"<{i}>" for i in range(CONFIG["vocab_size"])]
+    words = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0])
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(names)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=names[0]).save_pretrained(model_dir)
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 64}))
+    return model_dir
+
+
 # What needs no model
+
+
+def test_default_model() -> None:
+    assert options.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 def test_help_is_quick_and_light() -> None:
@@ -127,7 +151,8 @@ def test_help_is_quick_and_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--help"], ["generate", "--help"], ["chat", "--help"], ["bench", "latency", "--help"], ["env", "--help"]]
+    "args",
+    [[], ["--help"], ["generate", "--help"], ["chat", "--help"], ["bench"], ["bench", "latency", "--help"], ["env", "--help"]],
 )
 def test_help(run: Callable[..., tuple[int, str, str]], args: list[str]) -> None:
     code, out, err = run(*args)
@@ -159,6 +184,8 @@ def test_env(run: Callable[..., tuple[int, str, str]]) -> None:
         (["generate", "hi", "--max-token", "3"], "--max-tokens"),
         (["generate"], "--prompt-file"),
         (["generate", "hi", "--max-tokens", "many"], "--max-tokens"),
+        (["generate", "hi", "--max-tokens", "many"], "'many'"),
+        (["generate", "hi", "--temperature", "a"], "'a'"),
         (["generate", "hi", "--max-tokens", "0"], "max_tokens is 0"),
         (["generate", "hi", "--max-tokens", "-5"], "max_tokens is -5"),
         (["generate", "hi", "--max-tokens", "99999999999"], "max_tokens is 99999999999"),
@@ -170,7 +197,11 @@ def test_env(run: Callable[..., tuple[int, str, str]]) -> None:
         (["generate", "hi", "--seed", "-1"], "seed is -1"),
         (["generate", "hi", "--n", "0"], "n is 0"),
         (["generate", "hi", "--n", "2"], "temperature"),
-        (["generate", "hi", "--logprobs", "1000"], "logprobs is 1000"),
+        (["generate", "hi", "--logprobs", "1000", "--json"], "logprobs is 1000"),
+        (["generate", "hi", "--logprobs", "3"], "add --json"),
+        (["generate", "hi", "--density", "0.5"], "--density 0.5 needs a sparse rung"),
+        (["generate", "hi", "--kv-budget", "64"], "--kv-budget 64 needs a retrieval rung"),
+        (["generate", "hi", "--draft", "ngram"], "--draft ngram needs a draft rung"),
         (["generate", "hi", "--stop", ""], "stop"),
         (["generate", "hi", "--dtype", "int3"], "float32"),
         (["generate", "hi", "--device", "tpu"], "cuda"),
@@ -307,6 +338,7 @@ def test_what_the_model_cannot_do(refused: Callable[..., str], args: list[str], 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(refused: Callable[..., str]) -> None:
     assert "cuda" in refused("generate", "hi", "--device", "cuda")
+    assert "cuda" in refused("bench", "latency", "--device", "cuda")
 
 
 def test_prompt_longer_than_the_context(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -314,6 +346,48 @@ def test_prompt_longer_than_the_context(refused: Callable[..., str], tmp_path: P
     file.write_text("word " * 300)
     sentence = refused("generate", "--prompt-file", file, "--max-model-len", "128")
     assert "128" in sentence
+
+
+def test_chat_without_a_template(refused: Callable[..., str], mute_dir: Path, stdin: Callable[[bytes], None]) -> None:
+    stdin(b"Hello\nAre you there?\n")
+    assert "no chat template" in refused("chat", "--model", mute_dir)
+
+
+@pytest.mark.parametrize(("size", "words"), [(None, "[32000, 32]"), ("many", "vocab_size"), (-3, "vocab_size")])
+def test_bench_of_a_damaged_config(refused: Callable[..., str], mute_dir: Path, size: object, words: str) -> None:
+    config = {key: value for key, value in {**CONFIG, "vocab_size": size}.items() if value is not None}
+    (mute_dir / "config.json").write_text(json.dumps(config))
+    assert words in refused("bench", "latency", "--model", mute_dir)
+
+
+BENCH = ["bench", "latency", "--prompt-tokens", 16, "--max-tokens", 8, "--repeat", 1]
+
+
+def test_bench_of_a_short_context(refused: Callable[..., str], mute_dir: Path) -> None:
+    (mute_dir / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 33}))
+    assert "wrote 1 tokens after a prompt of 32" in refused(*BENCH, "--model", mute_dir)
+
+
+def test_bench_of_tokens_without_text(run: Callable[..., tuple[int, str, str]], mute_dir: Path) -> None:
+    code, out, err = run(*BENCH, "--model", mute_dir)
+    assert code == 0, err
+    assert json.loads(out)["rowcast"]["decode_tokens_per_s"] > 0
+
+
+def test_bench_without_what_the_peer_needs(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert "pip install accelerate" in refused(*BENCH, "--against", "transformers")
+
+
+def test_peak_memory_is_unknown_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        assert PeakMemory("cpu").peak_bytes() is None
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert PeakMemory("cpu").peak_bytes() is None
 
 
 # SmolLM2
@@ -362,6 +436,41 @@ def test_generate_several(run: Callable[..., tuple[int, str, str]]) -> None:
         "==> 2.1 <==",
         "==> 2.2 <==",
     ]
+
+
+def test_results_are_shown_as_they_come(
+    run: Callable[..., tuple[int, str, str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate, shown = LLM.iterate, []
+
+    def watched(llm: LLM, prompts: list[str], params: SamplingParams) -> Iterator[RequestOutput]:
+        for output in iterate(llm, prompts, params):
+            yield output
+            shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(LLM, "iterate", watched)
+    run("generate", "One", "Two", "--max-tokens", 3, "--json")
+    run("generate", "One", "Two", "--max-tokens", 3)
+    assert [json.loads(line)["stats"]["generated_tokens"] for line in shown[:2]] == [3, 3]
+    assert [text[:7] for text in shown[2:]] == ["==> 1 <", "==> 2 <"]
+
+
+def test_a_plan_stands_alone(run: Callable[..., tuple[int, str, str]], refused: Callable[..., str], tmp_path: Path) -> None:
+    """Options at their defaults are not taken for given ones; those that are given do not go with a plan."""
+    file = tmp_path / "a.plan"
+    LLM(max_model_len=64).plan.save(file)
+    code, out, err = run("generate", "The capital of France is", "--plan", file, "--max-tokens", 3, "--json")
+    assert code == 0, err
+    assert "Paris" in json.loads(out)["text"]
+    given = (
+        ("--dtype", "float32"),
+        ("--device", "cpu"),
+        ("--host-memory", "2GiB"),
+        ("--gpu-memory", "2GiB"),
+        ("--max-model-len", "32"),
+    )
+    for option, value in given:
+        assert option.removeprefix("--").replace("-", "_") in refused("generate", "hi", "--plan", file, option, value)
 
 
 def test_generate_with_the_chat_template(run: Callable[..., tuple[int, str, str]]) -> None:
@@ -435,6 +544,32 @@ def test_interrupt_is_quiet() -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "data"),
+    [
+        (["chat"], b"caf\xe9\n"),
+        (["chat", "--system", b"caf\xe9"], b"Hello\n"),
+        (["generate", b"caf\xe9"], b""),
+        (["generate", "-"], b"\xe9"),
+    ],
+)
+def test_input_that_is_not_utf8(args: list[str | bytes], data: bytes) -> None:
+    command = [sys.executable, "-m", "rowcast", *args, "--max-tokens", "2"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    found = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=60)
+    assert (found.returncode, found.stdout) == (2, b"")
+    assert found.stderr.startswith(b"rowcast: ") and found.stderr.count(b"\n") == 1
+    assert b"not UTF-8" in found.stderr or b"not valid UTF-8" in found.stderr
+
+
+def test_output_that_the_terminal_cannot_show() -> None:
+    command = [sys.executable, "-m", "rowcast", "generate", "é é é é é é é é é é é", "--max-tokens", "6"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii:strict"}
+    found = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert b"?" in found.stdout
 
 
 def test_closed_pipe_is_quiet() -> None:

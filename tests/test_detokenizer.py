@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -144,6 +145,41 @@ def test_characters_arrive_whole() -> None:
     deltas, _, _ = _stream(SMOLLM, ids)
     assert [delta for delta in deltas if delta] == ["🦄", "x"]
     assert _stream(SMOLLM, ids[:2])[0] == ["", "", "\ufffd"]
+
+
+class _Counting(Tokenizer):
+    """SMOLLM that counts the tokens it decodes."""
+
+    def __init__(self) -> None:
+        super().__init__(SMOLLM.backend, special_tokens={})
+        self.decoded = 0
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.decoded += len(ids)
+        return super().decode(ids, skip_special_tokens)
+
+
+PARTS = [i for i in range(17, 49152) if "\ufffd" in SMOLLM.token(i)]
+LEAD, SPACE_LEAD = (SMOLLM.backend.token_to_id(piece) for piece in ("Ã", "ĠÎ"))
+
+
+@pytest.mark.parametrize("run", [[LEAD], [SPACE_LEAD], PARTS], ids=["lead bytes", "spaces and lead bytes", "all parts"])
+def test_parts_of_characters_take_linear_time(run: list[int]) -> None:
+    counting = _Counting()
+    ids = (run * 2000)[:2000]
+    deltas, text, _ = _stream(counting, ids)
+    assert "".join(deltas) == text == SMOLLM.decode(ids)
+    assert counting.decoded < 25 * len(ids)
+    assert max(map(len, deltas)) < 25, "text that is settled is shown"
+
+
+@given(
+    ids=st.lists(st.sampled_from(PARTS), min_size=4, max_size=4).flatmap(lambda few: st.lists(st.sampled_from(few), max_size=70))
+)
+@settings(deadline=None, max_examples=300)
+def test_runs_of_parts_of_characters(ids: list[int]) -> None:
+    deltas, text, _ = _stream(SMOLLM, ids)
+    assert "".join(deltas) == text == SMOLLM.decode(ids)
 
 
 def test_complete_characters_do_not_wait_for_the_rest_of_their_token() -> None:

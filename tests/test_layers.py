@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -127,6 +128,20 @@ def test_a_right_import_is_let_through(name: str, line: str) -> None:
     assert violations(name, line) == []
 
 
+def test_dependencies_are_what_is_imported() -> None:
+    project = (ROOT.parent / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^dependencies = \[(.*?)^\]", project, flags=re.MULTILINE | re.DOTALL)
+    imported = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    imported.add("jinja2")  # Transformers renders chat templates with it and does not require it.
+    assert set(re.findall(r'"(\w+)>=', listed)) == imported - sys.stdlib_module_names - {"rowcast"}
+
+
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
@@ -150,6 +165,7 @@ def test_import_is_instant() -> None:
 
 
 def test_public_names() -> None:
+    assert set(rowcast.__all__) >= {"LLM", "SamplingParams", "UserError", "OutOfMemoryError"}
     for name in rowcast.__all__:
         assert getattr(rowcast, name) is not None
     assert set(rowcast.__all__) <= set(dir(rowcast))

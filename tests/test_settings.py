@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,40 @@ def test_every_variable_is_documented() -> None:
     for variable in describe(Settings()):
         assert variable.doc.endswith(".")
         assert variable.name in readme
+
+
+def logged(before: str, level: str = "info", after: str = "") -> str:
+    """What a fresh process shows on standard error when the loggers rowcast and other say something."""
+    code = f"""
+import logging
+from rowcast.settings import configure_logging
+{before}
+configure_logging()
+configure_logging()
+{after}
+for name in ("rowcast", "rowcast.inner", "other"):
+    logging.getLogger(name).info("note of %s", name)
+logging.getLogger("rowcast").debug("detail")
+"""
+    environment = {**os.environ, "ROWCAST_LOG": level}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    return found.stderr
+
+
+def test_logging_is_that_of_rowcast_alone() -> None:
+    assert logged("") == "INFO rowcast: note of rowcast\nINFO rowcast.inner: note of rowcast.inner\n"
+    assert logged("", level="debug").endswith("DEBUG rowcast: detail\n")
+    assert logged("", level="error") == ""
+
+
+def test_the_level_follows_the_environment() -> None:
+    again = "import os; os.environ['ROWCAST_LOG'] = 'warning'; configure_logging()"
+    assert logged("", level="debug", after=again) == ""
+
+
+def test_logging_of_the_application_is_kept() -> None:
+    to_root = "logging.basicConfig(format='app: %(message)s')"
+    assert logged(to_root) == "app: note of rowcast\napp: note of rowcast.inner\n"
+    to_rowcast = "logging.getLogger('rowcast').addHandler(logging.NullHandler())"
+    assert logged(to_rowcast) == ""

@@ -80,7 +80,7 @@ def test_digits_are_single_tokens(smollm: Tokenizer) -> None:
 
 
 def test_ids_and_sizes_come_from_the_file(smollm: Tokenizer) -> None:
-    assert (smollm.vocab_size, smollm.bos_token_id, smollm.eos_token_id) == (49152, 1, 2)
+    assert smollm.eos_token_id == 2
     assert smollm.special_ids == frozenset(range(17))
     assert smollm.encode("Hi") == smollm.encode("Hi", add_special_tokens=False), "the file says add_bos_token = False"
 
@@ -124,6 +124,9 @@ def test_template_errors_are_user_errors(smollm: Tokenizer, smollm_metadata: dic
     strict = _with(smollm_metadata, chat_template="{{ raise_exception('roles must\\nalternate') }}")
     for tokenizer, messages, words in (
         (strict, [{"role": "user", "content": "Hi"}], "roles must alternate"),
+        (_with(smollm_metadata, chat_template="{{ 1/0 }}"), [{"role": "user", "content": "Hi"}], "refuses.*division by zero"),
+        (_with(smollm_metadata, chat_template="{{ messages['x' * 3].y }}"), [{"role": "user", "content": "Hi"}], "refuses"),
+        (_with(smollm_metadata, chat_template="{% if %}"), [{"role": "user", "content": "Hi"}], "refuses"),
         (_with(smollm_metadata, chat_template=None), [{"role": "user", "content": "Hi"}], "no chat template"),
         (smollm, [], "0 messages"),
         (smollm, [{"role": "user", "content": "Hi"}, {"content": "Hi"}], "message 1 has no text under 'role'"),
@@ -132,6 +135,11 @@ def test_template_errors_are_user_errors(smollm: Tokenizer, smollm_metadata: dic
         with pytest.raises(UserError, match=words) as error:
             tokenizer.chat(messages)
         assert "\n" not in str(error.value)
+
+
+def test_has_chat_template(smollm: Tokenizer, smollm_metadata: dict[str, Any]) -> None:
+    assert smollm.has_chat_template
+    assert not _with(smollm_metadata, chat_template=None).has_chat_template
 
 
 def test_surrogates_are_refused(smollm: Tokenizer) -> None:
@@ -154,6 +162,37 @@ def test_surrogates_are_refused(smollm: Tokenizer) -> None:
 def test_what_cannot_be_read_is_a_user_error(smollm_metadata: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         _with(smollm_metadata, **changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("ggml.model", [7, ["llama"]]),
+        ("ggml.tokens", [7, "abc", [1, 2], ["a", 7]]),
+        ("ggml.scores", [7, "abc", ["0.5"] * 339, [None] * 339]),
+        ("ggml.token_type", [7, "abc", ["1"] * 339, [1.5] * 339]),
+        ("ggml.bos_token_id", ["1", 1.5, [1], True]),
+        ("ggml.eos_token_id", ["2"]),
+        ("ggml.unknown_token_id", ["0"]),
+        ("ggml.padding_token_id", ["0"]),
+        ("ggml.add_bos_token", ["yes", 1]),
+        ("ggml.add_eos_token", ["no"]),
+        ("ggml.add_space_prefix", ["no"]),
+        ("chat_template", [7, ["x"]]),
+    ],
+)
+def test_wrongly_typed_keys_are_named(llama_metadata: dict[str, Any], key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"model\.gguf .*tokenizer\.{key} is") as error:
+            load_tokenizer(Files(gguf_metadata=llama_metadata | {f"tokenizer.{key}": value}))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "values"), [("ggml.pre", [7, ["gpt-2"]]), ("ggml.merges", [7, "a b", [1]])])
+def test_wrongly_typed_keys_of_byte_level_vocabularies(smollm_metadata: dict[str, Any], key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=rf"tokenizer\.{key} is"):
+            load_tokenizer(Files(gguf_metadata=smollm_metadata | {f"tokenizer.{key}": value}))
 
 
 def test_gguf_needs_no_transformers() -> None:
@@ -316,7 +355,8 @@ def test_directory_saved_by_transformers(smollm: Tokenizer, tmp_path: Path) -> N
     loaded = load_tokenizer(Files(tmp_path, "safetensors", None))
     for text in HARD_TEXTS:
         assert loaded.encode(text) == smollm.encode(text)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.special_ids) == (1, 2, smollm.special_ids)
+    assert (loaded.eos_token_id, loaded.special_ids) == (2, smollm.special_ids)
+    assert loaded.has_chat_template
     messages = [{"role": "user", "content": "Hi"}]
     assert loaded.chat(messages) == smollm.chat(messages)
 

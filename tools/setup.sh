@@ -19,7 +19,9 @@ command -v "$python" >/dev/null || fail "no '$python' found; install Python 3.10
     fail "$("$python" --version) is too old, 3.10 or later is needed; name a newer one: make PYTHON=python3.12"
 
 case $device in
-    auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=gpu; else device=cpu; fi ;;
+    auto)
+        gpus=$(nvidia-smi -L 2>/dev/null || true)
+        if [[ $'\n'$gpus == *$'\n'GPU* ]]; then device=gpu; else device=cpu; fi ;;
     cpu | gpu) ;;
     *) fail "DEVICE is '$device', it must be auto, cpu or gpu" ;;
 esac

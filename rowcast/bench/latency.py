@@ -2,8 +2,8 @@
 
 Both sides run in this process with the same dtype, threads, device and token ids, one in memory at a time, in turn: ours, theirs,
 ours, theirs. One visit loads the model, warms up, then times prefill and decode `SAMPLES` times. The peer's side is a bare greedy
-loop over its forward pass with a KV cache, which is lighter than its `generate`; ours is the whole engine with scheduler, sampler
-and text.
+loop over its forward pass with a KV cache, which is lighter than its `generate`; ours is the whole engine with scheduler and sampler.
+Neither side makes text of the tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -22,7 +24,10 @@ import torch
 from torch import Tensor
 
 from rowcast import LLM, SamplingParams
+from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
 from rowcast.runtime.tokenizer import load_tokenizer
 
 SAMPLES = 2
@@ -48,16 +53,14 @@ class Rowcast:
 
     def __init__(self, model: str, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> None:
         self.llm = LLM(model, dtype=_name(dtype), device=device, progress=False)
-        _ = self.llm.tokenizer  # Loaded when first asked for; it belongs to the time to load.
 
     def prefill(self, ids: list[int]) -> None:
         self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
 
     def decode(self, ids: list[int], tokens: int) -> list[float]:
-        times: list[float] = []
-        for chunk in self.llm.stream(ids, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)):
-            times += [time.perf_counter()] * len(chunk.token_ids)
-        return times
+        # Text is held back while it may still change, and special tokens have none: chunks come token by token without it.
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        return [time.perf_counter() for _ in self.llm.stream(ids, params)]
 
 
 class Transformers:
@@ -97,17 +100,20 @@ def run(
 ) -> dict[str, Any]:
     """Measure and return the report: medians of each side, the floor of decode, and ratios (above 1: ours is faster).
 
-    Raises UserError for a model that cannot be loaded or whose context is too short.
+    Raises UserError for a device that is not there and for a model that cannot be loaded or whose context is too short.
     """
+    chosen, _ = choose_device(device)
+    where: Literal["cpu", "cuda"] = "cuda" if chosen.type == "cuda" else "cpu"
     checkpoint = open_checkpoint(model)
-    where: Literal["cpu", "cuda"] = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
-    kind = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if where == "cuda" else torch.float32
+    vocabulary = spec_from_config(checkpoint.config).vocab_size
+    kind = DTYPES[choose_dtype(dtype, checkpoint.stored_dtype, chosen)[0]]
     sides: dict[str, Callable[[], Subject]] = {"rowcast": lambda: Rowcast(model, kind, where)}
     if against_transformers:
+        if checkpoint.format == "gguf" and find_spec("accelerate") is None:
+            raise UserError("Transformers reads a GGUF file with accelerate, which is not installed: pip install accelerate")
         _quiet_imports()
         sides["transformers"] = lambda: Transformers(checkpoint, kind, where)
 
-    vocabulary = int(checkpoint.config["vocab_size"])
     decode_prompt = load_tokenizer(checkpoint).encode(DECODE_PROMPT)[:DECODE_PROMPT_TOKENS]
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     weight_bytes = 0
@@ -167,8 +173,12 @@ def _visit(
         subject.prefill(prompt)
         measured["prefill_s"].append(time.perf_counter() - start)
         times = subject.decode(decode_prompt, max_tokens)
-        after_first = [t for t in times if t > times[0]]
-        measured["decode_tokens_per_s"].append(len(after_first) / (times[-1] - times[0]))
+        if len(times) < 2:
+            raise UserError(
+                f"the model wrote {len(times)} tokens after a prompt of {len(decode_prompt)}, decode speed needs 2: use a model with a "
+                "longer context"
+            )
+        measured["decode_tokens_per_s"].append((len(times) - 1) / (times[-1] - times[0]))
     peak = memory.peak_bytes()
     if peak is not None:
         measured["peak_bytes"] = [peak]
@@ -180,28 +190,30 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.base = 0
+        self.base: int | None = None
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # Freed memory that the C library keeps would hide what comes next.
-            Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM (man 5 proc).
-            self.base = _status_bytes("VmRSS")
+            with suppress(AttributeError, OSError):  # A C library without malloc_trim, or a /proc that cannot be written to.
+                ctypes.CDLL(None).malloc_trim(0)  # Freed memory that the C library keeps would hide what comes next.
+                Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM (man 5 proc).
+                self.base = _status_bytes("VmRSS")
 
     def peak_bytes(self) -> int | None:
         """None where the operating system does not tell."""
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() - self.base
-        return _status_bytes("VmHWM") - self.base if sys.platform == "linux" else None
+        if self.base is None:
+            return None
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _status_bytes("VmHWM")
+        return None if peak is None else peak - self.base
 
 
-def _status_bytes(field: str) -> int:
+def _status_bytes(field: str) -> int | None:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
+    return None
 
 
 def read_bandwidth(device: str) -> float:

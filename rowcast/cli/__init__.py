@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import typer
 from rowcast import __version__
 from rowcast.cli import bench, chat, env, generate
 from rowcast.errors import UserError
-from rowcast.settings import settings
+from rowcast.settings import configure_logging
 
 app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate.generate)
@@ -35,7 +35,7 @@ def rowcast(
     ] = False,
 ) -> None:
     """Run large language models by reading only what the next token needs."""
-    logging.basicConfig(level=settings().log.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    configure_logging()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 for success, 2 and one sentence on standard error for bad input, 130 after Ctrl-C, 1 when nobody reads standard output.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    _accept_any_text()
     try:
         code = app(args=args, prog_name="rowcast", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        message = _message(error) if isinstance(error, typer.TyperException) else str(error)
         print("rowcast:", " ".join(message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -58,3 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _accept_any_text() -> None:
+    """Input that cannot be decoded becomes lone surrogates, which a prompt may not hold; output that cannot be encoded becomes `?`."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
+
+
+def _message(error: typer.TyperException) -> str:
+    """typer's own message and, where it leaves it out, the value that was refused."""
+    message = error.format_message()
+    problems: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()  # pydantic's, which converts values for typer.
+    values = [repr(str(problem["input"])) for problem in problems]
+    return ", not ".join([message, *(value for value in values if value not in message)])

@@ -9,12 +9,14 @@ import typer
 from rowcast.cli import options
 from rowcast.cli.output import print_json
 
-app = typer.Typer(help="Measure. The last line of standard output is JSON.", no_args_is_help=True)
+app = typer.Typer()
 
 
-@app.callback()
-def bench() -> None:
-    """Keeps `latency` a verb of its own while it is the only one."""
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
+    """Measure. The last line of standard output is JSON."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), end="")
 
 
 @app.command()

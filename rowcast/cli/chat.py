@@ -42,6 +42,8 @@ def chat(
         max_model_len=max_model_len,
     )  # fmt: skip
     opening = [] if system is None else [{"role": "system", "content": system}]
+    # A model without a template, or whose template takes no system message, is refused here and not once a turn.
+    llm.tokenizer.chat([*opening, {"role": "user", "content": "Hello"}])
     history = list(opening)
     for line in _lines():
         if line == "/exit":
@@ -49,14 +51,14 @@ def chat(
         if line == "/reset":
             history = list(opening)
             continue
-        history.append({"role": "user", "content": line})
+        turn = {"role": "user", "content": line}
+        prompt = llm.tokenizer.chat([*history, turn])
         try:
-            answer = print_stream(llm.stream_chat(history, params))
-        except UserError as error:
-            history.pop()
+            stream = llm.stream(prompt, params)
+        except UserError as error:  # Too long.
             print(f"rowcast: {error}\nThe conversation stays as it was; /reset starts it again.", file=sys.stderr)
             continue
-        history.append({"role": "assistant", "content": answer})
+        history += [turn, {"role": "assistant", "content": print_stream(stream)}]
 
 
 def _lines() -> Iterator[str]:

@@ -23,6 +23,9 @@ def generate(
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     mode: options.Mode = "exact",
+    density: options.Density = None,
+    kv_budget: options.KVBudget = None,
+    draft: options.Draft = None,
     tp: options.TensorParallel = 1,
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
@@ -42,6 +45,15 @@ def generate(
     ] = None,
 ) -> None:
     """Complete prompts. Text goes to standard output, statistics and progress to standard error."""
+    for option, value, rung in (
+        ("--density", density, "sparse"),
+        ("--kv-budget", kv_budget, "retrieval"),
+        ("--draft", draft, "draft"),
+    ):
+        if value is not None:
+            raise UserError(f"{option} {value} needs a {rung} rung, and this version has the rung plain only: leave {option} out")
+    if logprobs is not None and not as_json:
+        raise UserError(f"--logprobs {logprobs} shows nothing in plain text: add --json")
     texts = [_read_stdin() if text == "-" else text for text in prompt or []]
     if prompt_file is not None:
         texts.append(_read_file(prompt_file))
@@ -66,12 +78,12 @@ def generate(
         prompts = [llm.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
 
     if as_json:
-        for output in llm.generate(prompts, params):
+        for output in llm.iterate(prompts, params):
             print_json(output.to_json())
     elif len(prompts) == 1 and n == 1:
         print_stream(llm.stream(prompts[0], params))
     else:
-        print_outputs(llm.generate(prompts, params))
+        print_outputs(llm.iterate(prompts, params))
 
 
 def _read_file(path: Path) -> str:

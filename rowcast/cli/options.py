@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""`runtime.checkpoint.DEFAULT_MODEL`, which would take seconds to import."""
 
 _MODEL = "Model"
 _SAMPLING = "Sampling"
@@ -32,6 +33,13 @@ HostMemory = Annotated[
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest sequence, prompt and output.", rich_help_panel=_MODEL)
 ]
+Density = Annotated[
+    float | None, typer.Option("--density", help="Share of the FFN to read; not in this version.", rich_help_panel=_MODEL)
+]
+KVBudget = Annotated[
+    int | None, typer.Option("--kv-budget", help="KV tokens to attend to; not in this version.", rich_help_panel=_MODEL)
+]
+Draft = Annotated[str | None, typer.Option("--draft", help="Who drafts tokens; not in this version.", rich_help_panel=_MODEL)]
 
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", rich_help_panel=_SAMPLING)

@@ -41,8 +41,8 @@ def print_stream(chunks: Iterable[StreamChunk]) -> str:
     return text
 
 
-def print_outputs(outputs: list[RequestOutput]) -> None:
-    """All texts, each under its prompt's number and, where a prompt has several samples, the sample's."""
+def print_outputs(outputs: Iterable[RequestOutput]) -> None:
+    """Texts as they come, each under its prompt's number and, where a prompt has several samples, the sample's."""
     for number, output in enumerate(outputs, start=1):
         for completion in output.outputs:
             sample = f".{completion.index + 1}" if len(output.outputs) > 1 else ""

@@ -14,6 +14,11 @@ from rowcast.runtime.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
 """A character takes at most four tokens, so that many hold a whole one in any text."""
+_INCOMPLETE = 3
+"""Bytes, and so characters U+FFFD, of an incomplete character at most. All before those are what they will stay."""
+_KEPT_TOKENS = _INCOMPLETE * 3 + 1
+"""That many hold `_INCOMPLETE` characters U+FFFD, each of three bytes at most, and a token before them."""
+_MOST_TOKENS = 2 * _KEPT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Detokenizer:
     SentencePiece vocabularies, which drop the space that a text begins with. Stop strings are never looked for in the prompt.
 
     One deviation: where byte tokens of a SentencePiece vocabulary turn out not to be valid UTF-8, `Tokenizer.decode` makes the
-    whole run of them U+FFFD; here the characters that were complete before stay.
+    whole run of them U+FFFD; here the characters that were complete before stay, and those complete long after are shown.
     """
 
     # tokenizers.decoders.DecodeStream decodes by the same window, but raises an error in the case just described and cannot give
@@ -122,15 +127,22 @@ class Detokenizer:
         if not text.startswith(self._prefix):  # a run of byte tokens does not go on as valid UTF-8: take the new ones alone
             self._window, self._settled, self._prefix = self._window[self._settled :], 0, ""
             text = self._decode(self._window)
-        whole = text.rstrip(_REPLACEMENT)
-        if len(whole) <= len(self._prefix):
-            return ""
-        new = whole[len(self._prefix) :]
-        self._prefix = whole
-        if whole == text:  # the tokens before this addition are no longer needed to decode the next one
+        added = text[len(self._prefix) :]
+        incomplete = min(len(added) - len(added.rstrip(_REPLACEMENT)), _INCOMPLETE)
+        new = added[: len(added) - incomplete]
+        self._prefix += new
+        if not incomplete:  # the tokens before this addition are no longer needed to decode the next one
             self._window = self._window[self._settled :]
             self._settled = len(self._window)
             self._prefix = self._decode(self._window)
+        elif len(self._window) >= _MOST_TOKENS:  # tokens that never end in a whole character: forget the first ones
+            tail = text[len(self._prefix) :]
+            self._window = self._window[-_KEPT_TOKENS:]
+            text = self._decode(self._window)
+            if not text.endswith(tail):  # byte tokens that were invalid only because of those forgotten
+                new, tail = new + tail, ""
+            self._prefix = text[: len(text) - len(tail)]
+            self._settled = len(self._window) - len(tail)
         return new
 
     def _first_match(self, before: int) -> tuple[int, str] | None:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from rowcast.errors import UserError
+from rowcast.runtime.fields import short
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def read_vocabulary(path: Path, metadata: dict[str, Any]) -> GGUFVocabulary:
     splitting and for a damaged vocabulary.
     """
     keys = _Keys(path, metadata)
-    kind = keys.get("model")
+    kind = keys.text("model")
     if kind == "gpt2":
         backend, add_bos = _byte_level_bpe(keys)
         special_types = {_CONTROL}
@@ -59,37 +60,55 @@ def read_vocabulary(path: Path, metadata: dict[str, Any]) -> GGUFVocabulary:
 
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special_tokens = {name: token for name, key in names.items() if (token := keys.special(key)) is not None}
-    first = special_tokens.get("bos_token") if keys.get("add_bos_token", add_bos) else None
-    last = special_tokens.get("eos_token") if keys.get("add_eos_token", False) else None
+    first = special_tokens.get("bos_token") if keys.flag("add_bos_token", add_bos) else None
+    last = special_tokens.get("eos_token") if keys.flag("add_eos_token", False) else None
     _surround(backend, first, last)
-    return GGUFVocabulary(backend, special_tokens, metadata.get("tokenizer.chat_template"))
+    return GGUFVocabulary(backend, special_tokens, keys.text("chat_template", group="tokenizer"))
 
 
 class _Keys:
-    """The tokenizer.ggml.* part of one file's metadata. Its errors name the file."""
+    """Typed access to the tokenizer.* part of one file's metadata. Its errors name the file and the key."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path = path
         self._metadata = metadata
-        self.tokens: list[str] = self.require("tokens")
-        self.types: list[int] = self.get("token_type") or [_NORMAL] * len(self.tokens)
+        self.tokens: list[str] = self.array("tokens", str)
+        self.types: list[int] = self.array("token_type", int) if "token_type" in self else [_NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise self.damaged(f"it has {len(self.tokens)} tokens and {len(self.types)} token types")
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._metadata.get(f"tokenizer.ggml.{key}", default)
+    def __contains__(self, key: str) -> bool:
+        return f"tokenizer.ggml.{key}" in self._metadata
 
-    def require(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise UserError(f"{self.path} has no tokenizer (no tokenizer.ggml.{key}); pass prompts as token ids")
-        return value
+    def text(self, key: str, *, group: str = "tokenizer.ggml") -> str | None:
+        value = self._metadata.get(f"{group}.{key}")
+        if value is None or isinstance(value, str):
+            return value
+        raise self.mistyped(f"{group}.{key}", value, "a text")
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if isinstance(value, bool):
+            return value
+        raise self.mistyped(f"tokenizer.ggml.{key}", value, "true or false")
+
+    def array(self, key: str, *kinds: type) -> list[Any]:
+        name = f"tokenizer.ggml.{key}"
+        if name not in self._metadata:
+            raise UserError(f"{self.path} has no tokenizer (no {name}); pass prompts as token ids")
+        values = self._metadata[name]
+        if not isinstance(values, list) or not set(map(type, values)) <= set(kinds):
+            raise self.mistyped(name, values, f"a list of {kinds[0].__name__}")
+        return values
 
     def special(self, name: str) -> str | None:
         """The text of the token whose id stands under NAME_token_id."""
-        index: int | None = self.get(f"{name}_token_id")
+        key = f"tokenizer.ggml.{name}_token_id"
+        index = self._metadata.get(key)
         if index is None:
             return None
+        if type(index) is not int:
+            raise self.mistyped(key, index, "a token id")
         if not 0 <= index < len(self.tokens):
             raise self.damaged(f"its {name} token is {index}, the last one is {len(self.tokens) - 1}")
         return self.tokens[index]
@@ -100,6 +119,9 @@ class _Keys:
             return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
         except Exception as error:  # the library raises nothing narrower
             raise self.damaged(" ".join(str(error).split())) from error
+
+    def mistyped(self, key: str, value: object, wanted: str) -> UserError:
+        return self.damaged(f"{key} is {short(value)}, not {wanted}")
 
     def damaged(self, what: str) -> UserError:
         return UserError(f"the vocabulary in {self.path} is damaged ({what}); download the file again")
@@ -184,7 +206,7 @@ _SPLIT_RULES: dict[str, _SplitRule] = {
 
 def _byte_level_bpe(keys: _Keys) -> tuple[Tokenizer, bool]:
     """GPT-2's scheme, merges over bytes written as printable characters; and whether a prompt begins with BOS by default."""
-    name = keys.get("pre")
+    name = keys.text("pre")
     if name is None:
         logger.warning("%s does not say how its tokenizer splits text; assuming GPT-2's way", keys.path)
         name = "default"
@@ -193,7 +215,7 @@ def _byte_level_bpe(keys: _Keys) -> tuple[Tokenizer, bool]:
         known = ", ".join(_SPLIT_RULES)
         raise UserError(f"{keys.path} splits text by the rule {name}, supported are {known}; pass prompts as token ids")
     merges = []
-    for merge in keys.require("merges"):
+    for merge in keys.array("merges", str):
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     backend = keys.bpe(merges, ignore_merges=rule.ignore_merges)
@@ -209,14 +231,14 @@ def _byte_level_bpe(keys: _Keys) -> tuple[Tokenizer, bool]:
 
 def _sentencepiece_bpe(keys: _Keys) -> tuple[Tokenizer, bool]:
     """SentencePiece's scheme with byte fallback (Llama 2, Mistral); and whether a prompt begins with BOS by default."""
-    scores = keys.require("scores")
+    scores = keys.array("scores", float, int)
     if len(scores) != len(keys.tokens):
         raise keys.damaged(f"it has {len(keys.tokens)} tokens and {len(scores)} scores")
     merges = _merges_from_scores(keys.tokens, scores, keys.types)
     backend = keys.bpe(merges, unk_token=keys.special("unknown"), fuse_unk=True, byte_fallback=True)
     normalize: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
     decode: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if keys.get("add_space_prefix", True):
+    if keys.flag("add_space_prefix", True):
         normalize.insert(0, normalizers.Prepend("▁"))
         decode.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(normalize)

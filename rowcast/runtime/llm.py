@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -33,7 +34,7 @@ from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec, parameter_count
 from rowcast.runtime.stream import Stream
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
-from rowcast.settings import settings
+from rowcast.settings import configure_logging, settings
 
 log = logging.getLogger("rowcast")
 
@@ -90,6 +91,8 @@ class LLM:
         model = str(model) if isinstance(model, Path) else model
         _check_types({"model": model, "ladder": ladder, "mode": mode, "dtype": dtype, "device": device}, {**limits, "seed": seed})
         _check_choices(tensor_parallel_size, ladder, mode)
+        if "ROWCAST_LOG" in os.environ:
+            configure_logging()
         threads = settings().threads
         if threads is not None:
             torch.set_num_threads(threads)

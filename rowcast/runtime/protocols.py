@@ -47,15 +47,16 @@ class Source(Protocol):
         """A slice of one tensor, rows along dimension 0 and columns along dimension 1, on the CPU.
 
         Reads the bytes of that slice only (for block-quantised files: of the blocks that hold it). With `out` the values are
-        converted into it (any floating dtype, shape of the slice, rows may be strided) and `out` is returned; without, a new
-        contiguous tensor in the file's own dtype (float32 for quantised tensors). Memory beside the result stays within some megabytes.
+        converted into it and `out` is returned: any floating dtype, the shape of the slice, any strides (a transposed view
+        included). Without, a new contiguous tensor in the file's own dtype (float32 for quantised tensors). Memory beside the result
+        stays within some megabytes. `read` is safe from several threads at once.
 
         Raises KeyError for an unknown name and UserError when the file is damaged.
         """
         ...
 
     def fingerprint(self) -> str:
-        """16 hex digits that differ when the weights differ: of names, shapes, dtypes and samples of the bytes."""
+        """16 hex digits of names, shapes, dtypes and four samples of each tensor's bytes: it tells models apart, it is no checksum."""
         ...
 
 
@@ -109,11 +110,14 @@ class KVView(Protocol):
         ...
 
     def commit(self, seq_id: int, tokens: int) -> None:
-        """The first `tokens` proposals of the last pass are now part of the sequence: its length grows by that many."""
+        """The next `tokens` proposals of the last pass are now part of the sequence: its length grows by that many.
+
+        Raises ValueError if there are not so many left: committed before, rolled back or freed.
+        """
         ...
 
     def rollback(self, seq_id: int, length: int) -> None:
-        """Shorten a sequence to `length` committed tokens, O(1). Raises ValueError if it is shorter than that."""
+        """Shorten a sequence to `length` committed tokens and drop its proposals, O(1). Raises ValueError if it is shorter."""
         ...
 
     def free(self, seq_id: int) -> None:

@@ -64,17 +64,14 @@ class Tokenizer:
         self._wrapped = wrapped
 
     @property
-    def vocab_size(self) -> int:
-        """Tokens that have a text. A model's embedding may have more rows (padding)."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._special_id("bos_token")
-
-    @property
     def eos_token_id(self) -> int | None:
-        return self._special_id("eos_token")
+        token = self._special_tokens.get("eos_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be called."""
+        return self._chat_template is not None
 
     @cached_property
     def transformers(self) -> PreTrainedTokenizerFast:
@@ -120,8 +117,6 @@ class Tokenizer:
         The template itself writes the begin token where it wants one; none is added. Raises UserError when the model has no
         template, when a message lacks its role or content, and when the template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         if self._chat_template is None:
             raise UserError("this model has no chat template; use generate, or an instruction-tuned model")
         _check_messages(messages)
@@ -129,13 +124,9 @@ class Tokenizer:
         options = {**template_kwargs, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
             text = self.transformers.apply_chat_template(conversation, **options)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             raise UserError(f"the chat template refuses the messages ({_one_line(error)}); change them") from error
         return self.encode(text, add_special_tokens=False)
-
-    def _special_id(self, name: str) -> int | None:
-        token = self._special_tokens.get(name)
-        return None if token is None else self.backend.token_to_id(token)
 
 
 def load_tokenizer(checkpoint: TokenizerSource) -> Tokenizer:

@@ -17,6 +17,7 @@ from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.gguf_file import GGUFFile
 from rowcast.runtime.checkpoint.gguf_names import NAME_MAPS, NameMap
 from rowcast.runtime.checkpoint.ranged_file import read_dense
+from rowcast.runtime.fields import short
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotation's frequencies, [head_dim / 2]: how llama.cpp stores llama3 scaling."""
@@ -79,9 +80,19 @@ def hf_config(gguf: GGUFFile) -> tuple[dict[str, Any], NameMap]:
 
 
 def generation_config(gguf: GGUFFile) -> dict[str, Any]:
-    """bos_token_id, pad_token_id and eos_token_id, the last a list when a turn's and a text's end differ."""
-    stored = {key: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "padding", "eos", "eot", "eom")}
-    ids = {key: value for key, value in stored.items() if isinstance(value, int)}
+    """bos_token_id, pad_token_id and eos_token_id, the last a list when a turn's and a text's end differ.
+
+    Raises UserError for an id that is no whole number of at least 0.
+    """
+    ids: dict[str, int] = {}
+    for key in ("bos", "padding", "eos", "eot", "eom"):
+        name = f"tokenizer.ggml.{key}_token_id"
+        value = gguf.metadata.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or value < 0:
+            raise UserError(f"{gguf.file.path} has the value {short(value)} for {name}, not a token id; convert the model again.")
+        ids[key] = value
     ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if key in ids))
     result: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     for key, name in (("bos", "bos_token_id"), ("padding", "pad_token_id")):
@@ -105,8 +116,8 @@ def _gated(keys: _Keys) -> dict[str, Any]:
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     if heads <= 0:
         raise keys.refuse(f"{heads} attention heads")
-    rotated = keys.integer("rope.dimension_count", hidden // heads)
-    head_dim = keys.integer("attention.key_length", rotated)
+    head_dim = keys.integer("attention.key_length", hidden // heads)
+    rotated = keys.integer("rope.dimension_count", head_dim)
     if keys.integer("attention.value_length", head_dim) != head_dim:
         raise keys.refuse("values of another size than keys")
     if rotated != head_dim:
@@ -125,8 +136,10 @@ def _gated(keys: _Keys) -> dict[str, Any]:
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(keys, head_dim),
     }
+    if keys.architecture in ("llama", "qwen3"):
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if keys.architecture == "llama":
-        config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if "attention.sliding_window" in keys:
         config["sliding_window"] = keys.integer("attention.sliding_window")
         if keys.architecture == "llama":
@@ -151,7 +164,10 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> dict[str, Any] | None:
         return _llama3_scaling(keys, head_dim)
     if kind == "none":
         return None
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(keys.number("rope.scaling.factor", legacy))}
+    factor = float(keys.number("rope.scaling.factor", legacy))
+    if factor <= 0:
+        raise keys.refuse(f"positions scaled by {factor}")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "linear":
         return scaling
     if kind != "yarn":
@@ -161,7 +177,7 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> dict[str, Any] | None:
         if f"rope.scaling.yarn_{name}" in keys:
             scaling[name] = keys.number(f"rope.scaling.yarn_{name}")
     if "rope.scaling.attn_factor" in keys:
-        scaling["attention_factor"] = keys.number("rope.scaling.attn_factor") * (0.1 * math.log(scaling["factor"]) + 1)
+        scaling["attention_factor"] = keys.number("rope.scaling.attn_factor") * (0.1 * math.log(factor) + 1)
     return scaling
 
 

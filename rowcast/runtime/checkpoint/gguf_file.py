@@ -146,6 +146,8 @@ def _parse(file: RangedFile, cursor: _Cursor) -> GGUFFile:
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise _Damage(f"tensor {name!r} claims {dimensions} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
+        if 0 in shape:
+            raise _Damage(f"tensor {name!r} has the shape {list(shape)}, which holds nothing")
         entries[name] = (shape, cursor.number("I"), cursor.number("Q"))
     start = -(-cursor.at // alignment) * alignment
 

@@ -6,7 +6,7 @@ Knows nothing of configs beyond the head counts that the row orders need.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,15 +40,15 @@ class _Entry:
 class GGUFSource:
     """Implements `Source`. Long reads are shared by a few threads."""
 
-    def __init__(self, gguf: GGUFFile, names: NameMap, config: dict[str, Any]) -> None:
-        """Raises UserError for a tensor that the architecture has not, as the model would be another one without it."""
+    def __init__(self, gguf: GGUFFile, names: NameMap, config: dict[str, Any], called_for: Collection[str]) -> None:
+        """Raises UserError for a tensor whose name is not among those `called_for`: the model would be another one without it."""
         self._gguf = gguf
         self._entries: dict[str, _Entry] = {}
         for tensor in gguf.tensors.values():
             if tensor.name == ROPE_FACTORS:
                 continue
             found = translate(names, tensor.name)
-            if found is None or len(tensor.shape) > 2:
+            if found is None or found[0] not in called_for or len(tensor.shape) > 2:
                 raise UserError(
                     f"{gguf.file.path} holds a tensor {tensor.name!r} of shape {list(tensor.shape)}, which is not part of a "
                     f"{config['model_type']} model as we run it; use another model."
@@ -71,10 +71,6 @@ class GGUFSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].tensor.shape
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of the whole tensor in the file. Raises KeyError for an unknown name."""
-        return self._entries[name].tensor.nbytes
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None, *, out: Tensor | None = None) -> Tensor:
         tensor, order = self._entries[name].tensor, self._entries[name].order

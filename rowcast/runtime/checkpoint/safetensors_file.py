@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The bound that the format's own library sets."""
+MAX_EMPTY = 1 << 60
+"""Product of the other dimensions of a tensor with a dimension of 0; torch computes with it. Other shapes are bounded by the file."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -66,10 +69,10 @@ class SafetensorsSource:
     def open(cls, directory: Path) -> SafetensorsSource:
         """model.safetensors, else the shards that model.safetensors.index.json names.
 
-        Reads headers only. Raises UserError for a missing or damaged file.
+        Reads headers only. Raises UserError for a damaged file and OSError for one that cannot be opened.
         """
         single = directory / SINGLE_FILE
-        return cls(read_header(single) if single.exists() else _read_shards(directory / INDEX_FILE))
+        return cls(read_header(single) if os.path.lexists(single) else _read_shards(directory / INDEX_FILE))
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -79,10 +82,6 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of the whole tensor in the file. Raises KeyError for an unknown name."""
-        return self._tensors[name].nbytes
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None, *, out: Tensor | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -101,7 +100,7 @@ class SafetensorsSource:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, in file order. Raises UserError naming what is wrong with the file."""
+    """The tensors of one file, in file order. Raises UserError naming what is wrong with the file, OSError if it cannot be opened."""
     file = RangedFile(path)
 
     def damage(what: str) -> UserError:
@@ -126,11 +125,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         shape, offsets = (_sizes(entry, key) for key in ("shape", "data_offsets"))
         if shape is None or offsets is None or len(offsets) != 2 or not isinstance(entry.get("dtype"), str):
             raise damage(f"its header's entry for {name!r} is malformed")
+        if not _is_unicode(name):
+            raise damage(f"the tensor name {name!r} is not valid Unicode")
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path} stores {name!r} as {entry['dtype']}, not one of the types read: {', '.join(DTYPES)}.")
         tensor = StoredTensor(file, start + offsets[0], shape, DTYPES[entry["dtype"]])
         if tensor.offset != end or tensor.nbytes != offsets[1] - offsets[0]:
             raise damage(f"bytes {offsets[0]} to {offsets[1]} of {name!r} do not fit its shape {list(shape)} or its neighbour")
+        if math.prod(filter(None, shape)) > MAX_EMPTY:
+            raise damage(f"{name!r} has no elements, yet the shape {list(shape)}")
         end = tensor.offset + tensor.nbytes
         tensors[name] = tensor
     if end != file.size:
@@ -142,7 +145,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = dict.fromkeys(weight_map.values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index: it needs a JSON object with a weight_map; fetch the file again.") from error
     shards: dict[str, dict[str, StoredTensor]] = {}
     for file in files:
@@ -171,6 +174,11 @@ def _sizes(entry: object, key: str) -> tuple[int, ...] | None:
     if isinstance(values, list) and all(type(value) is int and value >= 0 for value in values):
         return tuple(values)
     return None
+
+
+def _is_unicode(name: str) -> bool:
+    """JSON can escape halves of surrogate pairs."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _begin(entry: object) -> tuple[int, ...]:
