@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny models: handing work to a second thread takes longer than doing it
+# Tiny models: handing work to a second thread takes longer than doing it, and where another process wants the core, far longer.
+torch.set_num_threads(1)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is first imported, after this.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +27,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield LLM(dtype="float32")
-    torch.set_num_threads(threads)
+def llm() -> LLM:
+    return LLM(dtype="float32")
 
 
 @pytest.fixture(scope="module")
