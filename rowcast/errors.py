@@ -8,7 +8,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(sentence if sentence.endswith(".") else f"{sentence}.")
+        super().__init__(sentence if sentence.endswith((".", "?")) else f"{sentence}.")
 
 
 class OutOfMemoryError(UserError):

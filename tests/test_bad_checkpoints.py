@@ -498,3 +498,21 @@ def test_no_source_file_unpickles() -> None:
         "np.load(f, allow_pickle=True)",
     ):
         assert BANNED.search(text)
+
+
+def test_gguf_tensors_that_overlap(tmp_path: Path) -> None:
+    """One changed offset, or one more row: everything is within the file, and the values are another tensor's."""
+    model = llama(tmp_path)
+    sound = model.read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    at = sound.index(name) + len(name) + 4  # behind the number of dimensions: one length, type, offset
+    (offset,) = struct.unpack_from("<Q", sound, at + 12)
+    assert offset > 0
+    model.write_bytes(sound[: at + 12] + struct.pack("<Q", 0) + sound[at + 20 :])
+    refused(model, "corrupt", "overlap", name.decode())
+
+    name = b"token_embd.weight"
+    at = sound.index(name) + len(name) + 4 + 8  # its rows
+    (rows,) = struct.unpack_from("<Q", sound, at)
+    model.write_bytes(sound[:at] + struct.pack("<Q", rows + 8) + sound[at + 8 :])
+    refused(model, "corrupt", "overlap", name.decode())

@@ -44,7 +44,7 @@ def resident_plan(
     if None), and UserError for values out of range.
     """
     for name, value, low in (
-        ("max_model_len", max_model_len, 1),
+        ("max_model_len", max_model_len, 2),
         ("max_num_seqs", max_num_seqs, 1),
         ("max_num_batched_tokens", max_num_batched_tokens, 1),
         ("block_size", block_size, 1),

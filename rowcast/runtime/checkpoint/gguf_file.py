@@ -11,6 +11,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -162,4 +163,7 @@ def _parse(file: RangedFile, cursor: _Cursor) -> GGUFFile:
         if tensor.offset + tensor.nbytes > file.size:
             raise _Damage(f"tensor {name!r} ends at byte {tensor.offset + tensor.nbytes}, the file at byte {file.size}")
         tensors[name] = tensor
+    for one, following in pairwise(sorted(tensors.values(), key=lambda tensor: tensor.offset)):
+        if one.offset + one.nbytes > following.offset:
+            raise _Damage(f"tensors {one.name!r} and {following.name!r} overlap")
     return GGUFFile(file, metadata, tensors)
