@@ -43,7 +43,7 @@ Message = Mapping[str, str]
 
 
 class LLM:
-    """A language model ready to generate.
+    """A language model ready to generate. Not thread-safe: one thread calls it, and batches are for running requests together.
 
     >>> llm = LLM("SmolLM2-135M-Instruct")
     >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
