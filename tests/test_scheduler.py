@@ -78,3 +78,16 @@ def test_a_cancelled_sequence_gives_its_blocks_back_wherever_it_is() -> None:
         scheduler.remove(seq)
     assert scheduler.pool.free_blocks == 8
     assert not scheduler.running and not scheduler.waiting
+
+
+def test_prefill_waits_where_decoding_leaves_no_room() -> None:
+    """As a plan from a file may have it: fewer tokens a step than sequences."""
+    scheduler, sequences = make([1, 1, 1, 9], blocks=20, max_batch_tokens=2)
+    for _ in range(3):
+        step(scheduler)
+    for _ in range(3):
+        chosen, _ = step(scheduler)
+        assert all(tokens > 0 for _, tokens in chosen)
+    for seq in sequences[:3]:
+        scheduler.remove(seq)
+    assert step(scheduler) == ([(3, 2)], [])

@@ -15,8 +15,6 @@ class Scheduler:
     is admitted again, prompt and output are prefilled together.
     """
 
-    # A waiting prefill may have to let decodes go first: with max_batch_tokens >= max_num_seqs those always fit.
-
     def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
