@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rowcast.errors import OutOfMemoryError, UserError
     from rowcast.placement.plan import Plan
+    from rowcast.runtime.ladder.spec import Ladder, Rung
     from rowcast.runtime.llm import LLM
     from rowcast.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
     from rowcast.runtime.params import SamplingParams
@@ -20,9 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "Ladder",
     "OutOfMemoryError",
     "Plan",
     "RequestOutput",
+    "Rung",
     "SamplingParams",
     "StreamChunk",
     "UserError",
@@ -36,6 +39,8 @@ _HOME = {
     "CompletionOutput": "rowcast.runtime.outputs",
     "StreamChunk": "rowcast.runtime.outputs",
     "Plan": "rowcast.placement.plan",
+    "Ladder": "rowcast.runtime.ladder.spec",
+    "Rung": "rowcast.runtime.ladder.spec",
     "UserError": "rowcast.errors",
     "OutOfMemoryError": "rowcast.errors",
 }

@@ -22,6 +22,7 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.engine import Engine
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.request import Request
@@ -50,7 +51,8 @@ def make_engine(model: Model, *, blocks: int = 200, block_size: int = 4, eos: tu
     )
     plan = replace(plan, num_blocks=blocks, **changes)
     kv = PagedKV(spec, Shard(), num_blocks=blocks, block_size=block_size, dtype=torch.float32, device=device)
-    return Engine(plan, spec, LocalExecutor(decoder, kv, Sampler(spec.vocab_size, device)), eos_ids=eos)
+    top = ModelRunner("plain", decoder, kv, pass_bytes=plan.pass_bytes, max_batch_tokens=plan.max_batch_tokens)
+    return Engine(plan, spec, LocalExecutor(top, Sampler(spec.vocab_size, device)), eos_ids=eos)
 
 
 def run(engine: Engine, *requests: Request) -> list[list[list[int]]]:
@@ -314,7 +316,7 @@ def test_a_step_that_fails_late_has_committed_nothing(model: Model, monkeypatch:
         engine.step()
     executor = engine._executor
     assert isinstance(executor, LocalExecutor)
-    for name in ("_sample", "_prompt_logprobs"):
+    for name in ("_verdicts", "_prompt_logprobs"):
 
         def fail(*_: Any) -> None:
             raise RuntimeError("planted")

@@ -130,8 +130,9 @@ def test_rollback_and_commit_refuse_what_was_never_there() -> None:
     kv = store()
     kv.bind([SeqStep(0, [1, 2, 3], 0, [0], 3, False)])
     kv.commit(0, 2)
-    with pytest.raises(ValueError, match="back to 3"):
-        kv.rollback(0, 3)
+    assert (kv.length(0), kv.end(0)) == (2, 3)
+    with pytest.raises(ValueError, match="back to 4"):
+        kv.rollback(0, 4)
     with pytest.raises(ValueError, match="fewer than 4"):
         kv.commit(0, 4)
     kv.commit(0, 1)  # the third

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from tiny import VOCAB, tiny_model
+from transformers import PreTrainedTokenizerFast
 
-from rowcast import LLM, SamplingParams, UserError
+from rowcast import LLM, Ladder, Rung, SamplingParams, UserError
 
 PARAMS = SamplingParams(temperature=0.8, seed=4, max_tokens=8, detokenize=False)
 
@@ -40,9 +42,13 @@ def refused(*words: str, **arguments: Any) -> None:
 
 def test_a_plan_stands_alone(directory: Path, llm: LLM, tmp_path: Path) -> None:
     llm.plan.save(tmp_path / "plan")
-    planned = LLM(str(directory), plan=tmp_path / "plan", ladder="plain", mode="exact", tensor_parallel_size=1)
+    planned = LLM(str(directory), plan=tmp_path / "plan", mode="exact", tensor_parallel_size=1)
     assert planned.plan == llm.plan
     for name, value in {
+        "ladder": "plain",
+        "draft": "ngram",
+        "kv_budget": 64,
+        "verification": "maximal",
         "dtype": "bfloat16",
         "device": "cpu",
         "host_memory": "1GiB",
@@ -67,7 +73,17 @@ def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
     [
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2"]),
         ({"tensor_parallel_size": 0}, ["tensor_parallel_size=0"]),
-        ({"ladder": "triforce"}, ["triforce", "plain"]),
+        ({"ladder": "triforce"}, ["draft", "without a model"]),
+        ({"ladder": "stairs"}, ["stairs", "triforce"]),
+        ({"ladder": 5}, ["ladder=5"]),
+        ({"ladder": "ngram", "kv_budget": 128}, ["kv_budget=128", "ngram"]),
+        ({"ladder": "plain", "draft": "ngram"}, ["draft='ngram'", "plain"]),
+        ({"draft": "no-such-model"}, ["no-such-model"]),
+        ({"draft": 7}, ["draft=7"]),
+        ({"kv_budget": "many"}, ["kv_budget='many'", "whole number"]),
+        ({"kv_budget": 5}, ["kv=5"]),
+        ({"verification": "sloppy"}, ["sloppy", "coupled or maximal"]),
+        ({"ladder": "self:kv=120 / plain", "block_size": 4}, ["chunk=8", "4"]),
         ({"mode": "approximate"}, ["approximate"]),
         ({"mode": "fast"}, ["fast"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
@@ -196,8 +212,138 @@ def test_text_needs_a_tokenizer_and_ids_do_not(llm: LLM) -> None:
     with pytest.raises(UserError, match="logit_bias"):
         llm.generate([1, 2, 3], replace(PARAMS, n=2, logit_bias={VOCAB: 1.0}))
     assert not llm.engine.has_work
-    assert not llm.engine._executor._prompts and not llm.engine._executor._sampler._sequences  # type: ignore[attr-defined]
+    assert not llm.engine._executor._sequences and not llm.engine._executor._sampler._sequences  # type: ignore[attr-defined]
     llm.engine.check()
+
+
+# Ladders
+
+
+def tiny_tokenizer(path: Path, words: list[str]) -> None:
+    """A tokenizer of whole words for the model under `path`."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), unk_token=words[0]).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("draft")
+    tiny_model("llama-tied", path)
+    return path
+
+
+WHOLE = "draft:kv=full,gamma=2 / self:kv=40,chunk=4,sinks=4,recent=8,gamma=3 / plain"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "adaptive"),
+    [
+        ({}, "ngram / plain", True),
+        ({"ladder": "plain"}, "plain", False),
+        ({"ladder": "ngram"}, "ngram / plain", False),
+        ({"ladder": "triforce", "kv_budget": 100}, "draft:model={} / self:kv=100 / plain", False),
+        ({"kv_budget": 100}, "ngram / draft:model={} / self:kv=100 / plain", True),
+        ({"ladder": Ladder((Rung(kind="self", kv=100), Rung(kind="plain")))}, "self:kv=100 / plain", False),
+        ({"ladder": WHOLE}, WHOLE.replace("draft:", "draft:model={},"), False),
+        ({"ladder": WHOLE, "verification": "maximal"}, WHOLE.replace("draft:", "draft:model={},"), False),
+    ],
+)
+def test_ladders(directory: Path, draft: Path, arguments: dict[str, Any], expected: str, adaptive: bool) -> None:
+    """What each name means, what the plan counts for it, and that greedy output is plain decoding's."""
+    params = replace(PARAMS, temperature=0, max_tokens=40, ignore_eos=True)
+    prompt = [5, 6, 7] * 15
+    reference = LLM(directory, ladder="plain").generate(prompt, params)[0]
+    llm = LLM(directory, draft=draft if "draft" in expected else None, **arguments)
+    plan = llm.plan
+    assert (plan.ladder_text, plan.adaptive) == (expected.format(draft), adaptive)
+    [output] = llm.generate(prompt, params)
+    assert output.outputs[0].token_ids == reference.outputs[0].token_ids
+
+    executor: Any = llm.engine._executor
+    views = [rung.view for rung in (*executor._lower, executor._top) if hasattr(rung, "view")]
+    queries = plan.max_num_seqs * llm.spec.num_layers * llm.spec.num_heads * llm.spec.head_dim * 4
+    queries *= executor._top.view.keep_queries
+    assert plan.kv_bytes + plan.rung_kv_bytes == sum(view.bytes for view in views) + queries
+    draft_bytes = LLM(draft, ladder="plain").plan.weight_bytes
+    assert plan.rung_weight_bytes == (draft_bytes if "draft" in expected else 0)
+    assert plan.margin_bytes >= 0
+
+
+def test_statistics_of_a_ladder(directory: Path, draft: Path) -> None:
+    llm = LLM(directory, ladder=WHOLE, draft=draft)
+    [output] = llm.generate([5, 6, 7] * 20, replace(PARAMS, max_tokens=30, ignore_eos=True))
+    stats = json.loads(json.dumps(output.to_json()))["stats"]
+    assert (stats["ladder"], stats["verification"]) == (llm.plan.ladder_text, "coupled")
+    assert set(stats["time_s"]) == set(stats["density"]) == {"draft", "self", "plain"}
+    assert list(stats["acceptance"]) == list(stats["acceptance_by_position"]) == ["draft", "self"]
+    assert stats["density"] == dict.fromkeys(stats["density"], 1.0)
+    assert stats["refreshes"]["self"] > 0
+    assert len(stats["acceptance_by_position"]["draft"]) <= 2 and len(stats["acceptance_by_position"]["self"]) <= 3
+    for rung, share in stats["acceptance"].items():
+        assert min(stats["acceptance_by_position"][rung]) <= share <= max(stats["acceptance_by_position"][rung])
+    assert stats["tokens_per_round"] == 30 / stats["rounds"]
+    assert sum(stats["time_s"].values()) > 0
+
+
+def test_a_ladders_plan_stands_alone(directory: Path, draft: Path, tmp_path: Path) -> None:
+    given = LLM(directory, ladder=WHOLE, draft=draft, verification="maximal")
+    given.plan.save(tmp_path / "plan")
+    planned = LLM(directory, plan=tmp_path / "plan")
+    assert planned.plan == given.plan
+    assert planned.generate([1, 2, 3], PARAMS)[0].outputs == given.generate([1, 2, 3], PARAMS)[0].outputs
+    assert planned.plan.draft_fingerprints != []
+    refused("other draft weights", model=directory, plan=replace(given.plan, draft_fingerprints=["0" * 16]))
+    refused("other draft weights", model=directory, plan=replace(given.plan, draft_fingerprints=[]))
+
+
+def test_a_draft_of_another_vocabulary_is_refused(directory: Path, tmp_path: Path) -> None:
+    tiny_model("llama-tied", tmp_path, vocab_size=VOCAB + 3)
+    refused(f"{VOCAB + 3} tokens", f"one of {VOCAB}", model=directory, draft=tmp_path)
+
+
+def test_a_draft_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(VOCAB)]
+    target, same, other, bare = (tmp_path / name for name in ("target", "same", "other", "bare"))
+    for path in (target, same, other, bare):
+        tiny_model("llama-tied", path)
+    tiny_tokenizer(target, words)
+    tiny_tokenizer(same, words)
+    tiny_tokenizer(other, [*words[:30], words[31], words[30], *words[32:]])
+    for draft in (same, bare):
+        assert LLM(target, draft=draft).plan.ladder[1].startswith("draft:")
+    refused("token 30", "'w31'", "'w30'", str(other), model=target, draft=other)
+
+
+def test_a_draft_that_cannot_be_opened_says_why_itself(directory: Path, tmp_path: Path) -> None:
+    refused(str(tmp_path), "holds no weights", model=directory, draft=tmp_path)
+    tiny_model("llama-tied", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    refused("config.json", "not valid JSON", model=directory, draft=tmp_path)
+
+
+def test_a_draft_that_cannot_stream(directory: Path, tmp_path: Path) -> None:
+    """Learned positions cannot slide: `auto` keeps all of the draft's KV, a ladder that was spelled is refused."""
+    tiny_model("opt", tmp_path)
+    llm = LLM(directory, draft=tmp_path)
+    assert llm.plan.ladder[1] == f"draft:model={tmp_path},kv=full"
+    assert any("learned" in note for note in llm.plan.notes)
+    params = replace(PARAMS, temperature=0)
+    expected = LLM(directory, ladder="plain").generate([1, 2, 3], params)[0].outputs[0].token_ids
+    assert llm.generate([1, 2, 3], params)[0].outputs[0].token_ids == expected
+    refused("learned", "kv=full", model=directory, draft=tmp_path, ladder="draft / plain")
+
+
+def test_auto_leaves_out_what_does_not_fit(directory: Path, draft: Path) -> None:
+    plain = LLM(directory, ladder="plain", max_model_len=128, max_num_seqs=2).plan
+    budget = plain.weight_bytes + plain.work_bytes + 5 * 64 * plain.kv_token_bytes
+    keywords: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 2, "draft": draft, "kv_budget": 100}
+    llm = LLM(directory, **keywords)
+    assert [rung.split(":")[0] for rung in llm.plan.ladder] == ["ngram", "draft", "self", "plain"]
+    llm = LLM(directory, host_memory=budget, **keywords)
+    assert llm.plan.ladder == ["ngram", "plain"]
+    assert sum("memory is too short" in note for note in llm.plan.notes) == 2
+    refused("not enough memory", "the rungs below plain in draft", "--ladder plain", model=directory, host_memory=budget,
+            ladder="triforce", **keywords)  # fmt: skip
 
 
 def test_a_failed_step_is_run_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +353,7 @@ def test_a_failed_step_is_run_again(directory: Path, monkeypatch: pytest.MonkeyP
     expected = llm.generate([5, 6, 7], params)[0].outputs[0].token_ids
     stream = llm.stream([5, 6, 7], params)
     tokens = next(stream).token_ids
-    kv = llm.engine._executor._kv  # type: ignore[attr-defined]
+    kv = llm.engine._executor._top.view  # type: ignore[attr-defined]
     attend = kv.attend
 
     def fail(layer: int, q: Any) -> Any:

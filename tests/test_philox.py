@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowcast.runtime.philox import gumbel, philox4x32, uniform32
+from rowcast.runtime.philox import Purpose, gumbel, philox4x32, uniform32
 
 KNOWN = [  # Random123 1.14, kat_vectors: counter, key, answer
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -48,6 +48,15 @@ def test_key_and_counter_layout() -> None:
     stream = 0 | 2 << 8 | 9 << 16
     rows = zip(seeds, samples, positions, strict=True)
     assert got.tolist() == [[reference(seed, sample, at, stream, i) for i in range(3, 14)] for seed, sample, at in rows]
+
+
+def test_rungs_and_rounds_may_differ_by_row() -> None:
+    one, rounds, rungs = row(1, 1, 1), row(0, 65535, 7), row(0, 3, 255)
+    got = uniform32(one, one, one, range(5), purpose=Purpose.ACCEPT, rung=rungs, round_index=rounds)
+    for i, (rung, number) in enumerate(zip(rungs.tolist(), rounds.tolist(), strict=True)):
+        alone = uniform32(row(1), row(1), row(1), range(5), purpose=Purpose.ACCEPT, rung=rung, round_index=number)
+        assert torch.equal(got[i], alone[0])
+        assert got[i].tolist() == [reference(1, 1, 1, 1 | rung << 8 | number << 16, token) for token in range(5)]
 
 
 def test_a_shard_or_a_list_of_ids_sees_the_slice_of_the_whole() -> None:

@@ -11,7 +11,7 @@ from test_kv import SPEC
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import Plan
-from rowcast.placement.resident import CPU_KV_BYTES, resident_plan
+from rowcast.placement.resident import CPU_KV_BYTES, MAX_SPECULATING_SEQS, LadderNeeds, resident_plan
 from rowcast.placement.units import format_bytes, parse_bytes
 from rowcast.runtime.spec import parameter_count
 
@@ -51,6 +51,46 @@ def test_what_does_not_fit_says_how_much_was_needed() -> None:
         make(budget_bytes=one_block, max_model_len=64)
 
 
+NEEDS = LadderNeeds(
+    ladder=("draft:model=d", "self:kv=16", "plain"),
+    lookahead=6,
+    models=(SPEC,),
+    weight_bytes=5000,
+    block_bytes=300,
+    slot_bytes=70_000,
+    query_bytes=900,
+)
+
+
+def test_lower_rungs_are_accounted_for() -> None:
+    plain, plan = make(), make(needs=NEEDS)
+    assert plan.speculating_seqs == MAX_SPECULATING_SEQS
+    assert plan.rung_weight_bytes == 5000
+    assert plan.rung_kv_bytes == plan.num_blocks * 300 + 16 * 70_000 + 64 * 900
+    assert (plan.num_blocks, plan.kv_bytes, plan.weight_bytes) == (plain.num_blocks, plain.kv_bytes, plain.weight_bytes)
+    assert (
+        plan.margin_bytes
+        == GIB - plan.weight_bytes - plan.kv_bytes - plan.work_bytes - plan.rung_weight_bytes - plan.rung_kv_bytes
+    )
+    assert plan.ladder_text in plan.summary() and "lower rungs" in plan.summary() and "lower rungs" not in plain.summary()
+    assert (plain.lookahead, plain.speculating_seqs, plain.rung_bytes) == (0, 0, 0)
+    laws = make(needs=replace(NEEDS, law_rows=14)).work_bytes - plan.work_bytes
+    assert laws == 16 * 14 * SPEC.vocab_size * 4
+    assert make(needs=NEEDS, max_num_seqs=3).speculating_seqs == 3
+
+
+def test_fewer_sequences_speculate_where_memory_is_short() -> None:
+    """Their caches take a quarter of what weights leave, or what one sequence needs."""
+    for slot_bytes, seqs in ((GIB // 128, 16), (GIB // 64, 15), (GIB // 24, 5), (GIB // 2, 1)):
+        plan = make(needs=replace(NEEDS, slot_bytes=slot_bytes))
+        assert plan.speculating_seqs == seqs
+        assert plan.margin_bytes >= 0
+    with pytest.raises(
+        OutOfMemoryError, match=r"rungs below plain in draft:model=d / self:kv=16 / plain 1.0 GiB .*--ladder plain"
+    ):
+        make(needs=replace(NEEDS, slot_bytes=GIB))
+
+
 @pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_absurd_numbers_are_refused(name: str, value: int) -> None:
@@ -70,9 +110,9 @@ def test_a_step_holds_a_token_of_every_sequence() -> None:
 
 
 def test_files_round_trip(tmp_path: Path) -> None:
-    plan = make()
-    plan.save(tmp_path / "plan")
-    assert Plan.load(tmp_path / "plan") == plan
+    for plan in (make(), make(needs=replace(NEEDS, adaptive=True, verification="maximal", draft_fingerprints=("d",)))):
+        plan.save(tmp_path / "plan")
+        assert Plan.load(tmp_path / "plan") == plan
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -90,6 +130,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         msgpack.packb(content | {"num_blocks": True}),
         msgpack.packb(content | {"num_blocks": -1}),
         msgpack.packb(content | {"dtype": "int8"}),
+        msgpack.packb(content | {"format": 1}),
+        msgpack.packb(content | {"adaptive": 1}),
+        msgpack.packb(content | {"verification": "sloppy"}),
+        msgpack.packb(content | {"ladder": [1]}),
+        msgpack.packb(content | {"lookahead": -1}),
     ]
     for data in damaged:
         path.write_bytes(data)

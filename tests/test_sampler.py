@@ -15,8 +15,9 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.runtime.logits import prompt_logprobs
 from rowcast.runtime.params import SamplingParams
-from rowcast.runtime.philox import gumbel
-from rowcast.runtime.sampler import Sampler
+from rowcast.runtime.philox import Purpose, gumbel
+from rowcast.runtime.sampler import Row, Sampler
+from rowcast.runtime.sampling_batch import make_batch
 
 V = 40
 EOS = 39
@@ -75,6 +76,10 @@ def law(processed: Tensor, params: SamplingParams) -> Tensor:
     if params.greedy:
         return torch.nn.functional.one_hot(processed.argmax(), len(processed)).double()
     return processed.double().softmax(-1)
+
+
+def rows_of(*seq_ids: int) -> list[Row]:
+    return [Row(seq_id) for seq_id in seq_ids]
 
 
 def one(params: SamplingParams, *, prompt: Sequence[int] = (1, 2), output: Sequence[int] = (), **keywords: Any) -> Sampler:
@@ -138,7 +143,7 @@ def test_every_parameter_changes_the_law_as_the_reference_says(case: str, seed: 
     logits = random_logits(1, seed)
     given = logits.clone()
     sampler = one(params, prompt=PROMPT, output=OUTPUT, bad_word_ids=bad_words)
-    got = law(sampler.process([0], logits)[0], params)
+    got = law(sampler.process([Row(0)], logits)[0], params)
     expected = torch.tensor(reference_law(logits[0].tolist(), params, PROMPT, OUTPUT, bad_words), dtype=torch.float64)
     assert torch.equal(got > 0, expected > 0)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
@@ -163,13 +168,59 @@ def test_a_batch_of_different_requests_equals_each_alone_in_any_order() -> None:
         for sampler, seq_id in ((single, 0), (together, i)):
             sampler.add(seq_id, params, **keywords)
             sampler.commit(seq_id, OUTPUT)
-        alone.append((single.process([0], logits[i : i + 1])[0], int(single.sample([0], logits[i : i + 1]).token_ids)))
+        alone.append((single.process([Row(0)], logits[i : i + 1])[0], int(single.sample([Row(0)], logits[i : i + 1]))))
     generator = torch.Generator().manual_seed(0)
     for size in (len(names), len(names), 7, 2, 1):
         rows = torch.randperm(len(names), generator=generator)[:size].tolist()
-        processed = together.process(rows, logits[rows])
+        processed = together.process(rows_of(*rows), logits[rows])
         assert all(torch.equal(row, alone[i][0]) for i, row in zip(rows, processed, strict=True))
-        assert together.sample(rows, logits[rows]).token_ids.tolist() == [alone[i][1] for i in rows]
+        assert together.sample(rows_of(*rows), logits[rows]).tolist() == [alone[i][1] for i in rows]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_drafted_tokens_count_like_committed_ones(case: str) -> None:
+    """One call for several depths, beside another sequence; nothing stays behind."""
+    params = SamplingParams(**CASES[case])
+    bad_words = BAD_WORDS if params.bad_words else []
+    depths = [0, 4, 1, len(OUTPUT)]
+    logits = random_logits(len(depths) + 1, 2)
+    drafting = one(params, prompt=PROMPT, bad_word_ids=bad_words)
+    drafting.add(1, SamplingParams(presence_penalty=1.0), seed=1, sample_index=0, prompt_ids=[1], eos_ids=[])
+    rows = [Row(0, tuple(OUTPUT[:depth])) for depth in depths]
+    rows.insert(1, Row(1, (5, 5)))
+    for _ in range(2):
+        processed, drawn = drafting.process(rows, logits), drafting.sample(rows, logits).tolist()
+        for i, row in enumerate(rows):
+            if row.seq_id == 0:
+                committed = one(params, prompt=PROMPT, output=row.drafted, bad_word_ids=bad_words)
+                assert torch.equal(processed[i], committed.process([Row(0)], logits[i : i + 1])[0])
+                assert drawn[i] == int(committed.sample([Row(0)], logits[i : i + 1]))
+    for depth in range(len(OUTPUT)):
+        behind = [Row(0, tuple(OUTPUT[depth:]))]
+        assert torch.equal(drafting.process(behind, logits[-1:])[0], processed[-1])
+        drafting.commit(0, OUTPUT[depth : depth + 1])
+
+
+def test_tensors_of_parameters_are_built_once_for_a_pattern_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        built.append(1)
+        return make_batch(*arguments)
+
+    monkeypatch.setattr("rowcast.runtime.sampler.make_batch", counted)
+    sampler = one(SamplingParams(top_k=3, presence_penalty=0.5))
+    logits = random_logits(4)
+    for token in range(10):
+        sampler.sample([Row(0)], logits[:1])
+        sampler.sample([Row(0, (token, 3)[:drafted]) for drafted in range(3)], logits[:3])
+        sampler.commit(0, [token])
+    assert len(built) == 2
+    for count in range(1, 300):
+        sampler.uniforms([Row(0)] * count, purpose=Purpose.ACCEPT, rung=0, rounds=[0] * count)
+    assert len(sampler._batches) < 100
+    sampler.suspend(0)
+    assert not sampler._batches
 
 
 def test_sample_is_gumbel_max_of_the_processed_logits_at_the_position() -> None:
@@ -177,9 +228,48 @@ def test_sample_is_gumbel_max_of_the_processed_logits_at_the_position() -> None:
     sampler = one(SamplingParams(temperature=8.0, top_k=30), prompt=[1, 2, 3], seed=2**50 + 1, sample_index=2)
     for position in range(3, 23):
         noise = gumbel(torch.tensor([2**50 + 1]), torch.tensor([2]), torch.tensor([position]), range(V))
-        expected = (sampler.process([0], logits) + noise).argmax(-1)
-        assert torch.equal(sampler.sample([0], logits).token_ids, expected)
+        expected = (sampler.process([Row(0)], logits) + noise).argmax(-1)
+        assert torch.equal(sampler.sample([Row(0)], logits), expected)
         sampler.commit(0, [0])
+
+
+def test_noise_of_a_rung_and_round_is_its_own() -> None:
+    """Greedy rows take the argmax whatever it is."""
+    law = torch.zeros(40, V)
+    law[:, 3] = 0.1
+    sampler = one(SamplingParams())
+    sampler.add(1, SamplingParams(temperature=0), seed=7, sample_index=0, prompt_ids=(1, 2), eos_ids=[])
+    rows = [Row(0, (0,) * i) for i in range(39)] + [Row(1)]
+    keys = [(purpose, rung, number) for purpose in Purpose for rung in (0, 2) for number in (1, 65535)]
+    drawn, coins = [], []
+    for purpose, rung, number in keys:
+        tokens = sampler.draw(rows, law, purpose=purpose, rung=rung, rounds=[number] * 40)
+        noise = gumbel(
+            torch.tensor([7]), torch.tensor([0]), torch.tensor([7]), range(V), purpose=purpose, rung=rung, round_index=number
+        )
+        assert int(tokens[5]) == int((noise + law[:1]).argmax())
+        assert int(tokens[39]) == 3
+        uniforms = sampler.uniforms(rows, purpose=purpose, rung=rung, rounds=[number] * 40)
+        assert uniforms.dtype == torch.float64
+        assert 0 < float(uniforms.min()) < 0.3 < 0.7 < float(uniforms.max()) < 1
+        drawn.append(tuple(tokens.tolist()))
+        coins.append(tuple(uniforms[:39].tolist()))
+    assert len(set(drawn)) == len(keys)
+    assert len({coin for row in coins for coin in row}) == 39 * len(keys)
+    mixed = sampler.draw(rows, law, purpose=Purpose.RESIDUAL, rung=2, rounds=[1, 65535] * 20).tolist()
+    where = keys.index((Purpose.RESIDUAL, 2, 1))
+    assert mixed == [drawn[where + i % 2][i] for i in range(40)]
+    assert torch.equal(sampler.sample(rows, law), sampler.draw(rows, law, purpose=Purpose.TOKEN))
+
+
+def test_rounds_are_numbered_for_each_sequence_and_outlive_suspension() -> None:
+    sampler = one(SamplingParams())
+    sampler.add(1, SamplingParams(), seed=7, sample_index=0, prompt_ids=(), eos_ids=[])
+    numbers = [sampler.next_round(0) for _ in range(2**16 - 1)]
+    sampler.suspend(0)
+    assert {*numbers, sampler.next_round(0)} == set(range(2**16))
+    assert sampler.next_round(1) == numbers[0]
+    assert (sampler.greedy(0), one(SamplingParams(temperature=0)).greedy(0)) == (False, True)
 
 
 DRAWS = 200_000
@@ -189,7 +279,7 @@ DRAWS = 200_000
 def test_the_drawn_law_is_softmax(case: str) -> None:
     """Chi-square over positions (even cases) or seeds (odd ones) at fixed seeds; forbidden tokens never appear."""
     params = SamplingParams(**CASES[case])
-    processed = one(params).process([0], random_logits(1, 3))
+    processed = one(params).process([Row(0)], random_logits(1, 3))
     counter, fixed = torch.arange(DRAWS), torch.full((DRAWS,), 11)
     keys = (fixed, counter) if list(CASES).index(case) % 2 else (counter, fixed)
     noise = gumbel(keys[0], torch.zeros_like(fixed), keys[1], range(V))
@@ -230,7 +320,7 @@ def test_a_replayed_sequence_draws_the_same_tokens_step_by_step_or_at_once() -> 
     def run(sampler: Sampler, seq_id: int) -> list[int]:
         tokens = []
         for step in steps:
-            tokens += sampler.sample([seq_id], step[None]).token_ids.tolist()
+            tokens += sampler.sample([Row(seq_id)], step[None]).tolist()
             sampler.commit(seq_id, tokens[-1:])
         return tokens
 
@@ -241,7 +331,7 @@ def test_a_replayed_sequence_draws_the_same_tokens_step_by_step_or_at_once() -> 
     assert run(one(params, seed=8), 0) != tokens
     assert run(one(params, sample_index=1), 0) != tokens
     resumed = one(params, output=tokens[:12])
-    assert int(resumed.sample([0], steps[12:13]).token_ids) == tokens[12]
+    assert int(resumed.sample([Row(0)], steps[12:13])) == tokens[12]
     first.remove(0)
     first.add(3, params, seed=7, sample_index=0, prompt_ids=(1, 2), eos_ids=[EOS])  # a slot used before starts clean
     assert run(first, 3) == tokens
@@ -256,7 +346,7 @@ def test_penalties_tell_prompt_from_output() -> None:
         SamplingParams(repetition_penalty=2): [0.5, 0.5, 0.5, -2.0, 1.0],
     }
     for params, values in expected.items():
-        x = one(params, prompt=[4, 4, 9], output=[5, 5, 6]).process([0], logits)[0]
+        x = one(params, prompt=[4, 4, 9], output=[5, 5, 6]).process([Row(0)], logits)[0]
         assert x[[4, 5, 6, 9, 0]].tolist() == values
 
 
@@ -266,7 +356,7 @@ def test_min_tokens_counts_committed_tokens() -> None:
     sampler = one(SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[5], ignore_eos=True))
     drawn = []
     for _ in range(3):
-        drawn += sampler.sample([0], logits).token_ids.tolist()
+        drawn += sampler.sample([Row(0)], logits).tolist()
         sampler.commit(0, drawn[-1:])
     assert drawn == [0, 0, EOS]
 
@@ -276,7 +366,7 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     logits[0, [11, 30]] = 1.0
     sampler = one(SamplingParams(temperature=0))
     sampler.add(1, SamplingParams(temperature=0, repetition_penalty=1.5), seed=0, sample_index=0, prompt_ids=[0], eos_ids=[])
-    assert sampler.sample([0, 1], logits).token_ids.tolist() == [11, 0]
+    assert sampler.sample(rows_of(0, 1), logits).tolist() == [11, 0]
 
 
 def test_ties_at_the_edge_of_a_truncation_all_stay() -> None:
@@ -284,7 +374,7 @@ def test_ties_at_the_edge_of_a_truncation_all_stay() -> None:
     for keywords in ({"top_k": 2}, {"top_p": 0.6}, {"top_k": 2, "top_p": 0.99}):
         sampler = one(SamplingParams(**keywords), vocab_size=6)
         sampler.add(1, SamplingParams(top_k=5), seed=0, sample_index=0, prompt_ids=[], eos_ids=[])
-        for rows in ([0], [0, 1]):
+        for rows in (rows_of(0), rows_of(0, 1)):
             kept = sampler.process(rows, logits.expand(len(rows), -1))[0] > -math.inf
             assert kept.tolist() == [True, False, True, True, True, False]
 
@@ -295,23 +385,22 @@ def test_logprobs_come_from_the_raw_logits() -> None:
     sampler = one(SamplingParams(temperature=0, logit_bias={5: 50.0}, logprobs=3))
     sampler.add(1, SamplingParams(), seed=0, sample_index=0, prompt_ids=[], eos_ids=[])
     sampler.add(2, SamplingParams(temperature=0.5, top_k=1, logprobs=-1), seed=0, sample_index=0, prompt_ids=[], eos_ids=[])
-    output = sampler.sample([0, 1, 2], logits)
-    assert output.logprobs is not None
-    biased, silent, whole = output.logprobs
-    assert silent is None
+    tokens = sampler.sample(rows_of(0, 1, 2), logits).tolist()
+    assert (tokens[0], tokens[2]) == (5, int(logits[2].argmax()))
+    biased = sampler.report(0, logits[[0, 2]], [tokens[0], 9])
+    whole = sampler.report(2, logits[2:], tokens[2:])
     assert biased is not None
     assert whole is not None
-    assert (biased.token_id, whole.token_id) == (5, int(logits[2].argmax()))
-    for entry, row, k in ((biased, 0, 3), (whole, 2, V)):
+    assert [entry.token_id for entry in biased + whole] == [5, 9, tokens[2]]
+    for entry, row, k in ((biased[0], 0, 3), (biased[1], 2, 3), (whole[0], 2, V)):
         order = raw[row].argsort(descending=True).tolist()
         assert entry.logprob == pytest.approx(float(raw[row, entry.token_id]), abs=1e-5)
         assert entry.rank == order.index(entry.token_id) + 1
         assert entry.top_ids == order[:k]
         assert entry.top_logprobs == pytest.approx(raw[row, order[:k]].tolist(), abs=1e-5)
-    assert sampler.sample([1], logits[1:2]).logprobs is None
-    none_but_chosen = one(SamplingParams(logprobs=0)).sample([0], logits[:1]).logprobs
+    assert sampler.report(1, logits[1:2], [0]) is None
+    none_but_chosen = one(SamplingParams(logprobs=0)).report(0, logits[:1], [4])
     assert none_but_chosen is not None
-    assert none_but_chosen[0] is not None
     assert none_but_chosen[0].top_ids == []
 
 
@@ -330,9 +419,9 @@ def test_temperature_and_truncation_leave_a_greedy_row_alone() -> None:
     logits = random_logits(1)
     params = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.9)
     sampler = one(params)
-    assert sampler.process([0], logits) is logits
+    assert sampler.process([Row(0)], logits) is logits
     sampler.add(1, SamplingParams(temperature=0.5, top_k=4, min_p=0.1), seed=0, sample_index=0, prompt_ids=[], eos_ids=[])
-    assert torch.equal(sampler.process([1, 0], logits.expand(2, -1))[1], logits[0])
+    assert torch.equal(sampler.process(rows_of(1, 0), logits.expand(2, -1))[1], logits[0])
 
 
 @pytest.mark.parametrize(
@@ -359,14 +448,14 @@ def test_a_suspended_sequence_goes_on_with_its_counts() -> None:
     assert len(sampler._counts.in_prompt) == 0
     logits = random_logits(2)
     for tokens in ([3, 4], [3], [5, 5]):
-        before = sampler.process([0, 1], logits)
+        before = sampler.process(rows_of(0, 1), logits)
         for seq_id in (0, 1):
             sampler.commit(seq_id, tokens)
         sampler.suspend(0)
         sampler.suspend(0)
-        after = sampler.process([0, 1], logits)
+        after = sampler.process(rows_of(0, 1), logits)
         assert not torch.equal(after, before)
-        torch.testing.assert_close(after[:, 6:], sampler.process([1, 0], logits.flip(0)).flip(0)[:, 6:])
+        torch.testing.assert_close(after[:, 6:], sampler.process(rows_of(1, 0), logits.flip(0)).flip(0)[:, 6:])
     law = reference_law(logits[0].tolist(), params, [1, 2, 0], [3, 4, 3, 5, 5])
     torch.testing.assert_close(after[0].softmax(-1), torch.tensor(law), atol=1e-6, rtol=1e-5)
     assert len(sampler._counts.in_prompt) == 2
@@ -383,6 +472,6 @@ def test_logits_that_are_not_numbers_give_no_token(params: SamplingParams) -> No
         sampler.add(seq_id, params, seed=1, sample_index=0, prompt_ids=[1], eos_ids=[EOS])
     logits = random_logits(2)
     logits[1, 7] = math.nan
-    first, second = sampler.sample([0, 1], logits).token_ids.tolist()
+    first, second = sampler.sample(rows_of(0, 1), logits).tolist()
     assert first >= 0
     assert second == -1

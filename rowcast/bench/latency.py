@@ -52,7 +52,7 @@ class Rowcast:
     """Ours, as a user calls it."""
 
     def __init__(self, model: str, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> None:
-        self.llm = LLM(model, dtype=_name(dtype), device=device, progress=False)
+        self.llm = LLM(model, ladder="plain", dtype=_name(dtype), device=device, progress=False)
 
     def prefill(self, ids: list[int]) -> None:
         self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
@@ -67,13 +67,11 @@ class Transformers:
     """The peer, from the same file."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        path = Path(checkpoint.path)
-        file = {"gguf_file": path.name} if path.is_file() else {}
-        folder = str(path.parent if path.is_file() else path)
+        folder, file = peer_files(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file).to(device).eval()
+        self.model = load_peer(checkpoint, dtype, device)
 
     def _next(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:  # [1, T] -> [1, 1]
         out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -95,6 +93,20 @@ class Transformers:
         return times
 
 
+def peer_files(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+    """How Transformers calls the checkpoint: a folder, and the GGUF file in it."""
+    path = Path(checkpoint.path)
+    return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
+
+
+def load_peer(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
+    """The checkpoint as a Transformers model."""
+    from transformers import AutoModelForCausalLM
+
+    folder, file = peer_files(checkpoint)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file).to(device).eval()
+
+
 def run(
     model: str, dtype: str, device: str, against_transformers: bool, prompt_tokens: int, max_tokens: int, repeat: int
 ) -> dict[str, Any]:
@@ -109,9 +121,7 @@ def run(
     kind = DTYPES[choose_dtype(dtype, checkpoint.stored_dtype, chosen)[0]]
     sides: dict[str, Callable[[], Subject]] = {"rowcast": lambda: Rowcast(model, kind, where)}
     if against_transformers:
-        if checkpoint.format == "gguf" and find_spec("accelerate") is None:
-            raise UserError("Transformers reads a GGUF file with accelerate, which is not installed: pip install accelerate")
-        _quiet_imports()
+        prepare_peer(checkpoint)
         sides["transformers"] = lambda: Transformers(checkpoint, kind, where)
 
     decode_prompt = load_tokenizer(checkpoint).encode(DECODE_PROMPT)[:DECODE_PROMPT_TOKENS]
@@ -227,8 +237,10 @@ def read_bandwidth(device: str) -> float:
     return x.nbytes / best
 
 
-def _quiet_imports() -> None:
-    """Import the peer before any clock runs, and keep its progress bars off standard error."""
+def prepare_peer(*checkpoints: Checkpoint) -> None:
+    """Import the peer before any clock runs, and keep its progress bars off standard error. Raises UserError if it cannot read them."""
+    if any(checkpoint.format == "gguf" for checkpoint in checkpoints) and find_spec("accelerate") is None:
+        raise UserError("Transformers reads a GGUF file with accelerate, which is not installed: pip install accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.utils import logging
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, chat, env, generate
+from rowcast.cli import bench, chat, env, generate, options
 from rowcast.errors import UserError
 from rowcast.settings import configure_logging
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = app(args=args, prog_name="rowcast", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, typer.TyperException) as error:
-        message = _message(error) if isinstance(error, typer.TyperException) else str(error)
+        message = _message(error) if isinstance(error, typer.TyperException) else options.as_typed(str(error))
         print("rowcast:", " ".join(message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

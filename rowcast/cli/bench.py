@@ -37,3 +37,65 @@ def latency(
     if not as_json:
         measure.print_table(report)
     print_json(report)
+
+
+@app.command()
+def speculation(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help=f"A directory, a GGUF file or a hub id. [default: {options.DEFAULT_MODEL}]"),
+    ] = None,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="Text that the prompts are cut from.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="Tokens of a prompt; all of them.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that run together.")] = 1,
+    ladder: Annotated[
+        list[str] | None, typer.Option("--ladder", help="A ladder to measure beside plain; repeatable. All that there are.")
+    ] = None,
+    draft: options.Draft = None,
+    kv_budget: options.KVBudget = None,
+    verification: options.Verification = "coupled",
+    temperature: options.Temperature = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first prompt; the others count on.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Tokens to generate for each prompt.")] = 256,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Visits of each ladder, in turn; medians are shown.")] = 3,
+    against: Annotated[
+        Literal["transformers"] | None, typer.Option("--against", help="Its assisted generation with the same draft.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="A model's shape with random weights: a known name or a config.json.")
+    ] = None,
+    simulate: Annotated[
+        str | None, typer.Option("--simulate", help="Acceptance rates for --shape: OUTER or OUTER,INNER, as in 0.92,0.6.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
+) -> None:
+    """Ladders beside plain decoding: time a token, acceptance, where the time goes, and whether the output is the same."""
+    from rowcast.bench import speculation as measure
+    from rowcast.bench.speculation_report import print_report
+
+    report = measure.run(
+        measure.Settings(
+            model=model if model is not None or shape is not None else options.DEFAULT_MODEL,
+            dtype=dtype,
+            device=device,
+            prompt_file=prompt_file,
+            prompt_tokens=prompt_tokens,
+            ladder=tuple(ladder or ()),
+            draft=draft,
+            kv_budget=kv_budget,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            verification=verification,
+            batch=batch,
+            repeat=repeat,
+            against_transformers=against is not None,
+            shape=shape,
+            simulate=simulate,
+        )
+    )
+    if not as_json:
+        print_report(report)
+    print_json(report)

@@ -19,6 +19,9 @@ def chat(
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
+    draft: options.Draft = None,
+    kv_budget: options.KVBudget = None,
+    verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
@@ -38,8 +41,8 @@ def chat(
     from rowcast import LLM
 
     llm = LLM(
-        model, ladder=ladder, mode=mode, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
-        max_model_len=max_model_len,
+        model, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, dtype=dtype, device=device,
+        gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
     )  # fmt: skip
     opening = [] if system is None else [{"role": "system", "content": system}]
     # A model without a template, or whose template takes no system message, is refused here and not once a turn.

@@ -22,10 +22,11 @@ def generate(
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
+    draft: options.Draft = None,
+    kv_budget: options.KVBudget = None,
+    verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
     density: options.Density = None,
-    kv_budget: options.KVBudget = None,
-    draft: options.Draft = None,
     tp: options.TensorParallel = 1,
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
@@ -45,13 +46,8 @@ def generate(
     ] = None,
 ) -> None:
     """Complete prompts. Text goes to standard output, statistics and progress to standard error."""
-    for option, value, rung in (
-        ("--density", density, "sparse"),
-        ("--kv-budget", kv_budget, "retrieval"),
-        ("--draft", draft, "draft"),
-    ):
-        if value is not None:
-            raise UserError(f"{option} {value} needs a {rung} rung, and this version has the rung plain only: leave {option} out")
+    if density is not None:
+        raise UserError(f"--density {density} needs a sparse rung, and this version has none: leave --density out")
     if logprobs is not None and not as_json:
         raise UserError(f"--logprobs {logprobs} shows nothing in plain text: add --json")
     texts = [_read_stdin() if text == "-" else text for text in prompt or []]
@@ -70,8 +66,9 @@ def generate(
     from rowcast import LLM, Plan
 
     llm = LLM(
-        model, tensor_parallel_size=tp, ladder=ladder, mode=mode, dtype=dtype, device=device, gpu_memory=gpu_memory,
-        host_memory=host_memory, max_model_len=max_model_len, plan=None if plan is None else Plan.load(plan),
+        model, tensor_parallel_size=tp, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode,
+        dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
+        plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     prompts: list[str] | list[list[int]] = texts
     if chat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import typer
@@ -18,7 +19,30 @@ DType = Annotated[
     typer.Option("--dtype", help="Number format of weights and KV.", rich_help_panel=_MODEL),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to run.", rich_help_panel=_MODEL)]
-Ladder = Annotated[str, typer.Option("--ladder", help="The ladder of rungs; this version runs `plain`.", rich_help_panel=_MODEL)]
+Ladder = Annotated[
+    str,
+    typer.Option(
+        "--ladder",
+        help="Who drafts: auto, plain, ngram, triforce, or rungs as in 'ngram / self:kv=512 / plain'. It does not change the text.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", help="A small model with the same vocabulary that drafts, or ngram.", rich_help_panel=_MODEL),
+]
+KVBudget = Annotated[
+    int | None,
+    typer.Option("--kv-budget", help="KV entries that the model sees when it drafts for itself.", rich_help_panel=_MODEL),
+]
+Verification = Annotated[
+    Literal["coupled", "maximal"],
+    typer.Option(
+        "--verification",
+        help="coupled: token for token what plain decoding gives. maximal: the same law, more drafts accepted.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Mode = Annotated[
     Literal["exact", "approximate"],
     typer.Option("--mode", help="Who has the last word: the exact model or a sparse rung.", rich_help_panel=_MODEL),
@@ -36,10 +60,6 @@ MaxModelLen = Annotated[
 Density = Annotated[
     float | None, typer.Option("--density", help="Share of the FFN to read; not in this version.", rich_help_panel=_MODEL)
 ]
-KVBudget = Annotated[
-    int | None, typer.Option("--kv-budget", help="KV tokens to attend to; not in this version.", rich_help_panel=_MODEL)
-]
-Draft = Annotated[str | None, typer.Option("--draft", help="Who drafts tokens; not in this version.", rich_help_panel=_MODEL)]
 
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 takes the most likely token.", rich_help_panel=_SAMPLING)
@@ -51,3 +71,16 @@ Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives th
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="Text that ends the output; repeatable.", rich_help_panel=_SAMPLING)
 ]
+
+_ARGUMENTS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "ladder", "draft", "kv_budget", "verification", "mode", "dtype", "device", "gpu_memory", "host_memory", "max_model_len", "plan"
+    )
+} | {"tensor_parallel_size": "--tp"}  # fmt: skip
+"""Arguments of `LLM` and the options that they come from."""
+
+
+def as_typed(sentence: str) -> str:
+    """The library's sentence about an argument, as in kv_budget=64, with the option's name: --kv-budget 64."""
+    return re.sub(rf"\b({'|'.join(_ARGUMENTS)})=", lambda found: _ARGUMENTS[found[1]] + " ", sentence)

@@ -25,7 +25,12 @@ def print_statistics(output: RequestOutput) -> None:
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
     parts.append(f"{stats.tokens_per_round:.2f} tokens a round")
-    print(f"[{', '.join(parts)}]", file=sys.stderr)
+    told = [", ".join(parts)]
+    if stats.acceptance:
+        told.append(", ".join(f"{rung} {share:.2f}" for rung, share in stats.acceptance.items()) + " accepted")
+    if stats.ladder.lower:
+        told.append(f"ladder {stats.ladder}")
+    print(f"[{'; '.join(told)}]", file=sys.stderr)
 
 
 def print_stream(chunks: Iterable[StreamChunk]) -> str:

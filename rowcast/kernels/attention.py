@@ -1,6 +1,7 @@
-"""Attention of one sequence's new tokens over its keys and values: the torch reference.
+"""Attention of one sequence's new tokens over keys and values: the torch reference.
 
-Causal, with grouped-query heads, sliding windows and ALiBi. Knows nothing of pages, layers or sequences.
+Over all of them (`attend`) or over chosen ones (`attend_entries`): causal, with grouped-query heads, sliding windows and ALiBi.
+Knows nothing of pages, layers or sequences.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from torch import Tensor
 
 MASK_ELEMENTS = 1 << 23
 """Most elements of one score mask; longer prefills go over their queries in blocks."""
+
+FEW_TOKENS = 16
+"""Up to so many tokens the query heads of a group are rows over one read of its keys; above, masks of all heads cost more."""
 
 
 def attend(
@@ -52,20 +56,61 @@ def attend(
     low = 0 if window is None else max(0, first + 1 - window)  # the oldest key that any query sees
     k, v = k[low:], v[low:]
     if tokens == 1 and slopes is None:
-        return _one_token(q, k, v, scale)
+        return _few_tokens(q, k.transpose(0, 1), v.transpose(0, 1), scale, None)
     mask, causal = _mask(q, low, length, window, slopes, absolute_bias_scale)
+    if tokens <= FEW_TOKENS and not causal:
+        return _few_tokens(q, k.transpose(0, 1), v.transpose(0, 1), scale, mask)
     return _many_tokens(q, k, v, scale, mask, causal)
 
 
-def _one_token(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """All query heads of a group read the same keys and all of them: they are that group's query rows, and no mask is needed."""
-    # q [1, H, d], k, v [L, K, d] -> [1, H, d]
-    heads, size = q.shape[1:]
-    groups = k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q.view(1, groups, heads // groups, size), k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale
-    )
-    return out.reshape(1, heads, size)
+def attend_entries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    key_positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    absolute_bias_scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of T tokens over chosen entries, other ones for each KV head.
+
+    q [T, H, d]; k, v [K, n, d], K dividing H, n >= T: the last T entries are the tokens' own, causal among them; the others are
+    seen by all, in any order. Returns [T, H, d].
+
+    With `window` or `slopes` (as in `attend`) true positions count: `key_positions` [K, n] and `query_positions` [T] (int64).
+    """
+    tokens, length = q.shape[0], k.shape[1]
+    if tokens == 1 and window is None and slopes is None:
+        return _few_tokens(q, k, v, scale, None)
+    entries = torch.arange(length, device=q.device)
+    seen = entries <= entries[length - tokens :, None]  # [T, n]
+    if window is None and slopes is None:
+        return _few_tokens(q, k, v, scale, seen)
+    assert key_positions is not None and query_positions is not None, "windows and slopes need positions"
+    share = q.shape[1] // k.shape[0]
+    keys, queries = key_positions.repeat_interleave(share, 0)[:, None], query_positions[:, None]  # [H, 1, n], [T, 1]
+    seen = seen & (keys > queries - window) if window is not None else seen.expand(q.shape[1], tokens, length)
+    if slopes is None:
+        return _few_tokens(q, k, v, scale, seen)
+    bias = _alibi(slopes, keys, queries, absolute_bias_scale)
+    return _few_tokens(q, k, v, scale, torch.where(seen, bias, float("-inf")).to(q.dtype))
+
+
+def _few_tokens(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """The query heads of a group read the same keys: they are rows of one product, so K and V are read once."""
+    # q [T, H, d], k, v [K, L, d], mask [T, L] or [H, T, L] -> [T, H, d]
+    tokens, heads, size = q.shape
+    groups, length = k.shape[:2]
+    share = heads // groups
+    queries = q.view(tokens, groups, share, size).permute(1, 2, 0, 3).reshape(1, groups, share * tokens, size)
+    if mask is not None:
+        mask = mask.expand(share, tokens, length) if mask.dim() == 2 else mask
+        mask = mask.reshape(1, -1, share * tokens, length)
+    out = F.scaled_dot_product_attention(queries, k[None], v[None], attn_mask=mask, scale=scale)
+    return out.view(groups, share, tokens, size).permute(2, 0, 1, 3).reshape(tokens, heads, size)
 
 
 def _many_tokens(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
@@ -96,8 +141,12 @@ def _mask(
         seen &= keys > queries - window
     if slopes is None:
         return seen, False
-    if absolute_bias_scale is None:
-        bias = slopes.float()[:, None, None] * (keys - queries)
-    else:
-        bias = (slopes.bfloat16()[:, None, None] * keys.bfloat16()).float() * absolute_bias_scale
+    bias = _alibi(slopes, keys, queries, absolute_bias_scale)
     return torch.where(seen, bias, float("-inf")).to(q.dtype), False
+
+
+def _alibi(slopes: Tensor, keys: Tensor, queries: Tensor, absolute_scale: float | None) -> Tensor:
+    # slopes [H], positions: keys [L] or [H, 1, L], queries [T, 1] -> [H, T, L], or [H, 1, L] where the bias is absolute
+    if absolute_scale is None:
+        return slopes.float()[:, None, None] * (keys - queries)
+    return (slopes.bfloat16()[:, None, None] * keys.bfloat16()).float() * absolute_scale

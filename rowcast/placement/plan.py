@@ -16,8 +16,11 @@ import msgpack
 from rowcast.errors import UserError
 from rowcast.placement.units import format_bytes
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field changes its meaning; files of another format are refused."""
+
+VERIFICATIONS = ("coupled", "maximal")
+"""The rules by which a rung's proposals stand."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,8 +32,14 @@ class Plan:
     format: int = FORMAT
     fingerprint: str
     """Of the weights that it was made for (`Source.fingerprint`)."""
+    draft_fingerprints: list[str]
+    """Likewise of the draft models in `ladder`, in its order."""
     ladder: list[str]
     """Rungs, cheapest first; the last decides."""
+    adaptive: bool
+    """Whether run-time control may leave any rung below the last out."""
+    verification: str
+    """The rule: coupled or maximal."""
     mode: str
     dtype: str
     device: str
@@ -44,10 +53,18 @@ class Plan:
     block_size: int
     """Positions in a KV block."""
     num_blocks: int
+    lookahead: int
+    """Tokens that a round drafts for one sequence at most."""
+    speculating_seqs: int
+    """Sequences that have room in the caches of the rungs below the last; 0 where there is no such rung."""
     budget_bytes: int
     weight_bytes: int
     """Weights and buffers that live as long as the model."""
+    rung_weight_bytes: int
+    """Those of draft models."""
     kv_bytes: int
+    rung_kv_bytes: int
+    """Caches of the rungs below the last, chunk summaries and kept queries."""
     work_bytes: int
     """Activations, logits and masks of the largest step."""
     pass_bytes: int
@@ -65,7 +82,17 @@ class Plan:
     @property
     def margin_bytes(self) -> int:
         """What the budget leaves unused."""
-        return self.budget_bytes - self.weight_bytes - self.kv_bytes - self.work_bytes
+        return self.budget_bytes - self.weight_bytes - self.kv_bytes - self.rung_bytes - self.work_bytes
+
+    @property
+    def rung_bytes(self) -> int:
+        """What the rungs below the last take beside it."""
+        return self.rung_weight_bytes + self.rung_kv_bytes
+
+    @property
+    def ladder_text(self) -> str:
+        """The ladder in one line, as a user writes it."""
+        return " / ".join(self.ladder)
 
     def save(self, path: str | Path) -> None:
         """Write the plan file."""
@@ -77,9 +104,15 @@ class Plan:
 
     def summary(self) -> str:
         """One line: what takes how much."""
-        parts = [("weights", self.weight_bytes), ("KV", self.kv_bytes), ("work", self.work_bytes)]
-        used = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts)
-        return f"{used} of {format_bytes(self.budget_bytes)} on {self.device}; {self.kv_tokens} KV tokens"
+        parts = [
+            ("weights", self.weight_bytes),
+            ("KV", self.kv_bytes),
+            ("lower rungs", self.rung_bytes),
+            ("work", self.work_bytes),
+        ]
+        used = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts if count)
+        where = f"{format_bytes(self.budget_bytes)} on {self.device}"
+        return f"{used} of {where}; {self.kv_tokens} KV tokens; ladder {self.ladder_text}"
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -108,14 +141,23 @@ class Plan:
             raise UserError(f"{path} lacks or adds the plan fields {', '.join(map(str, wrong))}: make the plan again")
         for name, kind in get_type_hints(Plan).items():
             plain = {list[str]: list}.get(kind, kind)
-            if not isinstance(content[name], plain) or isinstance(content[name], bool):
+            if not isinstance(content[name], plain) or isinstance(content[name], bool) != (plain is bool):
                 raise UserError(
                     f"{path}: the plan field {name} is {content[name]!r}, not of type {plain.__name__}: make the plan again"
                 )
         plan = Plan(**content)
-        for name in ("world", "max_context", "max_num_seqs", "max_batch_tokens", "block_size", "num_blocks"):
-            if content[name] < 1:
-                raise UserError(f"{path}: the plan field {name} is {content[name]}, at least 1 is needed: make the plan again")
+        sizes = dict.fromkeys(("world", "max_context", "max_num_seqs", "max_batch_tokens", "block_size", "num_blocks"), 1)
+        for name, low in (sizes | {"lookahead": 0, "speculating_seqs": 0}).items():
+            if content[name] < low:
+                raise UserError(
+                    f"{path}: the plan field {name} is {content[name]}, at least {low} is needed: make the plan again"
+                )
+        for name in ("ladder", "draft_fingerprints", "notes"):
+            if not all(isinstance(text, str) for text in content[name]):
+                raise UserError(f"{path}: the plan field {name} does not hold texts only: make the plan again")
+        if plan.verification not in VERIFICATIONS:
+            rules = " or ".join(VERIFICATIONS)
+            raise UserError(f"{path}: the plan field verification is {plan.verification!r}, not {rules}: make the plan again")
         if plan.dtype not in DTYPE_BYTES:
             raise UserError(
                 f"{path}: the plan field dtype is {plan.dtype!r}, not one of {', '.join(DTYPE_BYTES)}: make the plan again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import DTYPE_BYTES, Plan
 from rowcast.placement.units import format_bytes
@@ -22,6 +24,42 @@ CPU_KV_BYTES = 4 << 30
 MASK_BYTES = 64 << 20
 """Attention masks and scores of one layer."""
 
+MAX_SPECULATING_SEQS = 16
+"""Sequences that have room in the lower rungs' caches. More gain little: a batch shares each pass over the weights as it is."""
+
+SPECULATION_SHARE = 4
+"""These caches take at most one part in so many of what weights leave, unless one sequence needs more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LadderNeeds:
+    """A ladder, and what the rungs below its last one take. Bytes are those of one rank."""
+
+    ladder: tuple[str, ...]
+    """Rungs, cheapest first; the last is plain."""
+    adaptive: bool = False
+    verification: str = "coupled"
+    draft_fingerprints: tuple[str, ...] = ()
+    lookahead: int = 0
+    """Tokens that a round drafts for one sequence at most."""
+    models: tuple[ModelSpec, ...] = ()
+    """Of the drafts."""
+    weight_bytes: int = 0
+    """Weights of the drafts."""
+    block_bytes: int = 0
+    """For each KV block: chunk summaries, a draft's own KV."""
+    slot_bytes: int = 0
+    """For each sequence that speculates: caches of a few entries."""
+    query_bytes: int = 0
+    """For each running sequence: queries kept from its last pass."""
+    law_rows: int = 0
+    """Float32 rows of logits that a round keeps for each sequence that speculates."""
+    anyone: bool = False
+    """Sequences without room in those caches speculate, too: a draft keeps its whole KV."""
+
+
+PLAIN = LadderNeeds(ladder=("plain",))
+
 
 def resident_plan(
     spec: ModelSpec,
@@ -35,13 +73,15 @@ def resident_plan(
     max_num_seqs: int | None = None,
     max_num_batched_tokens: int = 2048,
     block_size: int = 16,
+    needs: LadderNeeds = PLAIN,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """Weights first, then work space, then as much KV as `max_num_seqs` full contexts can use or the budget allows.
+    """Weights first, then work space, then the lower rungs' caches, then as much KV as `max_num_seqs` full contexts can use or the
+    budget allows.
 
     `head_copy_bytes`: what a second, re-ordered copy of a tied LM head takes. `max_model_len` None: the model's own, shortened by the
-    KV memory if that is smaller. Raises OutOfMemoryError when the budget cannot hold the weights and `max_model_len` tokens (one block
-    if None), and UserError for values out of range.
+    KV memory if that is smaller. Raises OutOfMemoryError when the budget cannot hold weights, lower rungs for one sequence and
+    `max_model_len` tokens (one block if None), and UserError for values out of range.
     """
     for name, value, low in (
         ("max_model_len", max_model_len, 2),
@@ -65,19 +105,26 @@ def resident_plan(
     weights = parameter_count(spec) * width + head_copy_bytes
     token_bytes = kv_bytes_per_token(spec, width)
     block_bytes = token_bytes * block_size
+    paged_bytes = block_bytes + needs.block_bytes
     context = max_model_len or spec.max_context
     context_blocks = -(-context // block_size)
-    work = _work_bytes(spec, width, max_num_seqs, max_num_batched_tokens, context)
     needed = context_blocks if max_model_len is not None else 1
-    rest = budget_bytes - weights - work
-    if rest < needed * block_bytes:
-        raise OutOfMemoryError(
-            f"not enough memory: weights {format_bytes(weights)}, work space {format_bytes(work)} and KV for {needed * block_size} "
-            f"tokens {format_bytes(needed * block_bytes)} need {format_bytes(weights + work + needed * block_bytes)}, the budget is "
-            f"{format_bytes(budget_bytes)}: raise --{'host' if device == 'cpu' else 'gpu'}-memory, use a 16-bit --dtype, a smaller "
-            "--max-model-len or a smaller model"
+    after_weights = budget_bytes - weights - needs.weight_bytes
+    seqs = min(max_num_seqs, MAX_SPECULATING_SEQS) if needs.lookahead else 0
+    while True:
+        caches = seqs * needs.slot_bytes + max_num_seqs * needs.query_bytes
+        work = _work_bytes(
+            spec, width, max_num_seqs, max_num_batched_tokens, context, needs, max_num_seqs if needs.anyone else seqs
         )
-    blocks = min(max_num_seqs * context_blocks, rest // block_bytes)
+        rest = after_weights - work - caches
+        if seqs <= 1 or (rest >= needed * paged_bytes and caches <= after_weights // SPECULATION_SHARE):
+            break
+        seqs -= 1
+    if rest < needed * paged_bytes:
+        kv = {f"KV for {needed * block_size} tokens": needed * paged_bytes}
+        lower = {f"the rungs below plain in {' / '.join(needs.ladder)}": needs.weight_bytes + caches}
+        raise _too_little(budget_bytes, device, {"weights": weights, "work space": work, **lower, **kv})
+    blocks = min(max_num_seqs * context_blocks, rest // paged_bytes)
     if device == "cpu" and blocks * block_bytes > CPU_KV_BYTES:
         blocks = min(blocks, max(context_blocks, CPU_KV_BYTES // block_bytes))
     if blocks < context_blocks:
@@ -85,7 +132,10 @@ def resident_plan(
         context = blocks * block_size
     return Plan(
         fingerprint=fingerprint,
-        ladder=["plain"],
+        draft_fingerprints=list(needs.draft_fingerprints),
+        ladder=list(needs.ladder),
+        adaptive=needs.adaptive,
+        verification=needs.verification,
         mode="exact",
         dtype=dtype,
         device=device,
@@ -95,9 +145,13 @@ def resident_plan(
         max_batch_tokens=max_num_batched_tokens,
         block_size=block_size,
         num_blocks=blocks,
+        lookahead=needs.lookahead,
+        speculating_seqs=seqs,
         budget_bytes=budget_bytes,
         weight_bytes=weights,
+        rung_weight_bytes=needs.weight_bytes,
         kv_bytes=blocks * block_bytes,
+        rung_kv_bytes=blocks * needs.block_bytes + caches,
         work_bytes=work,
         pass_bytes=pass_bytes(spec, width),
         kv_token_bytes=token_bytes,
@@ -113,16 +167,35 @@ def pass_bytes(spec: ModelSpec, width: int) -> int:
     return (parameter_count(spec) - looked_up) * width
 
 
-def _work_bytes(spec: ModelSpec, width: int, max_num_seqs: int, max_batch_tokens: int, context: int) -> int:
+def _too_little(budget: int, device: str, parts: dict[str, int]) -> OutOfMemoryError:
+    """What takes how much, and what would help."""
+    told = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
+    return OutOfMemoryError(
+        f"not enough memory: {', '.join(told[:-1])} and {told[-1]} need {format_bytes(sum(parts.values()))}, the budget is "
+        f"{format_bytes(budget)}: raise --{'host' if device == 'cpu' else 'gpu'}-memory, use a 16-bit --dtype, a smaller "
+        f"--max-model-len{', --ladder plain' if len(told) > 3 else ''} or a smaller model"
+    )
+
+
+def _work_bytes(
+    spec: ModelSpec, width: int, max_num_seqs: int, max_batch_tokens: int, context: int, needs: LadderNeeds, speculating: int
+) -> int:
     """Peak of what a step takes and gives back, and of the sampler's counts.
 
-    Layers: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks. Sampling: logits in parts.
-    Penalties: prompt and output counts of every running sequence, with room to grow.
+    Layers, of the largest model: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks.
+    Sampling: logits in parts, at least of one verification; laws of drafted tokens. Penalties: prompt and output counts of every
+    running sequence, with room to grow.
     """
-    qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    mlp = spec.intermediate_size * (4 if spec.gated else 2)
-    activations = max_batch_tokens * (4 * spec.hidden_size + max(2 * qkv, mlp)) * width
-    gathered = context * 2 * spec.num_kv_heads * spec.head_dim * width
-    logits = min(max(LOGIT_ELEMENTS, spec.vocab_size), max_num_seqs * spec.vocab_size) * (width + LOGIT_BYTES)
-    counts = 8 * max_num_seqs * spec.vocab_size
-    return max(activations + gathered + MASK_BYTES, logits) + counts
+
+    def layers(model: ModelSpec) -> int:
+        qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        mlp = model.intermediate_size * (4 if model.gated else 2)
+        gathered = context * 2 * model.num_kv_heads * model.head_dim
+        return (max_batch_tokens * (4 * model.hidden_size + max(2 * qkv, mlp)) + gathered) * width + MASK_BYTES
+
+    vocabulary = spec.vocab_size
+    rows = max_num_seqs + speculating * needs.lookahead
+    logits = min(max(LOGIT_ELEMENTS, (1 + needs.lookahead) * vocabulary), rows * vocabulary) * (width + LOGIT_BYTES)
+    laws = 4 * speculating * needs.law_rows * vocabulary
+    counts = 8 * max_num_seqs * vocabulary
+    return max(*(layers(model) for model in (spec, *needs.models)), logits) + laws + counts

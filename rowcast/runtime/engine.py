@@ -10,6 +10,7 @@ from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import Plan
 from rowcast.placement.units import format_bytes
 from rowcast.runtime.detokenizer import Detokenizer
+from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.request import Request, Sequence
@@ -46,7 +47,9 @@ class Engine:
             block_size=plan.block_size,
             max_num_seqs=plan.max_num_seqs,
             max_batch_tokens=plan.max_batch_tokens,
+            lookahead=plan.lookahead,
         )
+        self._ladder = Ladder.parse(plan.ladder_text)
         self._executor = executor
         self._eos_ids = list(eos_ids)
         self._seed = seed
@@ -75,7 +78,7 @@ class Engine:
             prompt_ids = prompt_ids[-kept:]
         max_length = self._max_length(prompt_ids, params)
         seed = params.seed if params.seed is not None else self._derived_seed()
-        stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, density={self.plan.ladder[-1]: 1.0})
+        stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, ladder=self._ladder, verification=self.plan.verification)
         request = Request(f"{self._requests}", prompt, prompt_ids, params, seed, max_length, stats)
         try:
             for sample_index in range(params.n):
@@ -95,7 +98,18 @@ class Engine:
             detokenizer = self._make_detokenizer(params, request.prompt_ids)
         seq_id, self._sequences = self._sequences, self._sequences + 1
         eos_ids = [] if params.ignore_eos else self._eos_ids
-        self._executor.add(SeqSetup(seq_id, params, request.seed, sample_index, request.prompt_ids, eos_ids, bad_word_ids))
+        self._executor.add(
+            SeqSetup(
+                seq_id,
+                params,
+                request.seed,
+                sample_index,
+                request.prompt_ids,
+                eos_ids,
+                bad_word_ids,
+                group=int(request.request_id),
+            )
+        )
         seq = Sequence(seq_id, sample_index, request, detokenizer)
         request.sequences.append(seq)
         self._live[seq_id] = seq
@@ -114,7 +128,6 @@ class Engine:
         except BaseException:
             self._preempt_all()  # what the step left of the KV is unknown
             raise
-        self._count_bytes(steps)
         emitted: Counter[Request] = Counter()
         for (seq, _), step, result in zip(chosen, steps, results, strict=True):
             emitted[seq.request] += self._commit(seq, step, result)
@@ -162,11 +175,13 @@ class Engine:
             prompt_length=len(request.prompt_ids),
             sample=tokens == seq.pending,
             prompt_logprobs=request.params.prompt_logprobs if wanted else None,
+            room=self.scheduler.room(seq),
         )
 
     def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> int:
         """Take over what a step gave one sequence, up to the first stop; the number of tokens."""
         request = seq.request
+        request.stats.count(result.rungs, "host" if self.plan.device == "cpu" else "gpu")
         if request.prompt_logprobs is not None and result.prompt_logprobs is not None:
             known = len(request.prompt_logprobs) - 1 - step.start  # from before a preemption
             request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs[known:]]
@@ -246,16 +261,6 @@ class Engine:
             for rank, (token, value) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
         }
         return {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id)), **found}
-
-    def _count_bytes(self, steps: list[SeqStep]) -> None:
-        """Traffic of one pass: the weights once, shared by its sequences, and each sequence's own visible KV."""
-        memory = "host" if self.plan.device == "cpu" else "gpu"
-        layers = self.spec.num_layers
-        for step in steps:
-            length = step.start + len(step.tokens)
-            kv = sum(min(length, window or length) for window in self.spec.windows) * self.plan.kv_token_bytes // layers
-            read = self._live[step.seq_id].request.stats.bytes_read
-            read[memory] = read.get(memory, 0) + self.plan.pass_bytes // len(steps) + kv
 
 
 def _no_text(_: int) -> None:

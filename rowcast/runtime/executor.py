@@ -1,30 +1,56 @@
-"""The executor of world size 1: one rank in this process."""
+"""The executor of world size 1: one rank in this process, one ladder."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.errors import OutOfMemoryError
 from rowcast.placement.resident import LOGIT_ELEMENTS
-from rowcast.runtime.decoder import Decoder
-from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.climb import Climb, Climber
+from rowcast.runtime.ladder.control import Controller
+from rowcast.runtime.ladder.coupled import Coupled
+from rowcast.runtime.ladder.model_runner import ModelRunner
+from rowcast.runtime.ladder.path import Path
+from rowcast.runtime.ladder.rule import Proposal, Rule
+from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
 from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 
-class LocalExecutor:
-    """Implements `Executor` with the plain rung: every weight, every KV entry, one token a round."""
+@dataclass(slots=True)
+class _Sequence:
+    ids: list[int]
+    """Prompt and output."""
+    prompt_length: int
+    group: int
 
-    def __init__(self, decoder: Decoder, kv: PagedKV, sampler: Sampler) -> None:
-        self._decoder = decoder
-        self._kv = kv
+
+class LocalExecutor:
+    """Implements `Executor`. The last rung runs every step; rungs below it draft for sequences that decode."""
+
+    def __init__(
+        self,
+        top: ModelRunner,
+        sampler: Sampler,
+        *,
+        lower: Sequence[Runner | Lookup] = (),
+        rule: Rule | None = None,
+        controller: Controller | None = None,
+    ) -> None:
+        """`top`: the last rung, over the full KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled."""
+        assert not lower or controller is not None
+        self._top = top
+        self._lower = lower
         self._sampler = sampler
-        self._prompts: dict[int, list[int]] = {}
+        self._controller = controller
         self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
+        self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
+        self._sequences: dict[int, _Sequence] = {}
 
     def add(self, setup: SeqSetup) -> None:
         self._sampler.add(
@@ -37,73 +63,144 @@ class LocalExecutor:
             bad_word_ids=setup.bad_word_ids,
         )
         self._sampler.commit(setup.seq_id, setup.output_ids)
-        self._prompts[setup.seq_id] = setup.prompt_ids
+        self._sequences[setup.seq_id] = _Sequence(setup.prompt_ids + setup.output_ids, len(setup.prompt_ids), setup.group)
 
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        lengths = [len(self._sequences[step.seq_id].ids) for step in steps]
         try:
-            return self._step(steps)
-        except torch.OutOfMemoryError as error:
+            return self._round(steps)
+        except BaseException as error:
+            for step, length in zip(steps, lengths, strict=True):
+                del self._sequences[step.seq_id].ids[length:]  # what was drafted
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             tokens = sum(len(step.tokens) for step in steps)
             raise OutOfMemoryError(
                 f"the device ran out of memory in a step of {tokens} tokens and {len(steps)} sequences: lower max_num_batched_tokens "
                 "or max_num_seqs, or free memory on it"
             ) from error
 
-    def _step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        hidden = self._decoder.run(steps, self._kv)
-        ends = list(accumulate(len(step.tokens) for step in steps))
-        prompts = [self._prompt_logprobs(s, hidden[end - len(s.tokens) : end]) for s, end in zip(steps, ends, strict=True)]
-        drawn = self._sample(steps, hidden, ends)
+    def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        top = len(self._lower)
+        decoding = sum(_decodes(step) for step in steps)
+        climbers = [self._climber(step, decoding) for step in steps]
+        proposals = self._climb.propose(top, climbers, [step.room for step in steps])
+
+        started = time.perf_counter()
+        wanted = [
+            len(step.tokens) if step.prompt_logprobs is not None else step.sample + len(proposal.tokens)
+            for step, proposal in zip(steps, proposals, strict=True)
+        ]
+        ran = self._top.forward([climber.path for climber in climbers], wanted)
+        parts = torch.split(ran.hidden, wanted)
+        prompts = [self._prompt_logprobs(step, part) for step, part in zip(steps, parts, strict=True)]
+        verdicts = self._verdicts(steps, climbers, proposals, parts)
+        self._climb.note(top, self._top.name, [climber.counts for climber in climbers], ran, time.perf_counter() - started)
+
         # Nothing is committed before everything has succeeded.
         results = []
-        for step, prompt in zip(steps, prompts, strict=True):
-            tokens, logprobs = drawn.get(step.seq_id, ([], None))
-            self._kv.commit(step.seq_id, len(step.tokens))
-            self._sampler.commit(step.seq_id, tokens)
-            results.append(SeqResult(step.seq_id, tokens, logprobs, prompt))
+        for step, climber, prompt in zip(steps, climbers, prompts, strict=True):
+            tokens, logprobs = verdicts.get(step.seq_id, ([], None))
+            self._commit(step, tokens)
+            results.append(SeqResult(step.seq_id, tokens, logprobs, prompt, climber.counts))
+        self._report(steps)
         return results
 
     def free_kv(self, seq_id: int) -> None:
-        self._kv.free(seq_id)
+        for rung in (self._top, *self._lower):
+            rung.free(seq_id)
         self._sampler.suspend(seq_id)
 
     def remove(self, seq_id: int) -> None:
-        self._kv.free(seq_id)
+        for rung in (self._top, *self._lower):
+            rung.free(seq_id)
         self._sampler.remove(seq_id)
-        self._prompts.pop(seq_id, None)
+        self._sequences.pop(seq_id, None)
 
-    def _sample(
-        self, steps: Sequence[SeqStep], hidden: Tensor, ends: list[int]
+    def check(self, seq_ids: Collection[int]) -> None:
+        """It remembers these sequences and no others. For tests and idle moments."""
+        assert set(self._sequences) == set(seq_ids) == self._sampler.seq_ids
+        for rung in (self._top, *self._lower):
+            assert rung.seq_ids <= set(seq_ids), rung.name
+
+    def _climber(self, step: SeqStep, batch: int) -> Climber:
+        """The sequence at the start of the round, with the gammas that it climbs by; `batch` sequences decode."""
+        sequence = self._sequences[step.seq_id]
+        end = step.start + len(step.tokens)
+        path = Path(
+            step.seq_id,
+            sequence.ids if step.sample else sequence.ids[:end],  # where it is sampled, `end` is its length
+            end,
+            step.blocks,
+            sequence.prompt_length,
+        )
+        return Climber(path, self._gammas(step, path, sequence.group, batch))
+
+    def _gammas(self, step: SeqStep, path: Path, group: int, batch: int) -> Sequence[int]:
+        allowed = [step.room > 0 and _decodes(step)] * len(self._lower)
+        if self._controller is None or not any(allowed):
+            return [0] * len(self._lower)
+        while True:
+            gammas = self._controller.choose(group, batch=batch, path=path, room=step.room, allowed=allowed)
+            # A rung is asked for a place only once it is to be used, and then keeps it.
+            refusing = [r for r, gamma in enumerate(gammas) if gamma and not self._lower[r].admit(path, step.room)]
+            if not refusing:
+                return gammas
+            for rung in refusing:
+                allowed[rung] = False
+
+    def _verdicts(
+        self, steps: Sequence[SeqStep], climbers: Sequence[Climber], proposals: Sequence[Proposal], hidden: Sequence[Tensor]
     ) -> dict[int, tuple[list[int], list[TokenLogprobs] | None]]:
-        """The next token, and its log-probabilities where asked for, of every sequence whose last token ran."""
-        chosen = [(step.seq_id, end - 1) for step, end in zip(steps, ends, strict=True) if step.sample]
+        """By sequence: the tokens that it gains, and their log-probabilities where asked for."""
+        chosen = [i for i, step in enumerate(steps) if step.sample]
+        if not chosen:
+            return {}
+        rows = torch.cat([hidden[i][-len(proposals[i].tokens) - 1 :] for i in chosen])
+        judged = self._climb.verify(
+            len(self._lower), [climbers[i] for i in chosen], [proposals[i] for i in chosen], self._top, rows
+        )
         found: dict[int, tuple[list[int], list[TokenLogprobs] | None]] = {}
-        for i in range(0, len(chosen), self._logit_rows):
-            seq_ids, rows = zip(*chosen[i : i + self._logit_rows], strict=True)
-            wanted = hidden if len(rows) == hidden.shape[0] else hidden[list(rows)]
-            drawn = self._sampler.sample(seq_ids, self._decoder.logits(wanted))
-            logprobs = drawn.logprobs or [None] * len(seq_ids)
-            for seq_id, token, entry in zip(seq_ids, drawn.token_ids.tolist(), logprobs, strict=True):
-                if token < 0:
-                    raise UserError(
-                        "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
-                    )
-                found[seq_id] = [token], None if entry is None else [entry]
+        for i, (_, logits) in zip(chosen, judged, strict=True):
+            path = climbers[i].path
+            tokens = path.ids[path.committed :]
+            found[path.seq_id] = tokens, self._sampler.report(path.seq_id, logits[: len(tokens)], tokens)
         return found
+
+    def _commit(self, step: SeqStep, tokens: Sequence[int]) -> None:
+        """K/V of all tokens but the newest, in every rung that has them; the full view comes first, others copy from it."""
+        length = step.start + len(step.tokens) + max(0, len(tokens) - 1)
+        for rung in (self._top, *self._lower):
+            rung.commit(step.seq_id, length)
+        self._sampler.commit(step.seq_id, tokens)
+
+    def _report(self, steps: Sequence[SeqStep]) -> None:
+        """Tell the controller what the round's passes took and what became of its proposals."""
+        if self._controller is not None:
+            top = len(self._lower)
+            pure = all(_decodes(step) for step in steps)  # a prefill's chunk in the last rung's pass tells nothing about decoding
+            for ran in self._climb.passes:
+                if ran.rung < top or pure:
+                    self._controller.observe_pass(ran)
+            for outcome in self._climb.outcomes:
+                self._controller.observe_outcome(self._sequences[outcome.seq_id].group, outcome)
+        self._climb.passes.clear()
+        self._climb.outcomes.clear()
 
     def _prompt_logprobs(self, step: SeqStep, hidden: Tensor) -> list[TokenLogprobs] | None:
         # hidden [t, D]: row i predicts the prompt token at position start + i + 1, where there is one
         if step.prompt_logprobs is None:
             return None
-        successors = self._prompts[step.seq_id][step.start + 1 : step.start + 1 + len(step.tokens)]
+        sequence = self._sequences[step.seq_id]
+        end = min(step.start + 1 + len(step.tokens), sequence.prompt_length)
+        successors = sequence.ids[step.start + 1 : end]
         found: list[TokenLogprobs] = []
         for i in range(0, len(successors), self._logit_rows):
             ids = successors[i : i + self._logit_rows]
-            found += prompt_logprobs(self._decoder.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
+            found += prompt_logprobs(self._top.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
         return found
 
-    def check(self, seq_ids: Collection[int]) -> None:
-        """It remembers these sequences and no others. For tests and idle moments."""
-        assert set(self._prompts) == set(seq_ids) == self._sampler.seq_ids
-        assert self._kv.seq_ids <= set(seq_ids)
+
+def _decodes(step: SeqStep) -> bool:
+    return step.sample and len(step.tokens) == 1

@@ -11,27 +11,24 @@ from pathlib import Path
 
 import torch
 
-from rowcast.errors import OutOfMemoryError, UserError
-from rowcast.kernels.linear import packed_copy_bytes
+from rowcast.errors import UserError
 from rowcast.placement.plan import Plan
-from rowcast.placement.resident import resident_plan
-from rowcast.placement.units import format_bytes, parse_bytes
-from rowcast.runtime import device as devices
+from rowcast.runtime.assembly import assemble
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.detokenizer import Detokenizer
 from rowcast.runtime.engine import Engine, MakeDetokenizer
-from rowcast.runtime.executor import LocalExecutor
-from rowcast.runtime.kv import PagedKV
-from rowcast.runtime.model import load_decoder
+from rowcast.runtime.ladder.coupled import Coupled
+from rowcast.runtime.ladder.maximal import Maximal
+from rowcast.runtime.ladder.rule import Rule
+from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestOutput
 from rowcast.runtime.params import SamplingParams
-from rowcast.runtime.progress import LoadProgress
+from rowcast.runtime.planning import Planned, Target, Wish, check_plan, make_plan
 from rowcast.runtime.prompts import Prompt, each_prompt
 from rowcast.runtime.request import Request
 from rowcast.runtime.sampler import Sampler
-from rowcast.runtime.shard import Shard
-from rowcast.runtime.spec import ModelSpec, parameter_count
+from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.stream import Stream
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 from rowcast.settings import configure_logging, settings
@@ -51,10 +48,13 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path | Checkpoint = DEFAULT_MODEL,
         *,
         tensor_parallel_size: int = 1,
-        ladder: str = "auto",
+        ladder: str | Ladder = "auto",
+        draft: str | Path | Checkpoint | None = None,
+        kv_budget: int | None = None,
+        verification: str = "coupled",
         mode: str = "exact",
         dtype: str = "auto",
         device: str = "auto",
@@ -70,7 +70,11 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        `model`: a directory with safetensors, a GGUF file, or a hub id. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes)
+        `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
+        preset (auto, plain, ngram, triforce), a text such as "ngram / self:kv=512 / plain", or a Ladder. The output is that of `plain`
+        whatever it is. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV entries
+        that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same seed,
+        "maximal" tokens of the same law and more of the drafted ones. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes)
         for weights, KV and work space, which a GPU's allocator enforces; libraries and the interpreter come on top. A model that
         runs on the GPU needs host memory for one tensor at a time. `max_model_len`: longest sequence in
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
@@ -88,34 +92,50 @@ class LLM:
             "max_num_batched_tokens": max_num_batched_tokens,
             "block_size": block_size,
         }
-        model = str(model) if isinstance(model, Path) else model
-        _check_types({"model": model, "ladder": ladder, "mode": mode, "dtype": dtype, "device": device}, {**limits, "seed": seed})
-        _check_choices(tensor_parallel_size, ladder, mode)
+        texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
+        _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
+        _check_choices(tensor_parallel_size, mode)
         if "ROWCAST_LOG" in os.environ:
             configure_logging()
         threads = settings().threads
         if threads is not None:
             torch.set_num_threads(threads)
-        self.checkpoint: Checkpoint = open_checkpoint(model)
+        self.checkpoint: Checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(_text("model", model))
         self.spec: ModelSpec = spec_from_config(self.checkpoint.config)
-        fingerprint = self.checkpoint.source.fingerprint()
-        if plan is None:
-            self.plan = self._resident_plan(fingerprint, device, dtype, gpu_memory, host_memory, limits)
-        else:
-            given: dict[str, object] = {**limits, "gpu_memory": gpu_memory, "host_memory": host_memory}
-            given |= {"dtype": None if dtype == "auto" else dtype, "device": None if device == "auto" else device}
-            self.plan = self._given_plan(plan, fingerprint, given)
-        for note in self.plan.notes:
-            log.info("%s", note)
-        log.info("plan: %s", self.plan.summary())
         self._tokenizer: Tokenizer | str
         """Or why there is none."""
         try:
             self._tokenizer = load_tokenizer(self.checkpoint)
         except UserError as error:  # Token ids do without; whoever needs text gets the error.
             self._tokenizer = str(error)
-        self._build(seed, progress)
-        self.load_stats = {"seconds": time.perf_counter() - started, "weight_bytes": self.plan.weight_bytes}
+        opened = {str(draft.path): draft} if isinstance(draft, Checkpoint) else {}
+        wish = Wish(
+            ladder=ladder if isinstance(ladder, Ladder) else _text("ladder", ladder),
+            draft=None if draft is None else next(iter(opened), None) or _text("draft", draft),
+            kv_budget=kv_budget,
+            verification=verification,
+            dtype=dtype,
+            device=device,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+            **limits,
+        )
+        target = Target(
+            self.checkpoint,
+            self.spec,
+            self.checkpoint.source.fingerprint(),
+            None if isinstance(self._tokenizer, str) else self._tokenizer,
+        )
+        planned = make_plan(target, wish, opened) if plan is None else check_plan(plan, target, wish, opened)
+        self.plan: Plan = planned.plan
+        for note in self.plan.notes:
+            log.info("%s", note)
+        log.info("plan: %s", self.plan.summary())
+        self.engine = self._engine(planned, seed, progress)
+        self.load_stats = {
+            "seconds": time.perf_counter() - started,
+            "weight_bytes": self.plan.weight_bytes + self.plan.rung_weight_bytes,
+        }
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -178,82 +198,20 @@ class LLM:
         """`chat` for one conversation, streamed."""
         return self.stream(self.tokenizer.chat(messages), sampling_params)
 
-    def _resident_plan(
-        self,
-        fingerprint: str,
-        device: str,
-        dtype: str,
-        gpu_memory: str | int | None,
-        host_memory: str | int | None,
-        limits: Mapping[str, int | None],
-    ) -> Plan:
-        chosen, device_reason = devices.choose_device(device)
-        name, dtype_reason = devices.choose_dtype(dtype, self.checkpoint.stored_dtype, chosen)
-        asked = {
-            what: None if amount is None else parse_bytes(amount, what)
-            for what, amount in (("gpu_memory", gpu_memory), ("host_memory", host_memory))
-        }
-        if chosen.type == "cpu" and gpu_memory is not None:
-            raise UserError(
-                f"gpu_memory={gpu_memory} was given, but the model runs on the CPU: give host_memory, or device='cuda'"
-            )
-        budget, budget_reason = devices.budget_bytes(chosen, asked["gpu_memory" if chosen.type == "cuda" else "host_memory"])
-        head = self.spec.vocab_size * self.spec.embed_size if self.spec.tied_embeddings else 0
-        return resident_plan(
+    def _engine(self, planned: Planned, seed: int, progress: bool | None) -> Engine:
+        return Engine(
+            planned.plan,
             self.spec,
-            fingerprint=fingerprint,
-            dtype=name,
-            device=str(chosen),
-            budget_bytes=budget,
-            head_copy_bytes=packed_copy_bytes(chosen, devices.DTYPES[name], head),
-            notes=(device_reason, dtype_reason, budget_reason),
-            **{key: value for key, value in limits.items() if value is not None},
-        )
-
-    def _given_plan(self, plan: Plan | str | Path, fingerprint: str, given: Mapping[str, object]) -> Plan:
-        """The caller's plan, if it fits the model and nothing contradicts it."""
-        for name, value in given.items():
-            if value is not None:
-                raise UserError(
-                    f"{name}={value} was given together with a plan, which decides that itself: leave one of them out"
-                )
-        if not isinstance(plan, (Plan, str, Path)):
-            raise UserError(f"plan={plan!r:.60} has to be a Plan or the path of a plan file")
-        chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
-        if chosen.fingerprint != fingerprint:
-            raise UserError("the plan was made for other weights than this model's: make a plan for this model")
-        if chosen.max_context > self.spec.max_context:
-            context = f"the plan's context of {chosen.max_context} tokens is more than the model's {self.spec.max_context}"
-            raise UserError(f"{context}: make the plan again")
-        _check_choices(chosen.world, " / ".join(chosen.ladder), chosen.mode)
-        return chosen
-
-    def _build(self, seed: int, progress: bool | None) -> None:
-        """Put the plan into effect: weights, KV store, sampler, engine."""
-        plan, spec = self.plan, self.spec
-        device, _ = devices.choose_device(plan.device)
-        dtype = devices.DTYPES[plan.dtype]
-        devices.hold_to_budget(device, plan.budget_bytes)
-        try:
-            with LoadProgress(self.checkpoint.path.name, parameter_count(spec) * dtype.itemsize, progress) as bar:
-                decoder = load_decoder(spec, self.checkpoint.source, dtype=dtype, device=device, progress=bar.advance)
-            kv = PagedKV(spec, Shard(), num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            raise OutOfMemoryError(
-                f"{plan.device} ran out of memory while loading: the plan needs {format_bytes(plan.weight_bytes + plan.kv_bytes)} for "
-                "weights and KV: free memory on it, lower --max-model-len or use a smaller model"
-            ) from error
-        self.engine = Engine(
-            plan,
-            spec,
-            LocalExecutor(decoder, kv, Sampler(spec.vocab_size, device)),
+            assemble(planned, self.checkpoint, self.spec, make_rule=self._rule, progress=progress),
             eos_ids=self._eos_ids(),
             seed=seed,
             make_detokenizer=_detokenizers(self._tokenizer),
             token_text=None if isinstance(self._tokenizer, str) else self._tokenizer.token,
         )
+
+    def _rule(self, sampler: Sampler) -> Rule:
+        """The rule by which proposals stand."""
+        return Maximal(sampler) if self.plan.verification == "maximal" else Coupled(sampler)
 
     def _eos_ids(self) -> list[int]:
         """Tokens that end a text: those of the generation config, else of the config, and the tokenizer's own."""
@@ -324,12 +282,16 @@ def _check_types(texts: Mapping[str, object], numbers: Mapping[str, object]) -> 
             raise UserError(f"{name}={value!r:.60} has to be a whole number")
 
 
-def _check_choices(tensor_parallel_size: int, ladder: str, mode: str) -> None:
+def _text(name: str, value: object) -> str:
+    if isinstance(value, (str, Path)):
+        return str(value)
+    raise UserError(f"{name}={value!r:.60} has to be text")
+
+
+def _check_choices(tensor_parallel_size: int, mode: str) -> None:
     if tensor_parallel_size != 1:
         raise UserError(f"tensor_parallel_size={tensor_parallel_size} is not to be had: this version runs on one device, use 1")
-    if ladder not in ("auto", "plain"):
-        raise UserError(f"ladder={ladder!r} is not to be had: this version has the rung plain, use plain or auto")
     if mode not in ("exact", "approximate"):
         raise UserError(f"mode={mode!r} is not known: use exact")
     if mode == "approximate":
-        raise UserError("mode='approximate' needs a sparse last rung, and this version has the rung plain only: use exact")
+        raise UserError("mode='approximate' needs a sparse last rung, and this version ends every ladder in plain: use exact")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
+
+from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.step import RungCounts
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -60,18 +65,44 @@ class RequestStats:
     """Tokens after the first step that emitted any, over the time they took. None where there were none."""
     rounds: int = 0
     """Steps of the ladder that emitted tokens, over all samples."""
-    acceptance: dict[str, float] = field(default_factory=dict)
-    """By rung: the share of its proposals that stood. Empty where nothing was proposed."""
-    density: dict[str, float] = field(default_factory=dict)
-    """By rung: weights read over weights there are."""
+    rungs: dict[str, RungCounts] = field(default_factory=dict)
+    """By rung, cheapest first: what it proposed and ran."""
     bytes_read: dict[str, int] = field(default_factory=dict)
     """By memory: weights and KV read for this request. A pass over the weights is shared evenly by the sequences in it."""
     preemptions: int = 0
     seed: int = 0
+    ladder: Ladder = field(default_factory=lambda: Ladder.parse("plain"))
+    verification: str = "coupled"
+
+    def count(self, rungs: Mapping[str, RungCounts], memory: str) -> None:
+        """Add what one sequence's step cost; its bytes came from `memory`, host or gpu."""
+        for name, counts in rungs.items():
+            self.rungs.setdefault(name, RungCounts()).add(counts)
+            self.bytes_read[memory] = self.bytes_read.get(memory, 0) + counts.bytes_read
+        self.rungs = {name: self.rungs[name] for name in self.ladder.names if name in self.rungs}
 
     @property
     def tokens_per_round(self) -> float:
         return self.generated_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance(self) -> dict[str, float]:
+        """By rung that proposed: the share of its judged proposals that stood."""
+        return {name: counts.acceptance for name, counts in self.rungs.items() if counts.acceptance is not None}
+
+    @property
+    def acceptance_by_position(self) -> dict[str, list[float]]:
+        """Likewise, for the first token of a proposal, the second, ..., as far as any was judged."""
+        return {
+            name: [stood / judged for stood, judged in zip_longest(counts.accepted, counts.judged, fillvalue=0)]
+            for name, counts in self.rungs.items()
+            if counts.judged
+        }
+
+    @property
+    def density(self) -> dict[str, float]:
+        """By rung that runs a model: weights read over weights there are."""
+        return {name: 1.0 for name, counts in self.rungs.items() if counts.tokens}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -81,7 +112,12 @@ class RequestStats:
             "tokens_per_s": self.tokens_per_s,
             "rounds": self.rounds,
             "tokens_per_round": self.tokens_per_round,
+            "ladder": str(self.ladder),
+            "verification": self.verification,
             "acceptance": self.acceptance,
+            "acceptance_by_position": self.acceptance_by_position,
+            "refreshes": {name: counts.refreshes for name, counts in self.rungs.items() if counts.refreshes},
+            "time_s": {name: counts.seconds for name, counts in self.rungs.items()},
             "density": self.density,
             "bytes_read": self.bytes_read,
             "preemptions": self.preemptions,

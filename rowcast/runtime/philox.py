@@ -29,6 +29,10 @@ class Purpose(IntEnum):
 
     TOKEN = 0
     """The Gumbel noise that draws a token. Under coupled verification all rungs and rounds share it."""
+    ACCEPT = 1
+    """The coin that a proposal is accepted by, under rejection sampling."""
+    RESIDUAL = 2
+    """The Gumbel noise of the verifier's own token, under rejection sampling."""
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
@@ -56,27 +60,32 @@ def uniform32(
     token_ids: range | Tensor,
     *,
     purpose: Purpose = Purpose.TOKEN,
-    rung: int = 0,
-    round_index: int = 0,
+    rung: int | Tensor = 0,
+    round_index: int | Tensor = 0,
 ) -> Tensor:
     """Uniform 32-bit words, one for each row and token. seeds, sample_index, positions [B] int64 -> [B, n] int64 in [0, 2**32).
 
     `token_ids` is a contiguous range (a vocabulary shard), the same for all rows, or ids [B, n] int64. Seeds use all 64 bits.
-    Preconditions: sample indices and positions in [0, 2**32), 0 <= rung < 256, 0 <= round_index < 65536.
+    Preconditions: sample indices and positions in [0, 2**32), 0 <= rung < 256, 0 <= round_index < 65536, both [B] int64 if tensors.
     """
-    assert 0 <= rung < 1 << 8
-    assert 0 <= round_index < 1 << 16
+    assert isinstance(rung, Tensor) or 0 <= rung < 1 << 8
+    assert isinstance(round_index, Tensor) or 0 <= round_index < 1 << 16
     if isinstance(token_ids, range):
         assert token_ids.step == 1
         groups = torch.arange(token_ids.start // 4, (token_ids.stop + 3) // 4, device=seeds.device)[None]  # [1, G]
     else:
         groups = token_ids >> 2  # [B, n]
     seed, position, sample = seeds[:, None], positions[:, None], sample_index[:, None]
-    stream = torch.full_like(position, purpose | rung << 8 | round_index << 16)
+    stream = (torch.full_like(positions, purpose) | rung << 8 | round_index << 16)[:, None]
     words = torch.stack(philox4x32((groups, position, stream, sample), (seed & _WORD, (seed >> 32) & _WORD)), -1)  # [B, G, 4]
     if isinstance(token_ids, range):
         return words.flatten(1)[:, token_ids.start % 4 :][:, : len(token_ids)]
     return words.gather(-1, (token_ids & 3)[..., None])[..., 0]
+
+
+def unit(words: Tensor) -> Tensor:
+    """32-bit words -> (word + 1/2) / 2**32 in (0, 1), float64, of the same shape."""
+    return words.double().add_(0.5).mul_(2.0**-32)
 
 
 def gumbel(
@@ -86,8 +95,8 @@ def gumbel(
     token_ids: range | Tensor,
     *,
     purpose: Purpose = Purpose.TOKEN,
-    rung: int = 0,
-    round_index: int = 0,
+    rung: int | Tensor = 0,
+    round_index: int | Tensor = 0,
 ) -> Tensor:
     """Standard Gumbel noise -log(-log(u)), u = (word + 1/2) / 2**32; arguments as for `uniform32`. -> [B, n] float64.
 
@@ -95,4 +104,4 @@ def gumbel(
     (-3.14, 22.88).
     """
     words = uniform32(seeds, sample_index, positions, token_ids, purpose=purpose, rung=rung, round_index=round_index)
-    return words.double().add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_()
+    return unit(words).log_().neg_().log_().neg_()

@@ -91,13 +91,33 @@ class WeightView(Protocol):
 
 
 class KVView(Protocol):
-    """Keys and values of all running sequences. Committed length is a number for each sequence: rollback costs nothing."""
+    """Keys and values of all running sequences, as one rung sees them.
+
+    A sequence has `length` committed entries and, behind them, proposals, which are dropped as a number is: rollback costs nothing.
+    """
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Sequences that hold entries or a place for them."""
+        ...
+
+    def admit(self, seq_id: int) -> bool:
+        """Give the sequence a place, which it keeps until it is freed; False where there is none left. True if it has one."""
+        ...
+
+    def length(self, seq_id: int) -> int:
+        """Committed tokens of a sequence, 0 for an unknown one."""
+        ...
+
+    def end(self, seq_id: int) -> int:
+        """`length` and the proposals behind it: the position that its next token may be appended at."""
+        ...
 
     def bind(self, steps: Sequence[SeqStep]) -> None:
         """Start a forward pass over `steps`; later `append` and `attend` calls refer to their tokens, in order.
 
-        Precondition: each step's `start` equals the sequence's length in this view (0 for one not seen before) and its block table
-        covers start + len(tokens) positions.
+        Precondition: for each step length <= `start` <= `end` (both 0 for a sequence not seen before) and its block table covers
+        start + len(tokens) positions. Proposals at `start` and later are dropped; the bound tokens take their place.
         """
         ...
 
@@ -106,20 +126,29 @@ class KVView(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [T, H, d] -> [T, H, d]; token i sees its own sequence's entries at positions <= its own, within the layer's window."""
+        """q [T, H, d] -> [T, H, d]; token i sees its own sequence's entries at positions <= its own that the view shows, within the
+        layer's window."""
         ...
 
     def commit(self, seq_id: int, tokens: int) -> None:
-        """The next `tokens` proposals of the last pass are now part of the sequence: its length grows by that many.
+        """The first `tokens` proposals are now part of the sequence: its length grows by that many; the others stay proposals.
 
-        Raises ValueError if there are not so many left: committed before, rolled back or freed.
+        Raises ValueError if there are not so many.
         """
         ...
 
     def rollback(self, seq_id: int, length: int) -> None:
-        """Shorten a sequence to `length` committed tokens and drop its proposals, O(1). Raises ValueError if it is shorter."""
+        """Drop all entries at `length` and later, proposals first, O(1). Raises ValueError if the sequence is shorter."""
         ...
 
     def free(self, seq_id: int) -> None:
         """Forget the sequence. Its blocks belong to the caller again. Unknown ids are ignored."""
+        ...
+
+    def bytes_read(self, seq_id: int) -> int:
+        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`."""
+        ...
+
+    def refreshes(self, seq_id: int) -> int:
+        """How often the view has chosen anew which entries to show; 0 for views that do not choose."""
         ...

@@ -1,17 +1,18 @@
-"""Draws the next token of each sequence: vLLM's law, Gumbel noise that depends on the request alone.
+"""The law and the draw of a sequence's next token: vLLM's law, Gumbel noise that depends on the request alone.
 
 Order, as in vLLM V1: log-probabilities of the raw logits; allowed_token_ids, bad_words, min_tokens, logit_bias; penalties; then
 greedy rows take the argmax, the others temperature, min_p, top_k, top_p and the Gumbel-max draw.
 
-It does not know text, KV or the model. Host state says what each row needs, so that nothing is computed that nobody asked for;
-device tensors carry the numbers, so that one call serves rows with different parameters.
+A row may stand behind drafted tokens, which then count like generated ones; `commit` alone makes them so.
+
+It does not know text, KV, the model or who proposes what. Host state says what each row needs, so that nothing is computed that
+nobody asked for; device tensors carry the numbers, so that one call serves rows with different parameters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +21,14 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.runtime.logits import keep_min_p_, keep_top_, penalise_, prompt_logprobs, token_logprobs
 from rowcast.runtime.params import SamplingParams
-from rowcast.runtime.philox import gumbel
-from rowcast.runtime.sampling_batch import Batch, Draws, Rows, SampledSequence, make_batch, upload
+from rowcast.runtime.philox import Purpose, gumbel, uniform32, unit
+from rowcast.runtime.sampling_batch import Batch, Row, Rows, SampledSequence, make_batch, upload
 from rowcast.runtime.step import TokenLogprobs
 
-__all__ = ["SampleOutput", "Sampler", "prompt_logprobs"]
+__all__ = ["Row", "Sampler", "prompt_logprobs"]
 
-
-@dataclass(frozen=True, slots=True)
-class SampleOutput:
-    token_ids: Tensor
-    """[B] int64, on the device."""
-    logprobs: list[TokenLogprobs | None] | None
-    """For each row, where it asked; None where no row did."""
+_BATCHES = 64
+"""Row patterns remembered. A ladder alternates between few: a draft's single rows, a verifier's runs of rows."""
 
 
 class TokenCounts:
@@ -72,7 +68,8 @@ class Sampler:
         self.device = torch.device(device)
         self._sequences: dict[int, SampledSequence] = {}
         self._counts = TokenCounts(vocab_size, self.device)
-        self._last: tuple[list[int], Batch] | None = None
+        self._batches: dict[tuple[int, ...], Batch] = {}
+        """By the rows' sequences, least recently used first."""
 
     def add(
         self,
@@ -96,7 +93,6 @@ class Sampler:
         bad_words = [list(word) for word in bad_word_ids if word]
         self._check(params, {*(stop_ids if params.min_tokens else ()), *(word[-1] for word in bad_words)})
         self._sequences[seq_id] = SampledSequence(params, seed, sample_index, list(prompt_ids), stop_ids, bad_words)
-        self._last = None
 
     @property
     def seq_ids(self) -> set[int]:
@@ -109,13 +105,13 @@ class Sampler:
         if sequence.slot is not None:
             self._counts.remove(sequence.slot)
             sequence.slot = None
-            self._last = None
+            self._batches.clear()
 
     def remove(self, seq_id: int) -> None:
         """Forget a sequence. Raises KeyError for an unknown one."""
         self.suspend(seq_id)
         del self._sequences[seq_id]
-        self._last = None
+        self._batches.clear()
 
     def commit(self, seq_id: int, token_ids: Sequence[int]) -> None:
         """`token_ids` are now part of the output: position, penalties, min_tokens and bad words count them."""
@@ -124,8 +120,18 @@ class Sampler:
         if sequence.slot is not None:
             self._counts.count(sequence.slot, self._ids(token_ids))
 
-    def process(self, rows: Sequence[int], logits: Tensor) -> Tensor:
-        """The law of the next token of the sequences `rows`: logits [B, V] -> float32 [B, V], -inf where forbidden.
+    def greedy(self, seq_id: int) -> bool:
+        """Whether its law is one-hot."""
+        return self._sequences[seq_id].params.greedy
+
+    def next_round(self, seq_id: int) -> int:
+        """A number in 0..2**16 - 1 that this sequence was not given in its last 2**16 - 1 calls: for noise that is used once."""
+        sequence = self._sequences[seq_id]
+        sequence.rounds = (sequence.rounds + 1) % (1 << 16)
+        return sequence.rounds
+
+    def process(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
+        """The law of each row's next token: logits [B, V] -> float32 [B, V], -inf where forbidden.
 
         A row is drawn from softmax of its result. A greedy row takes the argmax: temperature and truncation leave it alone.
         Does not modify `logits`, but returns it where nothing applies.
@@ -135,7 +141,7 @@ class Sampler:
         x = logits.float()
         if batch.edits:
             x = _own(x, logits)
-            self._edit_(x, batch)
+            self._edit_(x, batch, rows)
         if batch.temperature is not None:
             x = x / batch.temperature
         if batch.truncates:
@@ -146,26 +152,76 @@ class Sampler:
                 _change_(x, t.rows, keep_top_, t.top_k, t.top_p, t.max_k)
         return x
 
-    def sample(self, rows: Sequence[int], logits: Tensor) -> SampleOutput:
-        """Draw the next token of the sequences `rows` from logits [B, V]; the lowest id wins a tie; -1 where logits are NaN.
+    def sample(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
+        """Draw each row's next token from logits [B, V] -> ids [B] int64, with the noise that all rungs and rounds share.
 
-        Does not modify `logits` and counts nothing: `commit` does. Waits for the device only if log-probabilities are asked for.
+        Does not modify `logits`, does not wait for the device and counts nothing: `commit` does. Otherwise as `draw`.
+        """
+        return self.draw(rows, self.process(rows, logits), purpose=Purpose.TOKEN)
+
+    def draw(
+        self, rows: Sequence[Row], law: Tensor, *, purpose: Purpose, rung: int = 0, rounds: Sequence[int] | None = None
+    ) -> Tensor:
+        """Gumbel-max by the noise of (position, purpose, rung, round); argmax for greedy rows.
+
+        law [B, V], logits as `process` gives them, of any floating dtype -> ids [B] int64. The lowest id wins a tie; -1 where the law
+        is NaN. `rounds`: of each row, default 0.
         """
         batch = self._batch(rows)
-        x = self.process(rows, logits)
-        token_ids = x.argmax(-1) if batch.draws is None else self._draw(batch, batch.draws, x)
-        token_ids = token_ids.where(~x.gather(-1, token_ids[:, None])[:, 0].isnan(), -1)  # argmax prefers NaN
-        return SampleOutput(token_ids, _report(batch, logits, token_ids.clamp(min=0)) if batch.logprobs else None)
+        if batch.random is None:
+            token_ids = law.argmax(-1)
+        else:
+            some = batch.random
+            noise = gumbel(
+                batch.seeds[some],
+                batch.sample_index[some],
+                self._positions(batch, rows)[some],
+                range(self.vocab_size),
+                purpose=purpose,
+                rung=rung,
+                round_index=self._ids(rounds)[some] if rounds else 0,
+            )
+            drawn = noise.add_(law[some]).argmax(-1)
+            token_ids = drawn if isinstance(some, slice) else law.argmax(-1).index_copy_(0, some, drawn)
+        return token_ids.where(~law.gather(-1, token_ids[:, None])[:, 0].isnan(), -1)  # argmax prefers NaN
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        if self._last is None or self._last[0] != list(rows):
-            sequences = [self._sequences[seq_id] for seq_id in rows]
+    def uniforms(self, rows: Sequence[Row], *, purpose: Purpose, rung: int, rounds: Sequence[int]) -> Tensor:
+        """One number in (0, 1) a row, [B] float64, keyed as in `draw`."""
+        batch = self._batch(rows)
+        words = uniform32(
+            batch.seeds,
+            batch.sample_index,
+            self._positions(batch, rows),
+            range(1),
+            purpose=purpose,
+            rung=rung,
+            round_index=self._ids(rounds),
+        )
+        return unit(words[:, 0])
+
+    def report(self, seq_id: int, logits: Tensor, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
+        """Log-probabilities of `token_ids` [n] under the raw logits [n, V], where the sequence asks for them; then waits for the
+        device."""
+        k = self._sequences[seq_id].params.logprobs
+        return None if k is None else token_logprobs(logits, self._ids(token_ids).clamp(min=0), [k] * len(token_ids))
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        pattern = tuple([row.seq_id for row in rows])
+        batch = self._batches.pop(pattern, None)
+        if batch is None:
+            sequences = [self._sequences[seq_id] for seq_id in pattern]
             for sequence in sequences:
                 if sequence.params.penalises and sequence.slot is None:
                     sequence.slot = self._counts.add(self._ids(sequence.prompt_ids))
                     self._counts.count(sequence.slot, self._ids(sequence.generated))
-            self._last = list(rows), make_batch(sequences, self.vocab_size, self.device)
-        return self._last[1]
+            batch = make_batch(sequences, self.vocab_size, self.device)
+            if len(self._batches) == _BATCHES:
+                del self._batches[next(iter(self._batches))]
+        self._batches[pattern] = batch
+        return batch
+
+    def _positions(self, batch: Batch, rows: Sequence[Row]) -> Tensor:
+        return self._ids([sequence.position + len(row.drafted) for sequence, row in zip(batch.sequences, rows, strict=True)])
 
     def _check(self, params: SamplingParams, forbidden: set[int]) -> None:
         """`forbidden`: all that min_tokens or a bad word may forbid at some position."""
@@ -175,13 +231,13 @@ class Sampler:
         if params.allowed_token_ids and forbidden.issuperset(params.allowed_token_ids):
             raise UserError("allowed_token_ids has no token that min_tokens and bad_words never forbid; allow at least one more.")
 
-    def _edit_(self, x: Tensor, batch: Batch) -> None:
+    def _edit_(self, x: Tensor, batch: Batch, rows: Sequence[Row]) -> None:
         """Allowed ids, bad words, min_tokens, bias and penalties, in place on x [B, V] float32."""
         for row, ids in batch.allowed:
             kept = x[row, ids]
             x[row] = -math.inf
             x[row, ids] = kept
-        forbidden = [(row, i) for row in batch.forbidding for i in batch.sequences[row].forbidden()]
+        forbidden = [(row, i) for row in batch.forbidding for i in batch.sequences[row].forbidden(rows[row].drafted)]
         if forbidden:
             row_ids, token_ids = zip(*forbidden, strict=True)
             x[self._ids(row_ids), self._ids(token_ids)] = -math.inf
@@ -190,14 +246,12 @@ class Sampler:
             x.index_put_(tuple(where), values, accumulate=True)
         if batch.penalties is not None:
             p = batch.penalties
-            _change_(x, p.rows, penalise_, self._counts.in_prompt[p.slots], self._counts.generated[p.slots], *p.strengths)
-
-    def _draw(self, batch: Batch, draws: Draws, x: Tensor) -> Tensor:
-        """Gumbel-max where a row is not greedy: processed logits x [B, V] -> ids [B]."""
-        positions = self._ids([sequence.position for sequence in batch.sequences if not sequence.params.greedy])
-        noise = gumbel(draws.seeds, draws.sample_index, positions, range(self.vocab_size))
-        drawn = noise.add_(x[draws.rows]).argmax(-1)
-        return drawn if isinstance(draws.rows, slice) else x.argmax(-1).index_copy_(0, draws.rows, drawn)
+            generated = self._counts.generated[p.slots]  # [N, V], a copy
+            drafted = [(n, token) for n, row in enumerate(p.numbers) for token in rows[row].drafted]
+            if drafted:
+                numbers, token_ids = zip(*drafted, strict=True)
+                generated.index_put_((self._ids(numbers), self._ids(token_ids)), generated.new_ones(()), accumulate=True)
+            _change_(x, p.rows, penalise_, self._counts.in_prompt[p.slots], generated, *p.strengths)
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return upload(values, torch.int64, self.device)
@@ -214,11 +268,3 @@ def _change_(x: Tensor, rows: Rows, change_: Callable[..., None], *arguments: An
     change_(part, *arguments)
     if not isinstance(rows, slice):
         x[rows] = part
-
-
-def _report(batch: Batch, logits: Tensor, token_ids: Tensor) -> list[TokenLogprobs | None]:
-    """Log-probabilities of token_ids [B] under the raw logits [B, V], for the rows that asked."""
-    rows = list(batch.logprobs)
-    some = slice(None) if len(rows) == len(batch.sequences) else rows
-    found = dict(zip(rows, token_logprobs(logits[some], token_ids[some], list(batch.logprobs.values())), strict=True))
-    return [found.get(row) for row in range(len(batch.sequences))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from rowcast.runtime.params import SamplingParams
 
 Rows: TypeAlias = Tensor | slice
 """Some rows of a batch: int64 indices on the device, or slice(None) for all."""
+
+
+class Row(NamedTuple):
+    """One row of logits: it predicts the next token of a sequence, behind tokens that are drafted but not committed."""
+
+    seq_id: int
+    drafted: tuple[int, ...] = ()
+    """They count as generated, for this row only."""
 
 
 @dataclass(slots=True)
@@ -33,17 +41,20 @@ class SampledSequence:
     generated: list[int] = field(default_factory=list)
     slot: int | None = None
     """Its row in the token counts, while it is penalised and running."""
+    rounds: int = 0
+    """Verdicts passed on it so far, modulo 2**16. It keys the noise of rejection sampling."""
 
     @property
     def position(self) -> int:
-        """Of the token to draw, in the whole sequence. It keys the noise."""
+        """Of the next token, in the whole sequence. With the number of drafted tokens added, it keys the noise."""
         return len(self.prompt_ids) + len(self.generated)
 
-    def forbidden(self) -> list[int]:
-        """By min_tokens and bad words, at this position."""
-        ids = list(self.stop_ids) if len(self.generated) < self.params.min_tokens else []
+    def forbidden(self, drafted: tuple[int, ...]) -> list[int]:
+        """By min_tokens and bad words, behind `drafted`."""
+        ids = list(self.stop_ids) if len(self.generated) + len(drafted) < self.params.min_tokens else []
+        recent = [*self.generated[-max(map(len, self.bad_words), default=1) :], *drafted]
         for *prefix, last in self.bad_words:
-            if not prefix or self.generated[-len(prefix) :] == prefix:
+            if not prefix or recent[-len(prefix) :] == prefix:
                 ids.append(last)
         return ids
 
@@ -53,6 +64,8 @@ class Penalties:
     """N rows with a presence, frequency or repetition penalty."""
 
     rows: Rows
+    numbers: list[int]
+    """The same, on the host."""
     slots: Tensor
     """[N] int64."""
     strengths: tuple[Tensor, Tensor, Tensor]
@@ -70,20 +83,11 @@ class Truncation:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """N rows that are not greedy, and the request's part of their noise key."""
-
-    rows: Rows
-    seeds: Tensor
-    sample_index: Tensor
-    """[N] int64, as are the seeds."""
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows. None or empty where no row asks."""
+    """B rows. None or empty where no row asks. It holds for any drafted tokens."""
 
     sequences: list[SampledSequence]
+    """Of each row."""
     allowed: list[tuple[int, Tensor]]
     """Rows with allowed_token_ids, and these."""
     forbidding: list[int]
@@ -96,9 +100,11 @@ class Batch:
     log_min_p: Tensor | None
     """[B, 1] float32, -inf for rows without."""
     truncations: list[Truncation]
-    draws: Draws | None
-    logprobs: dict[int, int]
-    """How many likeliest tokens to report, by row; -1: all."""
+    random: Rows | None
+    """Rows that are not greedy."""
+    seeds: Tensor
+    sample_index: Tensor
+    """[B] int64, as are the seeds: the requests' part of the noise key."""
 
     @property
     def edits(self) -> bool:
@@ -116,6 +122,7 @@ def upload(values: Iterable[float], dtype: torch.dtype, device: torch.device) ->
 
 
 def make_batch(sequences: list[SampledSequence], vocab_size: int, device: torch.device) -> Batch:
+    """`sequences`: of each row, so one with drafted tokens comes several times."""
     params = [sequence.params for sequence in sequences]
     random = [row for row, p in enumerate(params) if not p.greedy]
     penalised = [row for row, p in enumerate(params) if p.penalises]
@@ -153,6 +160,7 @@ def make_batch(sequences: list[SampledSequence], vocab_size: int, device: torch.
         else None,
         penalties=Penalties(
             index(penalised),
+            penalised,
             ids(slot for sequence in sequences if (slot := sequence.slot) is not None),
             (
                 column(params[row].repetition_penalty for row in penalised),
@@ -165,10 +173,9 @@ def make_batch(sequences: list[SampledSequence], vocab_size: int, device: torch.
         temperature=of_random(lambda p: p.temperature, 1.0),
         log_min_p=of_random(lambda p: math.log(p.min_p) if p.min_p else -math.inf, -math.inf),
         truncations=[truncation(rows) for rows in (with_k, with_p_alone) if rows],
-        draws=Draws(index(random), ids(sequences[row].seed for row in random), ids(sequences[row].sample_index for row in random))
-        if random
-        else None,
-        logprobs={row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None},
+        random=index(random) if random else None,
+        seeds=ids(sequence.seed for sequence in sequences),
+        sample_index=ids(sequence.sample_index for sequence in sequences),
     )
 
 

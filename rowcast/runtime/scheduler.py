@@ -15,13 +15,17 @@ class Scheduler:
     is admitted again, prompt and output are prefilled together.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int, lookahead: int = 0) -> None:
+        """`lookahead`: tokens that a decoding sequence may draft in a step, beyond the one that it runs anyway."""
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
+        self.lookahead = lookahead
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._room: dict[int, int] = {}
+        """By sequence id, for the step that was scheduled last."""
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -30,8 +34,10 @@ class Scheduler:
         """((sequence, tokens to run) in order of age, sequences preempted on the way).
 
         Decoding sequences always run; prefills share what they leave of `max_batch_tokens`. Chosen sequences own the blocks that
-        their tokens need.
+        their tokens need, and decoding ones, where blocks and tokens are left over, those of drafts (`room`).
         """
+        for seq in self.running:
+            self._trim(seq)
         chosen: list[tuple[Sequence, int]] = []
         preempted: list[Sequence] = []
         budget = self.max_batch_tokens - sum(1 for s in self.running if s.pending == 1)
@@ -51,7 +57,12 @@ class Scheduler:
             self._reserve(seq, tokens, preempted)
             chosen.append((seq, tokens))
             budget -= tokens
+        self._look_ahead(chosen)
         return chosen, preempted
+
+    def room(self, seq: Sequence) -> int:
+        """Tokens that a chosen, decoding sequence may draft in this step. 0 for others."""
+        return self._room.get(seq.seq_id, 0)
 
     def preempt_all(self) -> list[Sequence]:
         """Send every running sequence back to the queue, its KV void."""
@@ -75,6 +86,26 @@ class Scheduler:
         owned = [block for seq in self.running for block in seq.blocks]
         assert len(owned) == len(set(owned)) == self.pool.total - self.pool.free_blocks
         assert not any(seq.blocks for seq in self.waiting)
+
+    def _trim(self, seq: Sequence) -> None:
+        """Give back what was reserved for drafts and not used."""
+        spare = seq.blocks[self.blocks_for(seq.computed) :]
+        del seq.blocks[self.blocks_for(seq.computed) :]
+        self.pool.give_back(spare)
+
+    def _look_ahead(self, chosen: list[tuple[Sequence, int]]) -> None:
+        """Deal out blocks and tokens that nobody needs to the drafts of decoding sequences, the oldest first."""
+        self._room.clear()
+        decoding = [seq for seq, _ in chosen if seq.pending == 1]
+        if not self.lookahead or not decoding:
+            return
+        share = (self.max_batch_tokens - sum(tokens for _, tokens in chosen)) // len(decoding)
+        for seq in decoding:
+            # A round emits one token more than it drafts, and the request ends at max_length.
+            room = min(self.lookahead, share, seq.request.max_length - seq.length - 1)
+            missing = self.blocks_for(seq.length + room) - len(seq.blocks)
+            seq.blocks += self.pool.take(max(0, min(missing, self.pool.free_blocks)))
+            self._room[seq.seq_id] = max(0, min(room, len(seq.blocks) * self.block_size - seq.length))
 
     def _reserve(self, seq: Sequence, tokens: int, preempted: list[Sequence]) -> bool:
         """Give `seq` the blocks for its next `tokens` tokens; false if it had to give way itself."""

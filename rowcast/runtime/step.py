@@ -28,6 +28,8 @@ class SeqStep:
     """Whether the last token's logits are sampled from. False for all but the last chunk of a prefill."""
     prompt_logprobs: int | None = None
     """Return the log-probabilities of the *next* prompt token at each of `tokens` whose successor is a prompt token."""
+    room: int = 0
+    """Tokens that the round may draft beyond `tokens`: the blocks hold that many more, and the request does not end before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,47 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
+@dataclass(slots=True)
+class RungCounts:
+    """What one rung did for one sequence. Adds up over steps, and over the samples of a request."""
+
+    proposed: list[int] = field(default_factory=list)
+    """Proposals that reached their verifier, by position in the proposal, the first at 0. Empty for the last rung."""
+    judged: list[int] = field(default_factory=list)
+    """Those of them before which all stood: what comes after a rejection is dropped unseen."""
+    accepted: list[int] = field(default_factory=list)
+    """Those of the judged ones that stood."""
+    tokens: int = 0
+    """Tokens run through the rung's model, drafts and catching up included."""
+    refreshes: int = 0
+    """Times that its KV view chose its entries anew."""
+    seconds: float = 0.0
+    """This sequence's even share of the time of the rung's passes."""
+    bytes_read: int = 0
+    """Weights (an even share) and KV."""
+
+    def add(self, other: RungCounts) -> None:
+        """Add `other` to this, in place."""
+        for mine, theirs in ((self.proposed, other.proposed), (self.judged, other.judged), (self.accepted, other.accepted)):
+            mine.extend([0] * (len(theirs) - len(mine)))
+            for position, count in enumerate(theirs):
+                mine[position] += count
+        self.tokens += other.tokens
+        self.refreshes += other.refreshes
+        self.seconds += other.seconds
+        self.bytes_read += other.bytes_read
+
+    def note(self, proposed: int, accepted: int) -> None:
+        """One verdict: of `proposed` tokens the first `accepted` stood."""
+        self.add(RungCounts([1] * proposed, [1] * min(accepted + 1, proposed), [1] * accepted))
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the judged proposals that stood: the alpha of speculative decoding (arXiv 2211.17192, section 3.1). None where
+        nothing was proposed."""
+        return sum(self.accepted) / sum(self.judged) if self.judged else None
+
+
 @dataclass(frozen=True, slots=True)
 class SeqResult:
     """What one sequence gained in one step. `tokens` is empty where nothing was sampled."""
@@ -50,6 +93,8 @@ class SeqResult:
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    rungs: dict[str, RungCounts] = field(default_factory=dict)
+    """By rung, cheapest first; rungs that did nothing may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +110,8 @@ class SeqSetup:
     bad_word_ids: list[list[int]]
     output_ids: list[int] = field(default_factory=list)
     """Tokens it has generated before, when it is announced to a new executor: noise and penalties go on from there."""
+    group: int = 0
+    """Sequences of one group (one request's samples) share their measured acceptance."""
 
 
 class Executor(Protocol):

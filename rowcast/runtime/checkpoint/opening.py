@@ -19,6 +19,7 @@ from rowcast.runtime.checkpoint.gguf_source import GGUFSource
 from rowcast.runtime.checkpoint.ranged_file import RangedFile
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.protocols import Source
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Checkpoint:
     """config.json, or its equivalent made from the GGUF metadata."""
     generation_config: dict[str, Any]
     """generation_config.json, or from the GGUF metadata the special token ids; may be empty."""
-    source: SafetensorsSource | GGUFSource
+    source: Source
     stored_dtype: str
     """The floating dtype of most weights: float64, float32, bfloat16, float16; float32 for quantised weights."""
     gguf_metadata: dict[str, Any] | None = None

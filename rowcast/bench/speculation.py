@@ -1,0 +1,361 @@
+"""What `rowcast bench speculation` measures: ladders beside plain decoding, all in one process and in turn.
+
+A round visits every ladder once, plain first. A visit loads the model, warms up on the head of the first prompt, then runs all prompts
+together. Decoding is timed from the moment when every prompt has its first token, so a draft model that reads the prompt only when
+it is first used does that on this clock; `later_s_per_token` leaves it out, as it is taken over the second half of the tokens.
+
+Shapes without weights run on random ones. Their acceptance would mean nothing, so it is simulated at given rates; verification,
+refresh, rollback and sampling all run. Whatever is reported of such a run says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rowcast import LLM, SamplingParams
+from rowcast.bench.latency import read_bandwidth
+from rowcast.bench.pace import Mark, Pace, pace
+from rowcast.bench.shapes import ShapeLLM, open_shape
+from rowcast.errors import UserError
+from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.outputs import RequestStats
+from rowcast.runtime.request import Request
+from rowcast.runtime.step import RungCounts
+from rowcast.runtime.tokenizer import load_tokenizer
+
+WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 16
+SHAPE_KV = 4096
+"""KV entries of the rung self where a shape is measured and no budget is given (TriForce, arXiv 2404.11912, section 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of the command line, under their names."""
+
+    model: str | None = None
+    """None: a shape."""
+    dtype: str = "auto"
+    device: str = "auto"
+    prompt_file: str | None = None
+    prompt_tokens: int | None = None
+    ladder: tuple[str, ...] = ()
+    """None given: `auto` and whatever else the other options make possible."""
+    draft: str | None = None
+    kv_budget: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+    verification: str = "coupled"
+    batch: int = 1
+    repeat: int = 3
+    against_transformers: bool = False
+    shape: str | None = None
+    simulate: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for options that contradict each other."""
+        if (self.shape is None) != (self.simulate is None):
+            given, lacking = ("--shape", "--simulate") if self.simulate is None else ("--simulate", "--shape")
+            raise UserError(
+                f"{given} was given without {lacking}: acceptance is simulated where there are no weights, and only there, so give both"
+            )
+        if self.shape is None and self.prompt_file is None:
+            raise UserError("acceptance depends on the text: give --prompt-file FILE, or --shape with --simulate")
+        if self.shape is not None and (self.prompt_file is not None or self.model is not None):
+            name = "--prompt-file" if self.prompt_file is not None else "--model"
+            raise UserError(f"{name} has no place beside --shape, whose weights and prompts are random: leave it out")
+        if self.shape is not None and self.prompt_tokens is None:
+            raise UserError("a shape has no text: give the length of its random prompts with --prompt-tokens")
+        if self.against_transformers and (self.draft in (None, "ngram") or self.batch != 1 or self.shape is not None):
+            raise UserError(
+                "--against transformers measures assisted generation: give --draft with a model, --batch 1 and a model with weights"
+            )
+
+    @property
+    def ladders(self) -> list[str]:
+        """Plain, then what stands beside it."""
+        chosen = list(self.ladder) or self._available()
+        found = ["plain", *(ladder for ladder in dict.fromkeys(chosen) if ladder != "plain")]
+        for option, value, at in (("--draft", self.draft, 0), ("--kv-budget", self.kv_budget, 1)):
+            if value is not None and not any(self.places(ladder)[at] for ladder in found):
+                raise UserError(
+                    f"{option} {value} has no place in the ladders {', '.join(found)}: leave it out, or add --ladder auto"
+                )
+        return found
+
+    def _available(self) -> list[str]:
+        if self.shape is not None:
+            return ["triforce"] if self.draft is not None else [f"self:kv={self.kv_budget or SHAPE_KV} / plain"]
+        found = ["auto", "ngram"]
+        if self.draft not in (None, "ngram"):
+            found += ["draft / plain", "triforce"]
+        return found + ([f"self:kv={self.kv_budget} / plain"] if self.kv_budget is not None else [])
+
+    def places(self, ladder: str) -> tuple[bool, bool]:
+        """Whether a ladder has a place for --draft, and one for --kv-budget."""
+        if ladder in ("auto", "triforce"):
+            return True, True
+        if ladder in ("plain", "ngram"):
+            return ladder == self.draft, False
+        rungs = Ladder.parse(ladder).rungs
+        return any(rung.kind == "draft" and rung.model is None for rung in rungs), False
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """Simulated acceptance by the last rung and by the rungs below it. Raises UserError."""
+        if self.simulate is None:
+            return None
+        try:
+            given = [float(part) for part in self.simulate.split(",")]
+        except ValueError:
+            given = []
+        if len(given) not in (1, 2) or not all(0 <= rate <= 1 for rate in given):
+            raise UserError(f"--simulate {self.simulate!r:.60} has to be one or two rates from 0 to 1, as in 0.92,0.6")
+        return given[0], given[-1]
+
+    @property
+    def label(self) -> str:
+        """What every line about a run with simulated acceptance says; empty for real text."""
+        if self.rates is None:
+            return ""
+        outer, inner = self.rates
+        return f"simulated acceptance, rule {self.verification}, outer rate {outer:g}, inner rate {inner:g}"
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the output has to be plain's, token for token."""
+        return self.shape is None and (self.verification == "coupled" or self.temperature == 0)
+
+    def params(self, tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=self.temperature, seed=self.seed, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One visit. Times are of decoding, for all sequences together."""
+
+    outputs: list[list[int]]
+    prefill_s: float
+    pace: Pace
+    tokens: int
+    rounds: int
+    """Summed over the sequences."""
+    rungs: dict[str, RungCounts]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure and return the report. Raises UserError as `LLM` does, and where the file holds too little text."""
+    ladders, prompts = settings.ladders, _prompts(settings)
+    context = max(map(len, prompts)) + settings.max_tokens
+    samples: dict[str, list[Sample]] = {ladder: [] for ladder in ladders}
+    resolved: dict[str, str] = {}
+    peer: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    place: dict[str, Any] = {}
+    for _ in range(settings.repeat):
+        for ladder in ladders:
+            llm = _load(settings, ladder, context)
+            resolved[ladder] = llm.plan.ladder_text
+            place = {"dtype": llm.plan.dtype, "device": llm.plan.device}
+            decode(llm, [prompts[0][:WARM_UP_PROMPT]], settings.params(WARM_UP_TOKENS))
+            samples[ladder].append(decode(llm, prompts, settings.params(settings.max_tokens)))
+            del llm
+            _release()
+        if settings.against_transformers:
+            from rowcast.bench import assisted
+
+            for name, found in assisted.visit(settings, prompts[0], **place).items():
+                peer[name].append(found)
+            _release()
+
+    report: dict[str, Any] = {
+        "benchmark": "speculation",
+        **({"label": settings.label, "rates": settings.rates} if settings.label else {}),
+        **asdict(settings),
+        **place,
+        "prompt_tokens": len(prompts[0]),
+        "threads": torch.get_num_threads(),
+    }
+    bandwidth = read_bandwidth(torch.device(place["device"]).type)
+    report["bandwidth_bytes_per_s"] = bandwidth
+    plain = samples["plain"]
+    gaps = _gaps(settings, context, prompts, samples) if settings.comparable else {}
+    report["ladders"] = {}
+    for ladder in ladders:
+        entry = {"ladder": resolved[ladder], **_summary(resolved[ladder], samples[ladder], plain, bandwidth)}
+        if settings.comparable:
+            entry["differences"] = gaps[ladder]
+            entry["identical"] = not gaps[ladder]
+        report["ladders"][ladder] = entry
+    if peer:
+        report["transformers"] = assisted.summary(peer)
+    return report
+
+
+def decode(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Sample:
+    """Run all prompts together, prompt i with the seed of `params` + i, and time what comes after each has its first token."""
+    engine, device = llm.engine, torch.device(llm.plan.device)
+    started = _now(device)
+    requests = [engine.add(ids, replace(params, seed=(params.seed or 0) + i)) for i, ids in enumerate(prompts)]
+    while not all(request.stats.generated_tokens for request in requests):
+        engine.step()
+    before, rounds = _counts(requests), sum(request.stats.rounds for request in requests)
+    marks: list[Mark] = [(_now(device), _generated(requests))]
+    while engine.has_work:
+        engine.step()
+        marks.append((_now(device), _generated(requests)))
+    return Sample(
+        outputs=[request.output().outputs[0].token_ids for request in requests],
+        prefill_s=marks[0][0] - started,
+        pace=pace(marks),
+        tokens=marks[-1][1] - marks[0][1],
+        rounds=sum(request.stats.rounds for request in requests) - rounds,
+        rungs={name: _since(counts, before[name]) for name, counts in _counts(requests).items()},
+    )
+
+
+def _prompts(settings: Settings) -> list[list[int]]:
+    """`batch` prompts: random ids, or consecutive pieces of the file."""
+    batch, tokens = settings.batch, settings.prompt_tokens
+    if settings.shape is not None:
+        assert tokens is not None
+        draw, vocabulary = random.Random(settings.seed), spec_from_config(open_shape(settings.shape).config).vocab_size
+        return [draw.choices(range(vocabulary), k=tokens) for _ in range(batch)]
+    assert settings.prompt_file is not None and settings.model is not None
+    try:
+        text = Path(settings.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompt-file {settings.prompt_file}: {error}") from error
+    ids = load_tokenizer(open_checkpoint(settings.model)).encode(text)
+    tokens = tokens or len(ids) // batch
+    if not 0 < batch * tokens <= len(ids):
+        raise UserError(
+            f"{settings.prompt_file} holds {len(ids)} tokens, {batch} prompts of {tokens or 'at least 1'} were asked for: give a "
+            "longer file, or lower --prompt-tokens or --batch"
+        )
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(batch)]
+
+
+def _load(settings: Settings, ladder: str, context: int) -> LLM:
+    drafts, budgets = settings.places(ladder)
+    options: dict[str, Any] = {
+        "ladder": ladder,
+        "draft": settings.draft if drafts else None,
+        "kv_budget": settings.kv_budget if budgets else None,
+        "verification": settings.verification,
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "max_model_len": context,
+        "max_num_seqs": settings.batch,
+        "progress": False,
+    }
+    if settings.shape is not None:
+        assert settings.rates is not None
+        return ShapeLLM(settings.shape, rates=settings.rates, **options)
+    assert settings.model is not None
+    return LLM(settings.model, **options)
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _generated(requests: Iterable[Request]) -> int:
+    return sum(request.stats.generated_tokens for request in requests)
+
+
+def _counts(requests: Iterable[Request]) -> dict[str, RungCounts]:
+    return _sum(request.stats.rungs for request in requests)
+
+
+def _sum(several: Iterable[dict[str, RungCounts]]) -> dict[str, RungCounts]:
+    """By rung, added up into new objects."""
+    found: dict[str, RungCounts] = defaultdict(RungCounts)
+    for rungs in several:
+        for name, counts in rungs.items():
+            found[name].add(counts)
+    return found
+
+
+def _since(now: RungCounts, before: RungCounts) -> RungCounts:
+    proposed, judged, accepted = (
+        [a - b for a, b in zip_longest(later, earlier, fillvalue=0)]
+        for later, earlier in ((now.proposed, before.proposed), (now.judged, before.judged), (now.accepted, before.accepted))
+    )
+    return RungCounts(
+        proposed,
+        judged,
+        accepted,
+        now.tokens - before.tokens,
+        now.refreshes - before.refreshes,
+        now.seconds - before.seconds,
+        now.bytes_read - before.bytes_read,
+    )
+
+
+def _summary(ladder: str, samples: Sequence[Sample], plain: Sequence[Sample], bandwidth: float) -> dict[str, Any]:
+    """Medians of times and of the ratios within a round (above 1: faster than plain); counts of all rounds together."""
+    tokens, rounds = sum(sample.tokens for sample in samples), sum(sample.rounds for sample in samples)
+    counted = _sum(sample.rungs for sample in samples)
+    rungs = {name: counted[name] for name in Ladder.parse(ladder).names if name in counted}
+    stats = RequestStats(prompt_tokens=0, generated_tokens=tokens, rounds=rounds, rungs=rungs)
+    bytes_read = sum(counts.bytes_read for counts in rungs.values()) / tokens
+    each = median(sample.pace.s_per_token for sample in samples)
+    return {
+        "s_per_token": each,
+        "later_s_per_token": median(sample.pace.later_s_per_token for sample in samples),
+        "prefill_s": median(sample.prefill_s for sample in samples),
+        "speedup": median(p.pace.s_per_token / s.pace.s_per_token for s, p in zip(samples, plain, strict=True)),
+        "later_speedup": median(p.pace.later_s_per_token / s.pace.later_s_per_token for s, p in zip(samples, plain, strict=True)),
+        "tokens_per_round": stats.tokens_per_round,
+        "acceptance": stats.acceptance,
+        "acceptance_by_position": stats.acceptance_by_position,
+        "refreshes": {name: counts.refreshes for name, counts in rungs.items() if counts.refreshes},
+        "time_s_per_token": {name: counts.seconds / tokens for name, counts in rungs.items()},
+        "run_per_token": {name: counts.tokens / tokens for name, counts in rungs.items()},
+        "bytes_per_token": bytes_read,
+        "floor_s_per_token": bytes_read / bandwidth,
+        "floor_reached": bytes_read / bandwidth / each,
+    }
+
+
+def _gaps(
+    settings: Settings, context: int, prompts: Sequence[list[int]], samples: dict[str, list[Sample]]
+) -> dict[str, list[dict[str, Any]]]:
+    """By ladder: where its outputs leave plain's of the same round, and how far plain's two best logits lie apart there."""
+    found: dict[str, list[dict[str, Any]]] = {ladder: [] for ladder in samples}
+    for ladder, visits in samples.items():
+        for round_, (ours, plain) in enumerate(zip(visits, samples["plain"], strict=True)):
+            for i, (mine, theirs) in enumerate(zip(ours.outputs, plain.outputs, strict=True)):
+                if mine != theirs:
+                    at = next(j for j, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b)
+                    found[ladder].append({"round": round_, "prompt": i, "position": at, "before": prompts[i] + theirs[:at]})
+    if any(found.values()):
+        llm = _load(settings, "plain", context)
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=2, detokenize=False)
+        for difference in (difference for differences in found.values() for difference in differences):
+            logprobs = llm.generate(difference.pop("before"), params)[0].outputs[0].logprobs
+            assert logprobs is not None
+            best, second = sorted((entry.logprob for entry in logprobs[0].values()), reverse=True)[:2]
+            difference["top2_gap"] = best - second
+    return found

@@ -1,0 +1,249 @@
+"""The full KV view: a paged store of keys and values, a page being a block of positions of one sequence in all layers.
+
+Who gets which block is the scheduler's business (`blocks`); this module puts entries where the block tables say and reads them
+back. For views that choose among its entries it can keep chunk summaries, and the last queries of each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rowcast.kernels.attention import attend
+from rowcast.runtime.kv.places import places, take
+from rowcast.runtime.kv.summaries import Summaries, Summary
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import SeqStep
+
+
+@dataclass(slots=True)
+class _Queries:
+    """Queries of a sequence's last pass, from position `start` on."""
+
+    start: int
+    layers: list[Tensor] = field(default_factory=list)
+    """[n, H, d] each."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    length: int = 0
+    end: int = 0
+    rewinds: int = 0
+    blocks: list[int] = field(default_factory=list)
+    queries: _Queries | None = None
+
+
+@dataclass(slots=True)
+class _Bound:
+    """One sequence's part of the bound pass."""
+
+    first: int
+    """Its tokens are rows first, first + 1, ... of the pass."""
+    tokens: int
+    length: int
+    """Entries that the last of its tokens sees."""
+    blocks: slice | Tensor
+    """Its blocks in the store; a slice where they are neighbours, so that they can be read in place."""
+    queries: _Queries | None
+
+
+class PagedKV:
+    """Keys and values of all layers, [layers, blocks, block_size, K, d] each. Implements `KVView`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: Shard,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        keep_queries: int = 0,
+        summaries: Collection[Summary] = (),
+    ) -> None:
+        """`keep_queries`: of each sequence's last pass keep the queries of so many last tokens; those rejected are of no use, so it
+        should exceed the longest proposal. `summaries`: kinds of chunk summaries to keep; UserError where a chunk does not divide
+        `block_size`.
+        """
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.keep_queries = keep_queries
+        self.slopes, self.absolute_bias_scale = alibi(spec, shard, device)
+        kv_heads = shard.kv_heads(spec)
+        self.num_kv_heads = kv_heads.stop - kv_heads.start
+        self._block_size = block_size
+        shape = (spec.num_layers, num_blocks, block_size, self.num_kv_heads, spec.head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._summaries = {kind: Summaries(kind, self._keys) for kind in summaries}
+        self._sequences: dict[int, _Sequence] = {}
+        self._bound: list[_Bound] = []
+        self._keeps_all = False
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole store and its summaries."""
+        return 2 * self._keys.numel() * self._keys.element_size() + sum(s.bytes for s in self._summaries.values())
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Sequences with entries."""
+        return set(self._sequences)
+
+    def admit(self, seq_id: int) -> bool:
+        """True: places are blocks, which the scheduler gives."""
+        return True
+
+    def length(self, seq_id: int) -> int:
+        """Committed tokens of a sequence, 0 for an unknown one."""
+        found = self._sequences.get(seq_id)
+        return found.length if found else 0
+
+    def end(self, seq_id: int) -> int:
+        """`length` and the proposals behind it."""
+        found = self._sequences.get(seq_id)
+        return found.end if found else 0
+
+    def bytes_read(self, seq_id: int) -> int:
+        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`."""
+        return visible_bytes(self.spec, self.num_kv_heads, self.dtype, self.end(seq_id))
+
+    def refreshes(self, seq_id: int) -> int:
+        """0: it shows everything."""
+        return 0
+
+    def rewinds(self, seq_id: int) -> int:
+        """How often committed entries of the sequence were dropped: whoever copied some has to copy them again."""
+        found = self._sequences.get(seq_id)
+        return found.rewinds if found else 0
+
+    def bind(self, steps: Sequence[SeqStep]) -> None:
+        size = self._block_size
+        self._bound.clear()
+        slots: list[int] = []
+        first = 0
+        for step in steps:
+            tokens = len(step.tokens)
+            end = step.start + tokens
+            used = step.blocks[: -(-end // size)]
+            seq = self._sequences.setdefault(step.seq_id, _Sequence())
+            assert seq.length <= step.start <= seq.end, f"sequence {step.seq_id}: {step.start} is outside {seq.length}..{seq.end}"
+            assert len(used) * size >= end, f"sequence {step.seq_id}: {len(used)} blocks do not hold {end} tokens"
+            seq.end, seq.blocks = end, used
+            seq.queries = _Queries(max(step.start, end - self.keep_queries)) if self.keep_queries else None
+            self._bound.append(_Bound(first, tokens, end, places(used, self.device), seq.queries))
+            slots.extend(used[p // size] * size + p % size for p in range(step.start, end))
+            first += tokens
+        self._keeps_all = all(b.tokens <= self.keep_queries for b in self._bound)
+        self._slots = torch.tensor(slots, device=self.device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
+        self._keys[layer].flatten(0, 1).index_copy_(0, self._slots, k)
+        self._values[layer].flatten(0, 1).index_copy_(0, self._slots, v)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
+        keys, values = self._keys[layer], self._values[layer]
+        parts = []
+        for seq in self._bound:
+            rows = q[seq.first : seq.first + seq.tokens]
+            if seq.queries is not None:
+                last = rows[-self.keep_queries :]
+                seq.queries.layers.append(last if self._keeps_all else last.clone())
+            parts.append(
+                attend(
+                    rows,
+                    take(keys, 0, seq.blocks).flatten(0, 1)[: seq.length],
+                    take(values, 0, seq.blocks).flatten(0, 1)[: seq.length],
+                    scale=self.spec.attention_scale,
+                    window=self.spec.windows[layer],
+                    slopes=self.slopes,
+                    absolute_bias_scale=self.absolute_bias_scale,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def commit(self, seq_id: int, tokens: int) -> None:
+        seq = self._sequences.get(seq_id)
+        if seq is None or tokens > seq.end - seq.length:
+            raise ValueError(f"sequence {seq_id} has fewer than {tokens} proposed tokens")
+        for summaries in self._summaries.values():
+            summaries.update(seq.blocks, seq.length, seq.length + tokens)
+        seq.length += tokens
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        if not 0 <= length <= self.end(seq_id):
+            raise ValueError(f"cannot roll sequence {seq_id} of {self.end(seq_id)} tokens back to {length}")
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            return
+        seq.rewinds += length < seq.length
+        seq.length, seq.end = min(seq.length, length), length
+
+    def free(self, seq_id: int) -> None:
+        self._sequences.pop(seq_id, None)
+
+    def queries(self, seq_id: int, count: int) -> Tensor | None:
+        """Post-RoPE queries [layers, n, H, d] of the last n <= `count` committed tokens that ran in the sequence's last pass and were
+        kept; n >= 1, the last one at position length - 1. None if there are none."""
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.queries is None:
+            return None
+        stop = seq.length - seq.queries.start
+        return torch.stack([q[max(0, stop - count) : stop] for q in seq.queries.layers]) if stop > 0 else None
+
+    def summary(self, seq_id: int, kind: Summary) -> tuple[Tensor, ...]:
+        """Summaries of the sequence's full, committed chunks in order: (mean,) or (min, max), [layers, K, chunks, d] each.
+
+        Raises KeyError for a kind that is not kept.
+        """
+        summaries, seq = self._summaries[kind], self._sequences[seq_id]
+        count = seq.length // kind.chunk
+        return summaries.read(places(seq.blocks[: -(-count // summaries.per_block)], self.device), count)
+
+    def locate(self, seq_id: int, positions: Tensor) -> Tensor:
+        """Where a sequence's entries lie, for `keys_at` and `values_at`: positions [layers, K, n], others for each layer and KV head
+        -> [layers, K, n]."""
+        size, kv_heads = self._block_size, self.num_kv_heads
+        blocks = torch.tensor(self._sequences[seq_id].blocks, device=self.device)
+        rows = blocks[positions // size] * size + positions % size
+        layers = torch.arange(self.spec.num_layers, device=self.device)[:, None, None]
+        rows += layers * (self._keys.shape[1] * size)
+        found: Tensor = rows * kv_heads + torch.arange(kv_heads, device=self.device)[:, None]
+        return found
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """rows [..., n], from `locate` -> [..., n, d]."""
+        return _rows(self._keys, rows)
+
+    def values_at(self, rows: Tensor) -> Tensor:
+        """rows [..., n], from `locate` -> [..., n, d]."""
+        return _rows(self._values, rows)
+
+
+def alibi(spec: ModelSpec, shard: Shard, device: torch.device) -> tuple[Tensor | None, float | None]:
+    """`slopes` [H] of this rank's heads and `absolute_bias_scale`, as attention takes them."""
+    if spec.alibi is None:
+        return None, None
+    slopes = torch.tensor(spec.alibi.slopes[shard.query_heads(spec)], device=device)
+    if not spec.alibi.bfloat16_bias:
+        return slopes, None
+    return slopes, spec.attention_scale if spec.alibi.scaled else 1.0
+
+
+def visible_bytes(spec: ModelSpec, kv_heads: int, dtype: torch.dtype, entries: int) -> int:
+    """Bytes of keys and values that a token reads in all layers where a view shows it `entries` neighbouring ones."""
+    return 2 * kv_heads * spec.head_dim * dtype.itemsize * sum(min(entries, window or entries) for window in spec.windows)
+
+
+def _rows(store: Tensor, rows: Tensor) -> Tensor:
+    # store [..., d], rows [..., n] -> [..., n, d]
+    size = store.shape[-1]
+    return store.view(-1, size).index_select(0, rows.flatten()).view(*rows.shape, size)

@@ -1,0 +1,238 @@
+"""A view of a few entries of the full store, for a rung that runs the target's own weights (TriForce's retrieval cache).
+
+Entries are copies in compact memory: sinks, what a policy chose, the recent window, and behind them scratch for proposals, which
+the full store never sees. The rung has nothing to catch up with: whatever the last rung committed is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.kernels.attention import attend_entries
+from rowcast.runtime.kv.paged import PagedKV, visible_bytes
+from rowcast.runtime.kv.selection import Policy
+from rowcast.runtime.kv.slots import Slots
+from rowcast.runtime.step import SeqStep
+
+
+@dataclass(slots=True)
+class _Shown:
+    """What is shown of one sequence."""
+
+    synced: int = 0
+    """The parent's length when its entries were copied last."""
+    rewinds: int = 0
+    entries: int = 0
+    proposals: int = 0
+    chosen: int = 0
+    """Entries that the policy chose; 0 as long as it has not."""
+    syncs: int = 0
+    """Since the sequence outgrew the budget."""
+    refreshes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """One sequence's part of the bound pass."""
+
+    rows: slice
+    slot: int
+    own: slice
+    """Where its tokens' entries lie."""
+    positions: Tensor
+    """Of its tokens, [T]."""
+
+
+class SelectedKV:
+    """At most `budget` committed entries a sequence, layer and KV head. Implements `KVView`; `length` is the parent's.
+
+    The first `bind` after the parent's length has changed copies the recent window anew, exact K/V of the full pass, and lets the
+    policy choose. So what is shown depends on the parent's committed entries and queries only.
+    """
+
+    def __init__(
+        self,
+        parent: PagedKV,
+        policy: Policy,
+        *,
+        budget: int,
+        sinks: int = 16,
+        recent: int = 64,
+        refresh: int = 1,
+        slots: int,
+        room: int,
+    ) -> None:
+        """`sinks` (rounded up to whole chunks) and `recent` entries are always in. The policy chooses at every `refresh`-th change of
+        the parent's length, at the first one only if 0. `slots` sequences at a time, each with at most `room` proposals. Allocates
+        everything. Raises UserError where the budget leaves nothing to choose.
+        """
+        self._sinks = -(-sinks // policy.chunk) * policy.chunk
+        # The recent window starts at a chunk's start, so it may be up to chunk - 1 entries longer.
+        self._choice = (budget - self._sinks - recent - policy.chunk + 1) // policy.chunk
+        if self._choice < 1:
+            least = self._sinks + recent + 2 * policy.chunk - 1
+            raise UserError(
+                f"a KV budget of {budget} has no place for {self._sinks} sinks, {recent} recent entries and a chunk of {policy.chunk}: "
+                f"raise it to {least} or more"
+            )
+        self._parent = parent
+        self._policy = policy
+        self._budget = budget
+        self._recent = recent
+        self._refresh = refresh
+        self._room = room
+        self._slots = Slots(slots)
+        spec, dtype, device = parent.spec, parent.dtype, parent.device
+        shape = (spec.num_layers, slots, parent.num_kv_heads, budget + room)
+        self._keys = torch.empty(*shape, spec.head_dim, dtype=dtype, device=device)
+        self._values = torch.empty(*shape, spec.head_dim, dtype=dtype, device=device)
+        self._positions: Tensor | None = None
+        if parent.slopes is not None or any(spec.windows):
+            self._positions = torch.empty(shape, dtype=torch.int64, device=device)
+        self._shown: dict[int, _Shown] = {}
+        self._bound: list[_Bound] = []
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots."""
+        stores = (self._keys, self._values) if self._positions is None else (self._keys, self._values, self._positions)
+        return sum(store.numel() * store.element_size() for store in stores)
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Admitted sequences."""
+        return set(self._shown)
+
+    def admit(self, seq_id: int) -> bool:
+        """Whether the sequence has a slot now; it keeps it until `free`."""
+        if not self._slots.take(seq_id):
+            return False
+        self._shown.setdefault(seq_id, _Shown())
+        return True
+
+    def length(self, seq_id: int) -> int:
+        """The parent's."""
+        return self._parent.length(seq_id)
+
+    def end(self, seq_id: int) -> int:
+        """`length` and the proposals behind it; none behind one that has changed since they were made."""
+        shown, length = self._shown.get(seq_id), self.length(seq_id)
+        return length + shown.proposals if shown is not None and self._is_current(seq_id, shown) else length
+
+    def bytes_read(self, seq_id: int) -> int:
+        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`."""
+        shown = self._shown[seq_id]
+        return visible_bytes(self._parent.spec, self._parent.num_kv_heads, self._parent.dtype, shown.entries + shown.proposals)
+
+    def refreshes(self, seq_id: int) -> int:
+        """How often the sequence's entries were chosen anew."""
+        shown = self._shown.get(seq_id)
+        return shown.refreshes if shown else 0
+
+    def bind(self, steps: Sequence[SeqStep]) -> None:
+        """As `KVView`. Precondition: the sequences are admitted."""
+        self._bound.clear()
+        first = 0
+        for step in steps:
+            shown, length = self._shown[step.seq_id], self.length(step.seq_id)
+            if not self._is_current(step.seq_id, shown):
+                self._sync(step.seq_id, shown)
+            tokens, start = len(step.tokens), step.start - length
+            assert 0 <= start <= shown.proposals, f"sequence {step.seq_id}: {step.start} is outside {length}.."
+            assert start + tokens <= self._room, f"sequence {step.seq_id}: no room for {start + tokens} proposals"
+            shown.proposals = start + tokens
+            own = slice(shown.entries + start, shown.entries + start + tokens)
+            positions = torch.arange(step.start, step.start + tokens, device=self._parent.device)
+            slot = self._slots[step.seq_id]
+            if self._positions is not None:
+                self._positions[:, slot, :, own] = positions
+            self._bound.append(_Bound(slice(first, first + tokens), slot, own, positions))
+            first += tokens
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
+        for seq in self._bound:
+            self._keys[layer, seq.slot, :, seq.own] = k[seq.rows].transpose(0, 1)
+            self._values[layer, seq.slot, :, seq.own] = v[seq.rows].transpose(0, 1)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
+        parts = [
+            attend_entries(
+                q[seq.rows],
+                self._keys[layer, seq.slot, :, : seq.own.stop],
+                self._values[layer, seq.slot, :, : seq.own.stop],
+                scale=self._parent.spec.attention_scale,
+                key_positions=None if self._positions is None else self._positions[layer, seq.slot, :, : seq.own.stop],
+                query_positions=seq.positions,
+                window=self._parent.spec.windows[layer],
+                slopes=self._parent.slopes,
+                absolute_bias_scale=self._parent.absolute_bias_scale,
+            )
+            for seq in self._bound
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def commit(self, seq_id: int, tokens: int) -> None:
+        """Drops the sequence's proposals: the parent, which commits first, has those that stand."""
+        if seq_id in self._shown:
+            self._shown[seq_id].proposals = 0
+
+    def rollback(self, seq_id: int, length: int) -> None:
+        """Drops proposals at `length` and later. Raises ValueError outside length..end: committed entries are the parent's."""
+        if not self.length(seq_id) <= length <= self.end(seq_id):
+            raise ValueError(f"cannot roll sequence {seq_id} back to {length}: it has {self.length(seq_id)}..{self.end(seq_id)}")
+        if seq_id in self._shown:
+            self._shown[seq_id].proposals = length - self.length(seq_id)
+
+    def free(self, seq_id: int) -> None:
+        self._slots.give_back(seq_id)
+        self._shown.pop(seq_id, None)
+        self._policy.free(seq_id)
+
+    def _is_current(self, seq_id: int, shown: _Shown) -> bool:
+        return shown.synced == self._parent.length(seq_id) and shown.rewinds == self._parent.rewinds(seq_id)
+
+    def _sync(self, seq_id: int, shown: _Shown) -> None:
+        """Show the parent's committed entries as they are now."""
+        length = self.length(seq_id)
+        if shown.rewinds != self._parent.rewinds(seq_id):
+            shown.synced = shown.chosen = shown.syncs = 0
+            shown.rewinds = self._parent.rewinds(seq_id)
+            self._policy.free(seq_id)
+        if length <= self._budget:
+            self._copy(seq_id, shown.synced, self._range(shown.synced, length))
+            shown.entries = length
+        else:
+            self._copy(seq_id, min(shown.synced, self._sinks), self._range(min(shown.synced, self._sinks), self._sinks))
+            span = range(self._sinks, (length - self._recent) // self._policy.chunk * self._policy.chunk)
+            if not shown.chosen or (self._refresh and shown.syncs % self._refresh == 0):
+                queries = self._parent.queries(seq_id, self._parent.keep_queries)
+                found = self._policy.select(self._parent, seq_id, queries, span, self._choice)
+                if found is not None:
+                    self._copy(seq_id, self._sinks, found)
+                    shown.chosen = found.shape[-1]
+                    shown.refreshes += 1
+            shown.syncs += 1
+            behind = self._sinks + shown.chosen
+            recent = self._range(span.stop if shown.chosen else length - self._budget + self._sinks, length)
+            self._copy(seq_id, behind, recent)
+            shown.entries = behind + recent.shape[-1]
+        shown.synced, shown.proposals = length, 0
+
+    def _range(self, first: int, last: int) -> Tensor:
+        """The same positions for each layer and KV head: [layers, K, last - first]."""
+        positions = torch.arange(first, last, device=self._parent.device)
+        return positions.expand(self._parent.spec.num_layers, self._parent.num_kv_heads, -1)
+
+    def _copy(self, seq_id: int, at: int, positions: Tensor) -> None:
+        """Copy the parent's entries at `positions` [layers, K, n] to entries at, at + 1, ..."""
+        slot, to = self._slots[seq_id], slice(at, at + positions.shape[-1])
+        for layer, rows in enumerate(self._parent.locate(seq_id, positions)):  # by layers: a copy of all would be large
+            self._keys[layer, slot, :, to] = self._parent.keys_at(rows)
+            self._values[layer, slot, :, to] = self._parent.values_at(rows)
+        if self._positions is not None:
+            self._positions[:, slot, :, to] = positions

@@ -1,0 +1,64 @@
+"""What is kept of each chunk of keys, so that chunks can be scored without reading them."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.runtime.kv.places import take
+
+Score = Literal["mean", "bounds"]
+"""The chunk's mean key (TriForce, arXiv 2404.11912, section 4.1), or its smallest and largest one by channel (Quest, arXiv
+2406.10774, section 3.2)."""
+
+
+class Summary(NamedTuple):
+    """One kind of summary."""
+
+    score: Score = "bounds"
+    chunk: int = 8
+    """Positions to a chunk."""
+
+
+class Summaries:
+    """Summaries of the full chunks of a paged store of keys, paged like it: [parts, layers, K, blocks, block_size / chunk, d].
+
+    They exist for committed chunks only, so rollback needs no work: a chunk is summarised again when it is completed again.
+    """
+
+    def __init__(self, kind: Summary, keys: Tensor) -> None:
+        """`keys` [layers, blocks, block_size, K, d]: the store. Raises UserError where chunks do not fill its blocks."""
+        layers, blocks, size = keys.shape[:3]
+        if kind.chunk < 1 or size % kind.chunk:
+            fits = [n for n in range(1, size + 1) if size % n == 0]
+            raise UserError(f"chunk={kind.chunk} does not divide a KV block of {size} tokens: use one of {fits}")
+        self.kind = kind
+        self.per_block = size // kind.chunk
+        parts = 1 if kind.score == "mean" else 2
+        self._chunks = keys.view(layers, blocks * self.per_block, kind.chunk, *keys.shape[3:])
+        shape = (parts, layers, keys.shape[3], blocks, self.per_block, keys.shape[4])
+        self._kept = torch.empty(shape, dtype=keys.dtype, device=keys.device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all summaries."""
+        return self._kept.numel() * self._kept.element_size()
+
+    def update(self, blocks: list[int], old: int, new: int) -> None:
+        """A sequence with this block table has grown from `old` to `new` committed tokens: summarise the chunks completed by that."""
+        each = self.per_block
+        full = range(old // self.kind.chunk, new // self.kind.chunk)
+        if not full:
+            return
+        ids = torch.tensor([blocks[c // each] * each + c % each for c in full], device=self._chunks.device)
+        chunks = self._chunks[:, ids]  # [layers, n, chunk, K, d]
+        parts = (chunks.mean(2, dtype=torch.float32),) if self.kind.score == "mean" else chunks.aminmax(dim=2)
+        for kept, part in zip(self._kept.flatten(3, 4), parts, strict=True):
+            kept[:, :, ids] = part.to(kept.dtype).transpose(1, 2)
+
+    def read(self, where: slice | Tensor, count: int) -> tuple[Tensor, ...]:
+        """The first `count` chunks of the blocks `where`: (mean,) or (min, max), [layers, K, count, d] each."""
+        return tuple(take(kept, 2, where).flatten(2, 3)[:, :, :count] for kept in self._kept)

@@ -1,0 +1,184 @@
+"""A round below the last rung: each rung extends a sequence by what the rung below proposes and it accepts.
+
+The recursion of TriForce (arXiv 2404.11912, section 4.2, algorithm 1), for any number of rungs and for ragged batches: each sequence
+has its own rungs and gammas and accepts its own number. It does not know what a model, a KV view or a law is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.runtime.ladder.path import Path
+from rowcast.runtime.ladder.rule import Law, Proposal, Rule, Verdict
+from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
+from rowcast.runtime.step import RungCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass of a rung, for whoever models costs."""
+
+    rung: int
+    tokens: int
+    """Tokens run, over all sequences."""
+    sequences: int
+    seconds: float
+    """Forward pass, logits and verdicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one proposal, for whoever models acceptance."""
+
+    seq_id: int
+    proposer: int
+    verifier: int
+    proposed: int
+    accepted: int
+
+
+@dataclass(slots=True)
+class Climber:
+    """One sequence in one round."""
+
+    path: Path
+    gammas: Sequence[int]
+    """For each rung below the last: how many tokens the next rung in use asks of it at a time; 0: not used."""
+    counts: dict[str, RungCounts] = field(default_factory=lambda: defaultdict(RungCounts))
+    """By rung. The climb adds to it."""
+
+    def below(self, rung: int) -> int | None:
+        """The nearest rung under `rung` that this sequence uses."""
+        return next((r for r in reversed(range(rung)) if self.gammas[r]), None)
+
+
+@dataclass(slots=True)
+class _Want:
+    """Tokens that a rung is to add to a path, and the laws of those it has added."""
+
+    climber: Climber
+    count: int
+    start: int
+    """The path's length before any of them."""
+    laws: list[Law] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        return self.count - (len(self.climber.path.ids) - self.start)
+
+
+class Climb:
+    """The rungs below the last one at work. Keeps nothing from round to round but what it reports."""
+
+    def __init__(self, lower: Sequence[Runner | Lookup], rule: Rule, *, logit_rows: int) -> None:
+        """`lower`: all rungs but the last, cheapest first. `logit_rows`: most rows of logits held at once, if one proposal fits."""
+        self.lower = lower
+        self.passes: list[Pass] = []
+        """Since their reader cleared them last, as are `outcomes`."""
+        self.outcomes: list[Outcome] = []
+        self._rule = rule
+        self._logit_rows = logit_rows
+
+    def propose(self, rung: int, climbers: Sequence[Climber], limits: Sequence[int]) -> list[Proposal]:
+        """Extend each path by what the rungs below `rung` propose to it, at most `limits[i]` tokens for climber i.
+
+        The proposals carry the same tokens; `settle` cuts the paths. Where nothing below is in use, a proposal is empty.
+        """
+        wants = [_Want(c, 0, len(c.path.ids)) for c in climbers]
+        asked: dict[int, list[_Want]] = defaultdict(list)
+        for want, limit in zip(wants, limits, strict=True):
+            below = want.climber.below(rung)
+            if below is not None:
+                want.count = min(limit, want.climber.gammas[below])
+                asked[below].append(want)
+        for below, some in asked.items():
+            self._extend(below, some)
+        return [_proposal(want) for want in wants]
+
+    def verify(
+        self, rung: int, climbers: Sequence[Climber], proposals: Sequence[Proposal], runner: Runner, hidden: Tensor
+    ) -> Iterator[tuple[Verdict, Tensor]]:
+        """The rule's verdicts by the hidden states [sum(len(tokens) + 1), D] of the rung that verifies, each with its rows of logits.
+
+        Each path is cut to what stands and gains the verifier's token before the next proposals are looked at; `lower` rungs up to
+        this one drop rejected K/V.
+        """
+        rows = [len(p.tokens) + 1 for p in proposals]
+        ends = list(accumulate(rows))
+        for part in _parts(rows, self._logit_rows):
+            first = ends[part.start] - rows[part.start]
+            logits = runner.logits(hidden[first : ends[part.stop - 1]])
+            verdicts = self._rule.verify(rung, proposals[part], logits)
+            for i, verdict in zip(range(part.start, part.stop), verdicts, strict=True):
+                self._settle(rung, climbers[i], proposals[i], verdict)
+                yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
+
+    def note(self, rung: int, name: str, counts: Iterable[dict[str, RungCounts]], ran: Ran, seconds: float) -> None:
+        """Book one pass, shared evenly by its sequences."""
+        each = seconds / len(ran.tokens)
+        for found, tokens, bytes_read, refreshes in zip(counts, ran.tokens, ran.bytes_read, ran.refreshes, strict=True):
+            found[name].add(RungCounts(tokens=tokens, refreshes=refreshes, seconds=each, bytes_read=bytes_read))
+        self.passes.append(Pass(rung, sum(ran.tokens), len(ran.tokens), seconds))
+
+    def _extend(self, rung: int, wants: list[_Want]) -> None:
+        """Add exactly `count` tokens of this rung's law to each path; a lookup may know fewer."""
+        runner = self.lower[rung]
+        if isinstance(runner, Lookup):
+            for want in wants:
+                started = time.perf_counter()
+                found = runner.propose(want.climber.path, want.count)
+                want.climber.path.ids += found
+                want.laws += [None] * len(found)
+                want.climber.counts[runner.name].seconds += time.perf_counter() - started
+            return
+        while wants := [want for want in wants if want.missing > 0]:
+            climbers = [want.climber for want in wants]
+            # The verifier adds a token of its own to what it accepts: one fewer is asked for.
+            proposals = self.propose(rung, climbers, [want.missing - 1 for want in wants])
+            started = time.perf_counter()
+            ran = runner.forward([c.path for c in climbers], [len(p.tokens) + 1 for p in proposals])
+            verdicts = [verdict for verdict, _ in self.verify(rung, climbers, proposals, runner, ran.hidden)]
+            for want, verdict in zip(wants, verdicts, strict=True):
+                want.laws += verdict.laws
+            self.note(rung, runner.name, [c.counts for c in climbers], ran, time.perf_counter() - started)
+
+    def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict) -> None:
+        """Cut the path to what stands, append the verifier's token, drop K/V of what does not stand."""
+        if verdict.token < 0:
+            raise UserError(
+                "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
+            )
+        path = climber.path
+        proposed = len(proposal.tokens)
+        stands = len(path.ids) - proposed + verdict.accepted
+        path.ids[stands:] = [verdict.token]
+        for lower in self.lower[: rung + 1]:
+            lower.truncate(path.seq_id, stands)
+        below = climber.below(rung)
+        if below is not None and proposed:
+            climber.counts[self.lower[below].name].note(proposed, verdict.accepted)
+            self.outcomes.append(Outcome(path.seq_id, below, rung, proposed, verdict.accepted))
+
+
+def _proposal(want: _Want) -> Proposal:
+    path = want.climber.path
+    return Proposal(path.seq_id, path.drafted(want.start), path.ids[want.start :], want.laws)
+
+
+def _parts(rows: Sequence[int], most: int) -> Iterator[slice]:
+    """Consecutive items of at most `most` rows together, or one item of more."""
+    first, total = 0, 0
+    for i, count in enumerate(rows):
+        if i > first and total + count > most:
+            yield slice(first, i)
+            first, total = i, 0
+        total += count
+    if rows:
+        yield slice(first, len(rows))

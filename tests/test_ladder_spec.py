@@ -1,0 +1,157 @@
+"""Ladders as users write them: canonical text, presets, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from rowcast.errors import UserError
+from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("plain", "plain"),
+        ("full", "plain"),
+        ("ngram/full", "ngram / plain"),
+        ("ngram / self:kv=512,gamma=4 / full", "ngram / self:kv=512,gamma=4 / plain"),
+        ("self: kv = 512 , chunk=8 / plain", "self:kv=512 / plain"),
+        ("draft:kv=full / self:kv=1024,view=eviction,refresh=0 / plain", None),
+        ("draft:model=/a, b/c,kv=64,sinks=4 / self:kv=128,score=bounds,chunk=16 / plain", None),
+        ("draft:model=hub/id / self:kv=256,view=streaming / self:kv=1024 / plain", None),
+    ],
+)
+def test_text_round_trips(text: str, canonical: str | None) -> None:
+    ladder = Ladder.parse(text)
+    assert str(ladder) == (canonical or text)
+    assert Ladder.parse(str(ladder)) == ladder
+    assert Ladder(tuple(Rung.parse(str(rung)) for rung in ladder.rungs)) == ladder
+
+
+def test_defaults() -> None:
+    draft, self_rung, plain = Ladder.parse("draft / self:kv=512 / plain").rungs
+    assert (draft.kv, draft.view, draft.sinks, draft.gamma) == (256, "streaming", 16, None)
+    assert (self_rung.kv, self_rung.view, self_rung.score) == (512, "retrieval", "mean")
+    assert (self_rung.chunk, self_rung.sinks, self_rung.recent, self_rung.refresh) == (8, 16, 64, 1)
+    assert (plain.kv, plain.view) == (None, None)
+    whole = Rung.parse("draft:kv=full")
+    assert (whole.kv, whole.view) == (None, None)
+    assert replace(whole, gamma=3).kv is None
+    assert replace(draft, kv=None).view is None
+
+
+def test_names_tell_rungs_of_a_kind_apart() -> None:
+    assert Ladder.parse("ngram / self:kv=512,gamma=2 / plain").names == ("ngram", "self", "plain")
+    assert Ladder.parse("self:kv=256,gamma=2 / self:kv=512 / plain").names == ("self:kv=256", "self:kv=512", "plain")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ngrm / plain", "unknown rung 'ngrm'"),
+        ("triforce / plain", "stands alone"),
+        ("ngram:kv=3 / plain", "'kv' in 'ngram:kv=3'"),
+        ("plain:gamma=2", "it has none"),
+        ("self / plain", "needs kv"),
+        ("self:kv=full / plain", "from 1 to 16777216"),
+        ("self:kv=9x / plain", "kv='9x'"),
+        ("self:kv=0 / plain", "kv=0"),
+        ("self:kv=94 / plain", r"kv=94 .* \(16\) \+ recent \(64\) \+ a chunk .* \(15\) = 95"),
+        ("draft:kv=48 / plain", r"kv=48 .* = 49"),
+        ("self:kv=512,view=foo / plain", "retrieval, streaming, eviction"),
+        ("self:kv=512,score=max / plain", "mean, bounds"),
+        ("self:kv=512,view=streaming,recent=8 / plain", "view streaming"),
+        ("self:kv=512,kv=1 / plain", "twice"),
+        ("self:kv= / plain", "no value"),
+        ("self:512 / plain", "settings are kv"),
+        ("self:kv=512,gamma=65 / plain", "gamma=65 .* from 1 to 64"),
+        ("ngram:gamma=0 / plain", "gamma=0"),
+        ("", "empty rung"),
+        ("ngram / / plain", "empty rung"),
+        ("draft:model=/a / / plain", "empty rung"),
+        ("ngram", "ends in ngram"),
+        ("plain / plain", "plain below"),
+        ("draft / ngram / plain", "ngram above"),
+        ("self:kv=512,gamma=1 / self:kv=512 / plain", "self:kv=512 twice"),
+        (" / ".join(f"self:kv={kv}" for kv in range(100, 105)) + " / plain", "at most 4"),
+    ],
+)
+def test_mistakes_are_one_sentence(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        Ladder.parse(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Rung(kind="ngram", model="x"),
+        lambda: Rung(kind="plain", kv=512),
+        lambda: Rung(kind="draft", kv=256, view="retrieval"),
+        lambda: Rung(kind="self", kv=512, gamma=True),
+        lambda: Rung(kind="draft", model="a / b"),
+        lambda: Rung(kind="draft", model="a,kv=3"),
+        lambda: Ladder(()),
+    ],
+)
+def test_wrong_values_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(UserError):
+        make()
+
+
+def settle(
+    ladder: str | Ladder, draft: str | None = None, kv_budget: int | None = None, *, context: int = 8192, token_bytes: int = 1
+) -> tuple[str, bool, list[str]]:
+    found, adaptive, reasons = resolve(
+        ladder, draft=draft, kv_budget=kv_budget, max_context=context, kv_bytes_per_token=token_bytes, pass_bytes=8192
+    )
+    return str(found), adaptive, reasons
+
+
+@pytest.mark.parametrize(
+    ("ladder", "draft", "kv_budget", "found"),
+    [
+        ("plain", None, None, "plain"),
+        ("ngram", "ngram", None, "ngram / plain"),
+        ("triforce", "/m", None, "draft:model=/m / self:kv=1024 / plain"),
+        ("triforce", "/m", 512, "draft:model=/m / self:kv=512 / plain"),
+        ("triforce", "ngram", 512, "ngram / self:kv=512 / plain"),
+        ("draft:gamma=3 / plain", "/m", None, "draft:model=/m,gamma=3 / plain"),
+        ("ngram / draft / plain", "/m", None, "ngram / draft:model=/m / plain"),
+        (Ladder.parse("self:kv=99 / plain"), None, None, "self:kv=99 / plain"),
+    ],
+)
+def test_named_and_spelled_ladders(ladder: str | Ladder, draft: str | None, kv_budget: int | None, found: str) -> None:
+    assert settle(ladder, draft, kv_budget)[:2] == (found, False)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "draft", "kv_budget", "said"),
+    [
+        ("triforce", None, None, "draft=MODEL"),
+        ("draft / plain", None, None, "draft=MODEL"),
+        ("plain", "/m", None, "no place .* triforce"),
+        ("plain", "ngram", None, "no place .* ngram"),
+        ("ngram", "/m", None, "no place"),
+        ("draft:model=a / plain", "/m", None, "no place"),
+        ("self:kv=512 / plain", None, 256, "kv_budget=256 has no place"),
+        ("triforce", "/m", 10, "kv=10"),
+    ],
+)
+def test_what_has_no_place_is_refused(ladder: str, draft: str | None, kv_budget: int | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settle(ladder, draft, kv_budget)
+
+
+def test_auto_takes_what_there_is() -> None:
+    assert settle("auto")[:2] == ("ngram / self:kv=1024 / plain", True)
+    assert settle("auto", context=4095)[0] == "ngram / plain"
+    assert settle("auto", context=4096)[0] == "ngram / self:kv=512 / plain"
+    assert settle("auto", "/m", 300, context=600)[0] == "ngram / draft:model=/m / self:kv=300 / plain"
+    assert settle("auto", "ngram", context=2048)[0] == "ngram / plain"
+    assert settle("auto", context=131072, token_bytes=8)[0] == "ngram / self:kv=4096 / plain"
+    assert settle("auto", context=400, token_bytes=1000)[0] == "ngram / plain"
+    assert len(settle("auto")[2]) == 3

@@ -1,0 +1,255 @@
+"""Ladders on tiny models, end to end: the output is plain decoding's, whatever the rungs, the batch and the memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB, tiny_model
+
+from rowcast import LLM, Plan, RequestOutput, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+SEEDED = SamplingParams(temperature=0.8, seed=11, max_tokens=24, ignore_eos=True, detokenize=False)
+PARAMS = {
+    "greedy": GREEDY,
+    "seeded": SEEDED,
+    "truncated": replace(SEEDED, top_k=9, top_p=0.9, min_p=0.02),
+    "penalised": replace(SEEDED, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4),
+    "edited": replace(SEEDED, min_tokens=9, stop_token_ids=list(range(0, 60, 2)), logit_bias={7: 2.0, 8: -3.0}),
+    "greedy-penalised": replace(GREEDY, repetition_penalty=1.5, logit_bias={3: 1.0}),
+}
+SELF = "self:kv=24,chunk=4,sinks=4,recent=8"
+LADDERS = {
+    "ngram": "ngram:gamma=5 / plain",
+    "retrieval": f"{SELF},gamma=3 / plain",
+    "mean": f"{SELF},score=mean,refresh=2,gamma=4 / plain",
+    "streaming": "self:kv=24,view=streaming,sinks=4,gamma=2 / plain",
+    "eviction": "self:kv=24,view=eviction,sinks=4,recent=8,gamma=3 / plain",
+    "draft": "draft:kv=48,sinks=4,gamma=3 / plain",
+    "draft-full": "draft:kv=full,gamma=2 / plain",
+    "triforce": f"draft:kv=48,sinks=4,gamma=2 / {SELF},gamma=5 / plain",
+    "four": f"ngram:gamma=2 / draft:kv=48,sinks=4,gamma=3 / {SELF},gamma=4 / plain",
+    "controlled": f"ngram / draft:kv=48,sinks=4 / {SELF} / plain",
+    "auto": "auto",
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A target, a bad draft (another random model) and a good one (the target, its weights disturbed)."""
+    target, bad, good = (tmp_path_factory.mktemp(name) for name in ("target", "bad", "good"))
+    tiny_model("llama-gqa", target)
+    tiny_model("llama-tied", bad)
+    disturbed_copy(target, good)
+    return {"target": target, "bad": bad, "good": good}
+
+
+def disturbed_copy(source: Path, path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            generator = torch.Generator().manual_seed(5)
+            tensors = {
+                name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+                for name, tensor in load_file(file).items()
+            }
+            save_file(tensors, path / file.name, metadata={"format": "pt"})
+        else:
+            (path / file.name).write_bytes(file.read_bytes())
+
+
+def make_llm(models: dict[str, Path], ladder: str, device: str = "cpu", draft: str = "good", **keywords: Any) -> LLM:
+    if "draft" in ladder:
+        keywords["draft"] = models[draft]
+    keywords.setdefault("block_size", 4)
+    return LLM(models["target"], dtype="float32", device=device, ladder=ladder, **keywords)
+
+
+def prompts(count: int, shortest: int = 1, longest: int = 70) -> list[list[int]]:
+    """Half of them repeat themselves."""
+    rng = random.Random(count)
+    found = []
+    for i in range(count):
+        period = rng.randint(3, 9) if i % 2 else longest
+        piece = [rng.randrange(VOCAB) for _ in range(period)]
+        found.append((piece * longest)[: rng.randint(shortest, longest)])
+    return found
+
+
+def ids(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Path], device: str) -> dict[str, list[list[int]]]:
+    """What plain decoding gives each prompt alone."""
+    llm = make_llm(models, "plain", device)
+    return {name: [ids(llm.generate(prompt, params))[0] for prompt in prompts(6)] for name, params in PARAMS.items()}
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_coupled_output_is_plain_output(
+    models: dict[str, Path], plain: dict[str, list[list[int]]], device: str, ladder: str
+) -> None:
+    """Token for token, alone and in a batch of six with prompts of different lengths, under all sampling parameters."""
+    llm = make_llm(models, LADDERS[ladder], device)
+    for name, params in PARAMS.items():
+        outputs = llm.generate(prompts(6), params)
+        assert ids(outputs) == plain[name], name
+        assert ids(llm.generate(prompts(6)[3], params)) == [plain[name][3]], name
+        llm.engine.check()
+    mixed = [PARAMS[name] for name in PARAMS]
+    assert ids(llm.generate(prompts(6), mixed)) == [plain[name][i] for i, name in enumerate(PARAMS)]
+    if ladder not in ("auto", "controlled"):
+        first = llm.plan.ladder[0].split(":")[0]
+        stats = [output.metrics for output in outputs]
+        assert sum(sum(s.rungs[first].judged) for s in stats if first in s.rungs) > 0
+        assert all(s.rounds <= s.generated_tokens for s in stats)
+
+
+@pytest.mark.parametrize("ladder", ["retrieval", "triforce", "four"])
+@pytest.mark.parametrize("draft", ["good", "bad"])
+def test_maximal_is_exact_when_greedy_and_repeats_itself_by_seed(
+    models: dict[str, Path], plain: dict[str, list[list[int]]], ladder: str, draft: str
+) -> None:
+    llm = make_llm(models, LADDERS[ladder], draft=draft, verification="maximal")
+    for name in ("greedy", "greedy-penalised"):
+        assert ids(llm.generate(prompts(6), PARAMS[name])) == plain[name]
+    alone = [ids(llm.generate(prompt, SEEDED))[0] for prompt in prompts(6)]
+    assert ids(llm.generate(prompts(6), SEEDED)) == alone  # gammas are pinned
+    assert alone != plain["seeded"]
+    assert all(0 <= token < VOCAB for tokens in alone for token in tokens)
+
+
+def test_a_good_draft_is_accepted_more_often_than_a_bad_one(models: dict[str, Path]) -> None:
+    rates = []
+    for draft in ("good", "bad"):
+        outputs = make_llm(models, LADDERS["draft-full"], draft=draft).generate(prompts(6), SEEDED)
+        accepted = sum(sum(o.metrics.rungs["draft"].accepted) for o in outputs)
+        rates.append(accepted / sum(sum(o.metrics.rungs["draft"].judged) for o in outputs))
+    assert rates[0] > 0.5 > rates[1]
+
+
+def test_a_view_of_everything_is_always_accepted(models: dict[str, Path]) -> None:
+    """A retrieval rung whose budget holds the whole sequence is the plain model: nothing is ever rejected."""
+    llm = make_llm(models, "self:kv=120,chunk=4,sinks=4,recent=8,gamma=4 / plain")
+    for output in llm.generate(prompts(6), [replace(SEEDED, max_tokens=25)] * 6):
+        counts = output.metrics.rungs["self"]
+        assert counts.acceptance == 1.0
+        assert output.metrics.tokens_per_round == pytest.approx(
+            25 / 6, abs=1e-9
+        )  # 1 from the prefill, then 4 + 1 a round, 4 at last
+
+
+@pytest.mark.parametrize("ladder", ["retrieval", "triforce", "streaming", "draft-full", "four"])
+@pytest.mark.parametrize("name", ["greedy", "penalised"])
+def test_preemption_changes_nothing(models: dict[str, Path], plain: dict[str, list[list[int]]], ladder: str, name: str) -> None:
+    """KV memory for two sequences or so, six to run."""
+    plan = make_llm(models, LADDERS[ladder]).plan
+    llm = LLM(models["target"], plan=replace(plan, num_blocks=40, max_context=120))
+    outputs = llm.generate(prompts(6), PARAMS[name])
+    assert ids(outputs) == plain[name]
+    assert sum(output.metrics.preemptions for output in outputs) > 0
+    llm.engine.check()
+
+
+def test_more_sequences_than_places_for_drafts(models: dict[str, Path], plain: dict[str, list[list[int]]]) -> None:
+    plan: Plan = make_llm(models, LADDERS["triforce"]).plan
+    llm = LLM(models["target"], plan=replace(plan, speculating_seqs=2))
+    engine = llm.engine
+    requests = [engine.add(prompt, SEEDED) for prompt in prompts(6)]
+    most = 0
+    while engine.has_work:
+        engine.step()
+        engine.check()
+        most = max(most, sum("self" in r.stats.rungs for r in requests if not r.finished))
+    assert [request.sequences[0].output_ids for request in requests] == plain["seeded"]
+    assert most == 2
+
+
+def test_generation_ends_where_it_should(models: dict[str, Path]) -> None:
+    """At max_tokens, at the context, at a stop token in the middle of an accepted draft; nothing comes after."""
+    plain, llm = make_llm(models, "plain", max_model_len=64), make_llm(models, LADDERS["retrieval"], max_model_len=64)
+    prompt = prompts(6)[1][:30] or [1]
+    for tokens in range(1, 12):
+        params = replace(SEEDED, max_tokens=tokens)
+        [output] = llm.generate(prompt, params)
+        assert ids([output]) == ids(plain.generate(prompt, params))
+        assert output.outputs[0].finish_reason == "length"
+    endless = replace(SEEDED, max_tokens=None)
+    [output] = llm.generate(prompt, endless)
+    assert ids([output]) == ids(plain.generate(prompt, endless)) and len(prompt) + len(ids([output])[0]) == 64
+    free = ids([output])[0]
+    for at in range(1, 20):
+        params = replace(endless, stop_token_ids=[free[at]])
+        [output] = llm.generate(prompt, params)
+        assert ids([output]) == [free[: free.index(free[at]) + 1]]
+        assert output.outputs[0].stop_reason == free[at]
+
+
+def test_logprobs_are_those_of_plain_decoding(models: dict[str, Path]) -> None:
+    params = replace(SEEDED, logprobs=3, prompt_logprobs=2)
+    plain, llm = make_llm(models, "plain"), make_llm(models, LADDERS["triforce"])
+    for expected, found in zip(plain.generate(prompts(4), params), llm.generate(prompts(4), params), strict=True):
+        assert ids([found]) == ids([expected])
+        for theirs, ours in (
+            (expected.outputs[0].logprobs or [], found.outputs[0].logprobs or []),
+            ((expected.prompt_logprobs or [])[1:], (found.prompt_logprobs or [])[1:]),
+        ):
+            assert len(ours) == len(theirs)
+            for a, b in zip(theirs, ours, strict=True):
+                assert a is not None and b is not None and list(a) == list(b)
+                assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
+                assert [x.rank for x in a.values()] == [x.rank for x in b.values()]
+
+
+def test_samples_of_one_request_differ_and_are_plain_ones(models: dict[str, Path]) -> None:
+    params = replace(SEEDED, n=4)
+    expected = ids(make_llm(models, "plain").generate(prompts(6)[5], params))
+    assert ids(make_llm(models, LADDERS["triforce"]).generate(prompts(6)[5], params)) == expected
+    assert len({tuple(sample) for sample in expected}) == 4
+
+
+@pytest.mark.parametrize("failing", ["draft", "self", "plain"])
+def test_a_failed_round_leaves_nothing_behind(
+    models: dict[str, Path], plain: dict[str, list[list[int]]], failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rowcast.runtime.ladder.model_runner import ModelRunner
+
+    llm = make_llm(models, LADDERS["triforce"])
+    run = ModelRunner.forward
+    calls = 0
+
+    def forward(self: ModelRunner, *arguments: Any) -> Any:
+        nonlocal calls
+        ran = run(self, *arguments)
+        calls += self.name == failing
+        if calls == 4 and self.name == failing:
+            calls += 1
+            raise RuntimeError("out of luck")
+        return ran
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    engine = llm.engine
+    requests = [engine.add(prompt, SEEDED) for prompt in prompts(6)]
+    failures = 0
+    while engine.has_work:
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+        engine.check()
+    assert failures == 1
+    assert [request.sequences[0].output_ids for request in requests] == plain["seeded"]
