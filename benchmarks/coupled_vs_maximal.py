@@ -109,7 +109,7 @@ def measure(rule: str, args: argparse.Namespace) -> dict[str, Any]:
         "acceptance": seen.stood / judged,
         "forms": {name: sum(values) / judged for name, values in forms.items()},
         "z": (seen.stood - sum(own)) / math.sqrt(sum(a * (1 - a) for a in own)),
-        "tokens_per_round": sum(o.metrics.generated_tokens for o in outputs) / sum(o.metrics.rounds for o in outputs),
+        "tokens_per_round": sum(o.metrics.round_tokens for o in outputs) / sum(o.metrics.rounds for o in outputs),
     }
 
 

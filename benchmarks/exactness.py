@@ -72,7 +72,7 @@ def main() -> None:
             "equal": len(outputs) - len(differing),
             "differences": [{"prompt": i, "at": at, "gap": gap} for i, at, gap in differing],
             "acceptance": acceptance(outputs),
-            "tokens_per_round": sum(o.metrics.generated_tokens for o in outputs) / sum(o.metrics.rounds for o in outputs),
+            "tokens_per_round": sum(o.metrics.round_tokens for o in outputs) / sum(o.metrics.rounds for o in outputs),
         }
         print(json.dumps(report), flush=True)
 

@@ -94,6 +94,9 @@ def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
         open_shape(str(tmp_path / "config.json"))
 
 
+ON_TEXT = {"model": DEFAULT_MODEL, "prompt_file": str(NOVEL), "prompt_tokens": 96, "max_tokens": 24}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -111,9 +114,18 @@ def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
         ({"model": "m", "prompt_file": "f", "kv_budget": 512, "ladder": ("ngram", "self:kv=256 / plain")}, "--kv-budget 512"),
         ({"model": DEFAULT_MODEL, "prompt_file": "nowhere.txt"}, "nowhere.txt"),
         ({"model": DEFAULT_MODEL, "prompt_file": str(NOVEL), "prompt_tokens": 30_000, "batch": 2}, "--prompt-tokens"),
+        ({"model": DEFAULT_MODEL, "prompt_file": str(NOVEL)}, "context of 8192: give --prompt-tokens 7936 or less"),
+        ({"model": DEFAULT_MODEL, "prompt_file": str(NOVEL), "prompt_tokens": 9, "max_tokens": 8192}, "lower --max-tokens"),
+        ({"model": DEFAULT_MODEL, "prompt_file": str(NOVEL), "prompt_tokens": 9, "temperature": -1.0}, "temperature is -1"),
+        ({**ON_TEXT, "ladder": ("ngram", "self:kv=256,gamma=many / plain")}, "gamma='many'"),
+        ({**ON_TEXT, "ladder": ("ngram", "triforce")}, "draft=MODEL"),
+        ({**ON_TEXT, "ladder": ("ngram", "draft:model=nowhere / plain")}, "draft nowhere cannot be opened"),
+        ({**ON_TEXT, "draft": "nowhere"}, "draft nowhere cannot be opened"),
     ],
 )
-def test_contradictions_are_refused(options: dict[str, Any], words: str) -> None:
+def test_contradictions_are_refused(options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All before any model is loaded, whichever ladder is wrong."""
+    monkeypatch.setattr(speculation, "_load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=words) as caught:
         run(Settings(**options))
     assert "\n" not in str(caught.value)
@@ -156,6 +168,8 @@ def test_simulated_acceptance_is_named_in_every_line(shape: str, capsys: pytest.
 
 
 PINNED = "ngram:gamma=4 / plain"
+UNUSED = "self:kv=100 / plain"
+"""Run-time control has no use for it: the context is hardly longer."""
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +194,7 @@ def on_text() -> dict[str, Any]:
                 prompt_tokens=96,
                 max_tokens=24,
                 repeat=1,
-                ladder=("ngram", PINNED),
+                ladder=("ngram", PINNED, UNUSED),
             )
         )
 
@@ -194,8 +208,11 @@ def test_real_text(on_text: dict[str, Any]) -> None:
     assert plain["run_per_token"] == {"plain": 1}
     assert ngram["ladder"] == "ngram / plain"
     assert plain["time_s_per_token"]["plain"] == pytest.approx(plain["s_per_token"], rel=0.5)
-    assert json.loads(json.dumps(on_text)) == {**on_text, "ladder": ["ngram", PINNED]}
+    unused = on_text["ladders"][UNUSED]
+    assert (plain["not_used"], unused["not_used"]) == ([], ["self"])
+    assert json.loads(json.dumps(on_text)) == {**on_text, "ladder": ["ngram", PINNED, UNUSED]}
     text = list(lines(on_text))
+    assert text[-1] == "    self: not used"
     assert any(line.startswith("ngram = ngram / plain") and "identical to plain's" in line for line in text)
     assert not any("simulated" in line for line in text)
 

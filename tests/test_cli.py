@@ -25,8 +25,11 @@ import rowcast.cli
 from rowcast import LLM, SamplingParams
 from rowcast.bench.latency import PeakMemory
 from rowcast.cli import options
+from rowcast.cli.output import print_statistics
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
-from rowcast.runtime.outputs import RequestOutput
+from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.outputs import RequestOutput, RequestStats
+from rowcast.runtime.step import RungCounts
 
 STATS = {
     "prompt_tokens",
@@ -454,17 +457,47 @@ def test_statistics_of_a_ladder(run: Callable[..., tuple[int, str, str]], verifi
     assert err.splitlines()[-1].endswith("1.00 tokens a round]")
     code, text, err = run(*args, "--ladder", ladder)
     assert (code, text) == (0, plain)
-    last = err.splitlines()[-1]
-    assert last.endswith(f" accepted; ladder {ladder}]")
-    assert re.search(r"tokens a round; ngram [01]\.\d\d, self 1\.00 accepted; ladder", last)  # 512 entries are all there are
+    *_, first, last = err.splitlines()
+    assert first.endswith(f" tokens/s; ladder {ladder}]")
+    rungs = re.fullmatch(
+        r"\[(\d+\.\d\d) tokens a round; prefill: \d+\.\d\d s; "
+        r"ngram: [01]\.\d\d of \d+ accepted \(((?:1\.00|\.\d\d) ?)+\), \d+\.\d\d s; "
+        r"self: 1\.00 of \d+ accepted \(1\.00( 1\.00)*\), (\d+ refreshes, )?\d+\.\d\d s; "  # 512 entries are all there are
+        r"plain: \d+\.\d\d s\]",
+        last,
+    )
+    assert rungs is not None, last
     _, out, _ = run(*args, "--ladder", ladder, "--json")
     found = json.loads(out)
     assert found["text"] + "\n" == text
     stats = found["stats"]
     assert (stats["ladder"], stats["verification"]) == (ladder, verification)
     assert set(stats["acceptance"]) == {"ngram", "self"}
-    assert set(stats["time_s"]) == {"ngram", "self", "plain"}
-    assert stats["tokens_per_round"] > 3
+    assert list(stats["time_s"]) == ["prefill", "ngram", "self", "plain"]
+    assert list(stats["density"]) == ["self", "plain"]
+    assert stats["tokens_per_round"] == 23 / stats["rounds"] > 3
+    if verification == "coupled":
+        assert float(rungs[1]) == round(stats["tokens_per_round"], 2)
+
+
+def test_statistics_of_a_rung(capsys: pytest.CaptureFixture[str]) -> None:
+    stats = RequestStats(
+        prompt_tokens=3, generated_tokens=8, rounds=2, round_tokens=7, ladder=Ladder.parse("ngram / self:kv=512 / plain")
+    )
+    output = RequestOutput("0", None, [1, 2, 3], [], True, stats)
+    stats.count({"ngram": RungCounts(seconds=0.001), "plain": RungCounts(tokens=2, seconds=0.1)}, "host")
+    print_statistics(output)  # The rung that was asked in vain is not worth a line.
+    assert capsys.readouterr().err == (
+        "[3 prompt tokens, 8 generated, 3.50 tokens a round; ladder ngram / self:kv=512 / plain]\n"
+    )
+    drafted = RungCounts([10] * 9, [10] + [5] * 8, [5] * 9, tokens=90, refreshes=4, seconds=0.25)
+    stats.count({"prefill": RungCounts(tokens=3, seconds=0.5), "self": drafted}, "host")
+    print_statistics(output)
+    assert capsys.readouterr().err == (
+        "[3 prompt tokens, 8 generated; ladder ngram / self:kv=512 / plain]\n"
+        "[3.50 tokens a round; prefill: 0.50 s; "
+        "self: 0.90 of 50 accepted (.50 1.00 1.00 1.00 1.00 1.00 1.00 1.00 ...), 4 refreshes, 0.25 s; plain: 0.10 s]\n"
+    )
 
 
 def test_generate_reads_standard_input(run: Callable[..., tuple[int, str, str]], stdin: Callable[[bytes], None]) -> None:

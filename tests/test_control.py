@@ -105,7 +105,7 @@ def run(world: World, choose: Controller | Gammas, *, tokens: int = 256, groups:
                 choices[group] = choose
                 continue
             path = Path(group, [], world.prompt + out[group], [], world.prompt)
-            choices[group] = choose.choose(group, batch=groups, path=path, room=room, allowed=[True] * lower)
+            choices[group] = choose.choose(group, batch=groups, path=path, room=room, left=tokens - out[group], allowed=[True] * lower)
         world.passes.clear()
         world.outcomes.clear()
         world.round(choices, out)
@@ -238,7 +238,7 @@ def test_groups_in_one_batch_get_their_own_gammas() -> None:
     paths = [Path(group, [], 700, [], 100) for group in range(3)]
     uses = [0, 0, 0]
     for _ in range(20):
-        choices = {p.seq_id: controller.choose(p.seq_id, batch=3, path=p, room=16, allowed=[True]) for p in paths}
+        choices = {p.seq_id: controller.choose(p.seq_id, batch=3, path=p, room=16, left=500, allowed=[True]) for p in paths}
         for group, gammas in choices.items():
             uses[group] += gammas[0]
         world.passes.clear()
@@ -258,17 +258,17 @@ def path(committed: int = 100, prompt_length: int = 90) -> Path:
 
 def test_pinned_rungs_are_left_alone() -> None:
     controller = Controller(Ladder.parse("ngram:gamma=3 / self:kv=512,gamma=5 / plain"), adaptive=False)
-    assert controller.choose(0, batch=1, path=path(), room=16, allowed=[True, True]) == (3, 5)
-    assert controller.choose(0, batch=1, path=path(), room=2, allowed=[True, True]) == (3, 2)
-    assert controller.choose(0, batch=1, path=path(), room=2, allowed=[True, False]) == (2, 0)
-    assert controller.choose(0, batch=1, path=path(), room=2, allowed=[False, False]) == (0, 0)
+    assert controller.choose(0, batch=1, path=path(), room=16, left=500, allowed=[True, True]) == (3, 5)
+    assert controller.choose(0, batch=1, path=path(), room=2, left=500, allowed=[True, True]) == (3, 2)
+    assert controller.choose(0, batch=1, path=path(), room=2, left=500, allowed=[True, False]) == (2, 0)
+    assert controller.choose(0, batch=1, path=path(), room=2, left=500, allowed=[False, False]) == (0, 0)
 
 
 def test_a_pinned_rung_stays_on_beside_one_that_is_not() -> None:
     scene = Scene("draft:model=m,gamma=2 / self:kv=128 / plain", [0.5, 3.0, 1.0], always(0.0), [0.5, 0.9], prompt=900)
     controller = scene.controller(adaptive=False)
     run(scene.world(0.0, 0), controller)
-    assert controller.choose(0, batch=1, path=path(900), room=16, allowed=[True, True]) == (2, 0)
+    assert controller.choose(0, batch=1, path=path(900), room=16, left=500, allowed=[True, True]) == (2, 0)
 
 
 def test_what_makes_no_sense_is_not_tried() -> None:
@@ -276,16 +276,16 @@ def test_what_makes_no_sense_is_not_tried() -> None:
     controller = scene.controller()
     run(scene.world(0.0, 0), controller, tokens=30)
     # No match, and the retrieval view would show more than half of the context.
-    assert controller.choose(0, batch=1, path=path(255), room=16, allowed=[True, True]) == (0, 0)
-    assert controller.choose(0, batch=1, path=path(256), room=16, allowed=[True, True])[1] > 0
+    assert controller.choose(0, batch=1, path=path(255), room=16, left=500, allowed=[True, True]) == (0, 0)
+    assert controller.choose(0, batch=1, path=path(256), room=16, left=500, allowed=[True, True])[1] > 0
 
 
 def test_room_bounds_the_uppermost_rung() -> None:
     scene = Scene("ngram / plain", [0.0, 1.0], always(0.95), [0.0], match=9)
     controller = scene.controller()
     run(scene.world(0.0, 0), controller)
-    assert controller.choose(0, batch=1, path=path(), room=16, allowed=[True])[0] > 3
-    assert controller.choose(0, batch=1, path=path(), room=3, allowed=[True]) == (3,)
+    assert controller.choose(0, batch=1, path=path(), room=16, left=500, allowed=[True])[0] > 3
+    assert controller.choose(0, batch=1, path=path(), room=3, left=500, allowed=[True]) == (3,)
 
 
 def test_choosing_costs_microseconds() -> None:
@@ -294,25 +294,29 @@ def test_choosing_costs_microseconds() -> None:
     run(scene.world(0.1, 0), controller, tokens=200)
     started = time.perf_counter()
     for _ in range(1000):
-        controller.choose(0, batch=1, path=path(1200, 900), room=16, allowed=[True, True, True])
+        controller.choose(0, batch=1, path=path(1200, 900), room=16, left=500, allowed=[True, True, True])
     assert time.perf_counter() - started < 0.1
 
 
 def test_times_between_and_beyond_what_was_measured() -> None:
     times = PassTimes()
-    assert times.seconds(1) is None
-    times.add(1, 1, 50.0)
-    assert times.seconds(1) is None  # perhaps a cold call
-    times.add(1, 1, 1.0)
-    assert times.seconds(1) == 1.0
-    assert times.seconds(3) == pytest.approx(1.2)  # a guess
+
+    def add(tokens: int, seconds: float) -> None:
+        times.add(tokens, 1, 100, seconds, 0)
+
+    assert times.seconds(1, 100) is None
+    add(1, 50.0)
+    assert times.seconds(1, 100) is None  # perhaps a cold call
+    add(1, 1.0)
+    assert times.seconds(1, 100) == 1.0
+    assert times.seconds(3, 100) == pytest.approx(1.2)  # a guess
     for seconds in (1.8, 1.8):
-        times.add(5, 1, seconds)
-    assert times.seconds(3) == pytest.approx(1.4)
-    assert times.seconds(9) == pytest.approx(2.6)
-    times.add(500, 1, 100.0)
-    assert times.seconds(9) == pytest.approx(2.6)
-    assert times.bulk_token_seconds() == 0.2
+        add(5, seconds)
+    assert times.seconds(3, 100) == pytest.approx(1.4)
+    assert times.seconds(9, 100) == pytest.approx(2.6)
+    add(500, 100.0)
+    assert times.seconds(9, 100) == pytest.approx(2.6)
+    assert times.bulk_seconds(1000) == 200.0
 
 
 def test_acceptance_is_the_groups_own_once_it_is_known() -> None:

@@ -22,8 +22,12 @@ from rowcast.runtime.kv import (
     Streaming,
     StreamingKV,
     Summary,
+    choice_bytes,
+    selection,
     why_not_streaming,
 )
+from rowcast.runtime.ladder.memory import selected_bytes, streaming_bytes
+from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.protocols import KVView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.shard import Shard
@@ -218,15 +222,15 @@ def test_the_full_store_equals_a_fresh_prefill(seed: int) -> None:
     length, full, fresh = len(history.ids), history.full, paged(PLAIN)
     model.run(fresh, [step(history.ids, 0)])
     fresh.commit(0, length)
-    everything = torch.arange(length).expand(LAYERS, 2, -1)
-    here, there = full.locate(0, everything), fresh.locate(0, everything)
+    here, there = (kv.rows(kv.table(0)) for kv in (full, fresh))
+    assert here.shape == (LAYERS * 2, length)
     assert torch.equal(full.keys_at(here), fresh.keys_at(there)) and torch.equal(full.values_at(here), fresh.values_at(there))
     chunks = torch.stack([model.rows(model.keys, layer, history.ids, 0) for layer in range(LAYERS)])
     chunks = chunks[:, : length // 4 * 4].unflatten(1, (-1, 4)).permute(0, 3, 1, 2, 4)  # type: ignore[no-untyped-call]
     for kind, plain in ((KINDS[0], (chunks.mean(3),)), (KINDS[1], (chunks.amin(3), chunks.amax(3)))):
         for mine, other, expected in zip(full.summary(0, kind), fresh.summary(0, kind), plain, strict=True):
             assert torch.equal(mine, other)
-            close(mine, expected)
+            close(mine, expected.flatten(0, 1))
 
 
 def test_queries_are_those_of_committed_tokens_of_the_last_pass() -> None:
@@ -436,8 +440,9 @@ def test_heavy_hitters_keep_most_mass_and_never_take_an_evicted_entry_back() -> 
         queries = history.full.queries(0, 8)
         assert queries is not None
         span = range(3, length - 6)
-        found = policy.select(history.full, 0, queries, span, 10)
-        assert found is not None
+        choice = policy.select(history.full, 0, queries, span, 10)
+        assert choice is not None
+        found = choice.positions
         for layer in range(LAYERS):
             keys = model.rows(model.keys, layer, history.ids, 0).double()
             for group in (0, 1):
@@ -458,6 +463,95 @@ def test_heavy_hitters_keep_most_mass_and_never_take_an_evicted_entry_back() -> 
         history.verify(history.tokens(4))
     policy.free(0)
     policy.free(0)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "heavy hitters"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_views_take_what_a_plan_counts(kind: str, policy: str) -> None:
+    model, policies = Model(SPECS[kind]), POLICIES | {"heavy hitters": HeavyHitters}
+    history = History(model, paged(model.spec), seed=8)
+    chosen = policies[policy]()
+    view = SelectedKV(history.full, chosen, budget=32, sinks=4, recent=6, slots=2, room=7)
+    assert view.bytes == 2 * selected_bytes(model.spec, chosen, 32, ahead=6, width=4)
+    history.prefill(70)
+    assert view.admit(0)
+    model.run(view, [step([1], 70)])
+    if isinstance(chosen, HeavyHitters):
+        held = chosen._held[0]
+        assert held.positions.nbytes + held.mass.nbytes == LAYERS * model.spec.num_kv_heads * 32 * chosen.held_bytes
+    stored = StreamingKV(model.spec, Shard(), budget=40, sinks=3, slots=2, room=7, dtype=torch.float32, device=CPU)
+    assert stored.bytes == 2 * streaming_bytes(model.spec, 40, 3, ahead=6, width=4)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that `work` has at any time beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "window", "alibi"])
+@pytest.mark.parametrize("policy", [lambda: Retrieval("mean", 4), lambda: Retrieval("bounds", 4), HeavyHitters])
+def test_a_choice_stays_within_its_work_space(
+    policy: Callable[[], Policy], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long sequence in scattered blocks; a head at a time or all at once chooses the same."""
+    spec, length, queries, budget = replace(SPECS[kind], head_dim=16), 6000, 8, 600
+    torch.manual_seed(0)
+    full = PagedKV(
+        spec,
+        Shard(),
+        num_blocks=750,
+        block_size=8,
+        dtype=dtype,
+        device=CPU,
+        keep_queries=queries,
+        summaries=[Summary("mean", 4), Summary("bounds", 4)],
+    )
+    blocks = random.Random(0).sample(range(750), 750)
+    for start, count in ((0, length - queries), (length - queries, queries)):
+        full.bind([step([0] * count, start, blocks)])
+        for layer in range(LAYERS):
+            full.append(layer, *torch.randn(2, count, spec.num_kv_heads, 16).to(dtype))
+            if count == queries:
+                full.attend(layer, torch.randn(count, spec.num_heads, 16).to(dtype))
+        full.commit(0, count)
+    shown = []
+    for work_bytes in (1, 1 << 30):
+        monkeypatch.setattr(selection, "WORK_BYTES", work_bytes)
+        chosen = policy()
+        view = SelectedKV(full, chosen, budget=budget, slots=1, room=3)
+        assert view.admit(0)
+        counted = choice_bytes(chosen, spec, budget, length, queries, dtype.itemsize) + budget * chosen.held_bytes * 4
+        peak = peak_bytes(lambda view=view: view.bind([step([1], length)]))  # type: ignore[misc]
+        assert counted // 4 < peak <= counted, (peak, counted)
+        shown.append(view)
+    assert shown[0].refreshes(0) == 1
+    for mine, other in zip(*((view._keys, view._values) for view in shown), strict=True):
+        assert torch.equal(mine[..., : shown[0]._shown[0].entries, :], other[..., : shown[0]._shown[0].entries, :])
+
+
+def test_a_pass_after_a_change_has_read_what_was_copied() -> None:
+    """Once: summaries or keys that were looked at, and entries out of the store and into the view."""
+    model = Model(PLAIN)
+    heads, entry = LAYERS * 2, 8 * 4
+    # Of 90 entries, chunks 1 .. 20 of 4 are between the sinks and the last 6.
+    for policy, looked_at in ((Streaming(), 0), (Retrieval("bounds", 4), 2 * 20), (HeavyHitters(), 90)):
+        history = History(model, paged(PLAIN), seed=9)
+        history.prefill(90)
+        view = selected(history.full, policy)
+        model.run(view, [step([1], 90)])
+        shown = view._shown[0].entries
+        attended = heads * (shown + 1) * 2 * entry
+        assert view.bytes_read(0) == attended + heads * (looked_at + 4 * shown) * entry
+        model.run(view, [step([1], 91)])
+        assert view.bytes_read(0) == attended + heads * 2 * entry
 
 
 def test_slots_are_given_and_taken_back() -> None:
@@ -492,11 +586,15 @@ def test_what_cannot_be_rolled_back_is_refused() -> None:
 @pytest.mark.parametrize(("budget", "works"), [(16, False), (17, True)])
 def test_a_budget_without_a_place_for_a_chunk_is_refused(budget: int, works: bool) -> None:
     full = paged(PLAIN)
+    text = f"self:kv={budget},chunk=4,sinks=3,recent=6"
     if works:
         selected(full, Retrieval("mean", 4), budget=budget)
+        assert Rung.parse(text).kv == budget
         return
-    with pytest.raises(UserError, match="raise it to 17 or more"):
+    with pytest.raises(AssertionError, match="nothing to choose"):
         selected(full, Retrieval("mean", 4), budget=budget)
+    with pytest.raises(UserError, match="= 17; raise kv"):
+        Rung.parse(text)
 
 
 def test_a_chunk_has_to_divide_a_block() -> None:
@@ -636,8 +734,10 @@ def test_streaming_refuses_what_it_cannot_do() -> None:
         streaming(replace(PLAIN, learned_positions=True))
     with pytest.raises(UserError, match="dynamic scaling"):
         streaming(replace(PLAIN, rope=RopeSpec(100.0, "dynamic", 2.0, 32)))
-    with pytest.raises(UserError, match="use 49 or more"):
+    with pytest.raises(AssertionError, match="48 entries are too few"):
         StreamingKV(PLAIN, Shard(), budget=48, slots=1, room=2, dtype=torch.float32, device=CPU)
+    with pytest.raises(UserError, match="= 49; raise kv"):
+        Rung.parse("draft:kv=48")
     model, view = Model(PLAIN), streaming(PLAIN)
     model.run(view, [step([1] * 50, 0)])
     with pytest.raises(ValueError, match=r"back to 43: only to 0 or to 44\.\.50"):

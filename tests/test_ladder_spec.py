@@ -20,7 +20,7 @@ from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
         ("ngram / self:kv=512,gamma=4 / full", "ngram / self:kv=512,gamma=4 / plain"),
         ("self: kv = 512 , chunk=8 / plain", "self:kv=512 / plain"),
         ("draft:kv=full / self:kv=1024,view=eviction,refresh=0 / plain", None),
-        ("draft:model=/a, b/c,kv=64,sinks=4 / self:kv=128,score=bounds,chunk=16 / plain", None),
+        ("draft:model=/a, b/c,kv=64,sinks=4 / self:kv=128,score=mean,chunk=16 / plain", None),
         ("draft:model=hub/id / self:kv=256,view=streaming / self:kv=1024 / plain", None),
     ],
 )
@@ -34,7 +34,7 @@ def test_text_round_trips(text: str, canonical: str | None) -> None:
 def test_defaults() -> None:
     draft, self_rung, plain = Ladder.parse("draft / self:kv=512 / plain").rungs
     assert (draft.kv, draft.view, draft.sinks, draft.gamma) == (256, "streaming", 16, None)
-    assert (self_rung.kv, self_rung.view, self_rung.score) == (512, "retrieval", "mean")
+    assert (self_rung.kv, self_rung.view, self_rung.score) == (512, "retrieval", "bounds")
     assert (self_rung.chunk, self_rung.sinks, self_rung.recent, self_rung.refresh) == (8, 16, 64, 1)
     assert (plain.kv, plain.view) == (None, None)
     whole = Rung.parse("draft:kv=full")

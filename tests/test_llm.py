@@ -66,6 +66,12 @@ def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
     refused("other weights", model=str(directory), plan=replace(llm.plan, fingerprint="0" * 16))
     refused("1000", "128", model=str(directory), plan=replace(llm.plan, max_context=1000))
     refused("ladder", "hire", model=str(directory), plan=replace(llm.plan, ladder=["hire", "plain"]))
+    refused("mode is 'approximate'", "'exact'", model=directory, plan=replace(llm.plan, mode="approximate"))
+    refused("world is 2", "1", model=directory, plan=replace(llm.plan, world=2))
+    pinned = replace(llm.plan, ladder=["self:kv=100,gamma=9", "plain"], speculating_seqs=1)
+    refused("lookahead of 8", "9", "gamma=9", model=directory, plan=replace(pinned, lookahead=8))
+    refused("speculating_seqs=0", "self:kv=100", model=directory, plan=replace(pinned, lookahead=9, speculating_seqs=0))
+    refused("kv=100", "100 tokens", model=directory, plan=replace(pinned, lookahead=9, max_context=100))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,8 @@ def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
         ({"kv_budget": 5}, ["kv=5"]),
         ({"verification": "sloppy"}, ["sloppy", "coupled or maximal"]),
         ({"ladder": "self:kv=120 / plain", "block_size": 4}, ["chunk=8", "4"]),
+        ({"ladder": "self:kv=128 / plain"}, ["kv=128", "128 tokens", "smaller kv"]),
+        ({"kv_budget": 100, "max_model_len": 100}, ["kv=100", "100 tokens", "kv_budget"]),
         ({"mode": "approximate"}, ["approximate"]),
         ({"mode": "fast"}, ["fast"]),
         ({"dtype": "int8"}, ["int8", "bfloat16"]),
@@ -269,19 +277,42 @@ def test_ladders(directory: Path, draft: Path, arguments: dict[str, Any], expect
     assert plan.margin_bytes >= 0
 
 
+def test_a_rung_that_never_runs_is_noted(directory: Path) -> None:
+    for gamma, noted in (("", True), (",gamma=2", False)):
+        notes = LLM(directory, ladder=f"self:kv=100{gamma} / plain").plan.notes
+        assert any("self:kv=100 never runs: 200 tokens" in note for note in notes) == noted
+    assert not any("never runs" in note for note in LLM(directory, ladder="self:kv=63,recent=8 / plain").plan.notes)
+
+
+def test_auto_leaves_plain_its_kv(directory: Path) -> None:
+    """A rung whose caches would take more than a quarter of the KV that plain alone gets is left out, with both figures."""
+    keywords: dict[str, Any] = {"max_num_seqs": 64, "block_size": 8}
+    roomy = LLM(directory, **keywords).plan
+    found = set()
+    for blocks in (200, 800, 4000):
+        keywords["host_memory"] = roomy.weight_bytes + roomy.work_bytes + blocks * 8 * roomy.kv_token_bytes
+        alone, auto = LLM(directory, **keywords).plan, LLM(directory, kv_budget=100, **keywords).plan
+        assert auto.kv_tokens >= 0.75 * alone.kv_tokens
+        short = [note for note in auto.notes if "memory is too short" in note]
+        assert bool(short) != ("self" in auto.ladder_text)
+        assert all(note.endswith(f"without lower rungs {alone.kv_tokens}") for note in short)
+        found.add(bool(short))
+    assert found == {True, False}
+
+
 def test_statistics_of_a_ladder(directory: Path, draft: Path) -> None:
     llm = LLM(directory, ladder=WHOLE, draft=draft)
     [output] = llm.generate([5, 6, 7] * 20, replace(PARAMS, max_tokens=30, ignore_eos=True))
     stats = json.loads(json.dumps(output.to_json()))["stats"]
     assert (stats["ladder"], stats["verification"]) == (llm.plan.ladder_text, "coupled")
-    assert set(stats["time_s"]) == set(stats["density"]) == {"draft", "self", "plain"}
+    assert list(stats["time_s"]) == ["prefill", *stats["density"]] == ["prefill", "draft", "self", "plain"]
     assert list(stats["acceptance"]) == list(stats["acceptance_by_position"]) == ["draft", "self"]
     assert stats["density"] == dict.fromkeys(stats["density"], 1.0)
     assert stats["refreshes"]["self"] > 0
     assert len(stats["acceptance_by_position"]["draft"]) <= 2 and len(stats["acceptance_by_position"]["self"]) <= 3
     for rung, share in stats["acceptance"].items():
         assert min(stats["acceptance_by_position"][rung]) <= share <= max(stats["acceptance_by_position"][rung])
-    assert stats["tokens_per_round"] == 30 / stats["rounds"]
+    assert stats["tokens_per_round"] == 29 / stats["rounds"]  # the first token came of the prefill
     assert sum(stats["time_s"].values()) > 0
 
 
@@ -314,8 +345,20 @@ def test_a_draft_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     refused("token 30", "'w31'", "'w30'", str(other), model=target, draft=other)
 
 
+def test_the_same_vocabulary_padded_to_another_size_is_refused(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(VOCAB - 4)]
+    target, padded, longer = (tmp_path / name for name in ("target", "padded", "longer"))
+    for path, size in ((target, VOCAB), (padded, VOCAB - 2), (longer, VOCAB - 2)):
+        tiny_model("llama-tied", path, vocab_size=size)
+        tiny_tokenizer(path, [*words, "more"] if path == longer else words)
+    refused("padded to another size", f"{VOCAB} rows", model=target, draft=padded)
+    refused(f"{VOCAB - 2} tokens", "this model's tokenizer", model=target, draft=longer)
+
+
 def test_a_draft_that_cannot_be_opened_says_why_itself(directory: Path, tmp_path: Path) -> None:
-    refused(str(tmp_path), "holds no weights", model=directory, draft=tmp_path)
+    refused(f"the draft {tmp_path} cannot be opened", "holds no weights", "draft=MODEL", model=directory, draft=tmp_path)
+    ladder = f"draft:model={tmp_path}/self:kv=100 / plain"
+    refused("No model", "rungs are separated by ' / '", "' / self'", model=directory, ladder=ladder)
     tiny_model("llama-tied", tmp_path)
     (tmp_path / "config.json").write_text("{")
     refused("config.json", "not valid JSON", model=directory, draft=tmp_path)

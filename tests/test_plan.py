@@ -74,6 +74,8 @@ def test_lower_rungs_are_accounted_for() -> None:
     )
     assert plan.ladder_text in plan.summary() and "lower rungs" in plan.summary() and "lower rungs" not in plain.summary()
     assert (plain.lookahead, plain.speculating_seqs, plain.rung_bytes) == (0, 0, 0)
+    choosing = make(needs=replace(NEEDS, work_bytes=GIB // 4))
+    assert choosing.work_bytes - GIB // 4 == 8 * 64 * SPEC.vocab_size  # the sampler's counts stay beside it
     laws = make(needs=replace(NEEDS, law_rows=14)).work_bytes - plan.work_bytes
     assert laws == 16 * 14 * SPEC.vocab_size * 4
     assert make(needs=NEEDS, max_num_seqs=3).speculating_seqs == 3

@@ -28,7 +28,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(dtype="float32")
+    return LLM(dtype="float32", ladder="plain")
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,13 @@ from rowcast.bench.latency import read_bandwidth
 from rowcast.bench.pace import Mark, Pace, pace
 from rowcast.bench.shapes import ShapeLLM, open_shape
 from rowcast.errors import UserError
-from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestStats
+from rowcast.runtime.planning import Target, Wish, make_plan
 from rowcast.runtime.request import Request
-from rowcast.runtime.step import RungCounts
+from rowcast.runtime.step import PREFILL, RungCounts
 from rowcast.runtime.tokenizer import load_tokenizer
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 16
@@ -151,15 +152,18 @@ class Sample:
     prefill_s: float
     pace: Pace
     tokens: int
+    """Of all decoding rounds of all sequences, as are `rounds` and `rungs`."""
     rounds: int
-    """Summed over the sequences."""
     rungs: dict[str, RungCounts]
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure and return the report. Raises UserError as `LLM` does, and where the file holds too little text."""
-    ladders, prompts = settings.ladders, _prompts(settings)
-    context = max(map(len, prompts)) + settings.max_tokens
+    ladders, params, label = settings.ladders, settings.params(settings.max_tokens), settings.label
+    checkpoint = _checkpoint(settings)
+    prompts = _prompts(settings, checkpoint)
+    context = len(prompts[0]) + settings.max_tokens
+    _check(settings, checkpoint, ladders, context)
     samples: dict[str, list[Sample]] = {ladder: [] for ladder in ladders}
     resolved: dict[str, str] = {}
     peer: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -170,7 +174,7 @@ def run(settings: Settings) -> dict[str, Any]:
             resolved[ladder] = llm.plan.ladder_text
             place = {"dtype": llm.plan.dtype, "device": llm.plan.device}
             decode(llm, [prompts[0][:WARM_UP_PROMPT]], settings.params(WARM_UP_TOKENS))
-            samples[ladder].append(decode(llm, prompts, settings.params(settings.max_tokens)))
+            samples[ladder].append(decode(llm, prompts, params))
             del llm
             _release()
         if settings.against_transformers:
@@ -182,7 +186,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     report: dict[str, Any] = {
         "benchmark": "speculation",
-        **({"label": settings.label, "rates": settings.rates} if settings.label else {}),
+        **({"label": label, "rates": settings.rates} if label else {}),
         **asdict(settings),
         **place,
         "prompt_tokens": len(prompts[0]),
@@ -211,34 +215,41 @@ def decode(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Sa
     requests = [engine.add(ids, replace(params, seed=(params.seed or 0) + i)) for i, ids in enumerate(prompts)]
     while not all(request.stats.generated_tokens for request in requests):
         engine.step()
-    before, rounds = _counts(requests), sum(request.stats.rounds for request in requests)
     marks: list[Mark] = [(_now(device), _generated(requests))]
     while engine.has_work:
         engine.step()
         marks.append((_now(device), _generated(requests)))
+    rungs = _sum(request.stats.rungs for request in requests)
     return Sample(
         outputs=[request.output().outputs[0].token_ids for request in requests],
         prefill_s=marks[0][0] - started,
         pace=pace(marks),
-        tokens=marks[-1][1] - marks[0][1],
-        rounds=sum(request.stats.rounds for request in requests) - rounds,
-        rungs={name: _since(counts, before[name]) for name, counts in _counts(requests).items()},
+        tokens=sum(request.stats.round_tokens for request in requests),
+        rounds=sum(request.stats.rounds for request in requests),
+        rungs={name: counts for name, counts in rungs.items() if name != PREFILL},
     )
 
 
-def _prompts(settings: Settings) -> list[list[int]]:
-    """`batch` prompts: random ids, or consecutive pieces of the file."""
+def _checkpoint(settings: Settings) -> Checkpoint:
+    if settings.shape is not None:
+        return open_shape(settings.shape)
+    assert settings.model is not None
+    return open_checkpoint(settings.model)
+
+
+def _prompts(settings: Settings, checkpoint: Checkpoint) -> list[list[int]]:
+    """`batch` prompts of the same length: random ids, or consecutive pieces of the file."""
     batch, tokens = settings.batch, settings.prompt_tokens
     if settings.shape is not None:
         assert tokens is not None
-        draw, vocabulary = random.Random(settings.seed), spec_from_config(open_shape(settings.shape).config).vocab_size
+        draw, vocabulary = random.Random(settings.seed), spec_from_config(checkpoint.config).vocab_size
         return [draw.choices(range(vocabulary), k=tokens) for _ in range(batch)]
-    assert settings.prompt_file is not None and settings.model is not None
+    assert settings.prompt_file is not None
     try:
         text = Path(settings.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompt-file {settings.prompt_file}: {error}") from error
-    ids = load_tokenizer(open_checkpoint(settings.model)).encode(text)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"cannot read --prompt-file {settings.prompt_file} ({error}): name a readable text file") from error
+    ids = load_tokenizer(checkpoint).encode(text)
     tokens = tokens or len(ids) // batch
     if not 0 < batch * tokens <= len(ids):
         raise UserError(
@@ -248,19 +259,40 @@ def _prompts(settings: Settings) -> list[list[int]]:
     return [ids[i * tokens : (i + 1) * tokens] for i in range(batch)]
 
 
-def _load(settings: Settings, ladder: str, context: int) -> LLM:
+def _check(settings: Settings, checkpoint: Checkpoint, ladders: Sequence[str], context: int) -> None:
+    """Plan every ladder, so that what cannot be is refused before any weights are read. Raises UserError as `LLM` does."""
+    spec = spec_from_config(checkpoint.config)
+    if context > spec.max_context:
+        most = spec.max_context - settings.max_tokens
+        raise UserError(
+            f"prompts of {context - settings.max_tokens} tokens and {settings.max_tokens} new ones are more than the model's context "
+            f"of {spec.max_context}: " + (f"give --prompt-tokens {most} or less" if most > 0 else "lower --max-tokens")
+        )
+    tokenizer, drafts, draft = None, {}, settings.draft
+    if settings.shape is None:
+        tokenizer = load_tokenizer(checkpoint)
+    elif draft is not None and draft != "ngram":
+        drafts[draft] = open_shape(draft)
+    for ladder in ladders:
+        make_plan(Target(checkpoint, spec, "", tokenizer), _wish(settings, ladder, context), drafts)
+
+
+def _wish(settings: Settings, ladder: str, context: int) -> Wish:
     drafts, budgets = settings.places(ladder)
-    options: dict[str, Any] = {
-        "ladder": ladder,
-        "draft": settings.draft if drafts else None,
-        "kv_budget": settings.kv_budget if budgets else None,
-        "verification": settings.verification,
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "max_model_len": context,
-        "max_num_seqs": settings.batch,
-        "progress": False,
-    }
+    return Wish(
+        ladder=ladder,
+        draft=settings.draft if drafts else None,
+        kv_budget=settings.kv_budget if budgets else None,
+        verification=settings.verification,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_model_len=context,
+        max_num_seqs=settings.batch,
+    )
+
+
+def _load(settings: Settings, ladder: str, context: int) -> LLM:
+    options: dict[str, Any] = {**asdict(_wish(settings, ladder, context)), "progress": False}
     if settings.shape is not None:
         assert settings.rates is not None
         return ShapeLLM(settings.shape, rates=settings.rates, **options)
@@ -284,10 +316,6 @@ def _generated(requests: Iterable[Request]) -> int:
     return sum(request.stats.generated_tokens for request in requests)
 
 
-def _counts(requests: Iterable[Request]) -> dict[str, RungCounts]:
-    return _sum(request.stats.rungs for request in requests)
-
-
 def _sum(several: Iterable[dict[str, RungCounts]]) -> dict[str, RungCounts]:
     """By rung, added up into new objects."""
     found: dict[str, RungCounts] = defaultdict(RungCounts)
@@ -297,28 +325,13 @@ def _sum(several: Iterable[dict[str, RungCounts]]) -> dict[str, RungCounts]:
     return found
 
 
-def _since(now: RungCounts, before: RungCounts) -> RungCounts:
-    proposed, judged, accepted = (
-        [a - b for a, b in zip_longest(later, earlier, fillvalue=0)]
-        for later, earlier in ((now.proposed, before.proposed), (now.judged, before.judged), (now.accepted, before.accepted))
-    )
-    return RungCounts(
-        proposed,
-        judged,
-        accepted,
-        now.tokens - before.tokens,
-        now.refreshes - before.refreshes,
-        now.seconds - before.seconds,
-        now.bytes_read - before.bytes_read,
-    )
-
-
 def _summary(ladder: str, samples: Sequence[Sample], plain: Sequence[Sample], bandwidth: float) -> dict[str, Any]:
     """Medians of times and of the ratios within a round (above 1: faster than plain); counts of all rounds together."""
     tokens, rounds = sum(sample.tokens for sample in samples), sum(sample.rounds for sample in samples)
     counted = _sum(sample.rungs for sample in samples)
-    rungs = {name: counted[name] for name in Ladder.parse(ladder).names if name in counted}
-    stats = RequestStats(prompt_tokens=0, generated_tokens=tokens, rounds=rounds, rungs=rungs)
+    names = Ladder.parse(ladder).names
+    rungs = {name: counted[name] for name in names if name in counted}
+    stats = RequestStats(prompt_tokens=0, round_tokens=tokens, rounds=rounds, rungs=rungs)
     bytes_read = sum(counts.bytes_read for counts in rungs.values()) / tokens
     each = median(sample.pace.s_per_token for sample in samples)
     return {
@@ -332,6 +345,7 @@ def _summary(ladder: str, samples: Sequence[Sample], plain: Sequence[Sample], ba
         "acceptance_by_position": stats.acceptance_by_position,
         "refreshes": {name: counts.refreshes for name, counts in rungs.items() if counts.refreshes},
         "time_s_per_token": {name: counts.seconds / tokens for name, counts in rungs.items()},
+        "not_used": [name for name in names if name not in rungs],
         "run_per_token": {name: counts.tokens / tokens for name, counts in rungs.items()},
         "bytes_per_token": bytes_read,
         "floor_s_per_token": bytes_read / bandwidth,

@@ -45,11 +45,15 @@ def _ladder(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
         if run := entry["run_per_token"][rung]:
             parts.append(f"{run:.2f} tokens run for each written")
         if rung in entry["acceptance"]:
-            positions = " ".join("-" if share is None else f"{share:.2f}" for share in entry["acceptance_by_position"][rung])
+            positions = " ".join(f"{share:.2f}" for share in entry["acceptance_by_position"][rung])
             parts.append(f"{entry['acceptance'][rung]:.3f} accepted, by position {positions}")
+        elif not run:
+            parts.append("nothing proposed")
         if rung in entry["refreshes"]:
             parts.append(f"{entry['refreshes'][rung]} refreshes")
         yield f"    {rung}: {', '.join(parts)}"
+    for rung in entry["not_used"]:
+        yield f"    {rung}: not used"
     for found in entry.get("differences", ()):
         yield (
             f"    differs from plain in round {found['round']}, prompt {found['prompt']}, at token {found['position']}, where plain's "

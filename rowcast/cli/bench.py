@@ -49,7 +49,7 @@ def speculation(
     device: options.Device = "auto",
     prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="Text that the prompts are cut from.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="Tokens of a prompt; all of them.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that run together.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=2048, help="Prompts that run together.")] = 1,
     ladder: Annotated[
         list[str] | None, typer.Option("--ladder", help="A ladder to measure beside plain; repeatable. All that there are.")
     ] = None,

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rowcast.runtime.outputs import RequestOutput, StreamChunk
+    from rowcast.runtime.outputs import RequestOutput, RequestStats, StreamChunk
+
+SHOWN_POSITIONS = 8
+"""Acceptance by position goes on for as long as the longest proposal; `--json` shows all of it."""
 
 
 def print_json(value: object) -> None:
@@ -17,24 +20,41 @@ def print_json(value: object) -> None:
 
 
 def print_statistics(output: RequestOutput) -> None:
-    """One line on standard error."""
+    """On standard error: one line and, where a rung drafted or tried to, another that says what each rung did and took."""
     stats = output.metrics
     parts = [f"{stats.prompt_tokens} prompt tokens", f"{stats.generated_tokens} generated"]
     if stats.ttft_s is not None:
         parts.append(f"{stats.ttft_s:.2f} s to the first")
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
-    parts.append(f"{stats.tokens_per_round:.2f} tokens a round")
-    told = [", ".join(parts)]
-    if stats.acceptance:
-        told.append(", ".join(f"{rung} {share:.2f}" for rung, share in stats.acceptance.items()) + " accepted")
-    if stats.ladder.lower:
-        told.append(f"ladder {stats.ladder}")
-    print(f"[{'; '.join(told)}]", file=sys.stderr)
+    rounds = [f"{stats.tokens_per_round:.2f} tokens a round"] if stats.rounds else []
+    ladder = [f"ladder {stats.ladder}"] if stats.ladder.lower else []
+    ran = {name: counts for name, counts in stats.rungs.items() if counts.tokens or counts.proposed}
+    if ran.keys().isdisjoint(stats.ladder.names[:-1]):
+        _print_bracketed([", ".join(parts + rounds), *ladder])
+        return
+    _print_bracketed([", ".join(parts), *ladder])
+    _print_bracketed(rounds + [_rung(name, stats) for name in ran])
+
+
+def _rung(name: str, stats: RequestStats) -> str:
+    """Such as "self: 0.90 of 20 accepted (.95 .85), 10 refreshes, 0.08 s": what was judged, as a whole and by position."""
+    counts, told = stats.rungs[name], []
+    if counts.judged:
+        shares = [f"{share:.2f}".removeprefix("0") for share in stats.acceptance_by_position[name]]
+        shown = " ".join(shares[:SHOWN_POSITIONS] + ["..."] * (len(shares) > SHOWN_POSITIONS))
+        told.append(f"{stats.acceptance[name]:.2f} of {sum(counts.judged)} accepted ({shown})")
+    if counts.refreshes:
+        told.append(f"{counts.refreshes} refreshes")
+    return f"{name}: {', '.join([*told, f'{counts.seconds:.2f} s'])}"
+
+
+def _print_bracketed(parts: Iterable[str]) -> None:
+    print(f"[{'; '.join(parts)}]", file=sys.stderr)
 
 
 def print_stream(chunks: Iterable[StreamChunk]) -> str:
-    """Text as it comes, then a line break and the statistics line. Returns the whole text."""
+    """Text as it comes, then a line break and the statistics. Returns the whole text."""
     text = ""
     for chunk in chunks:
         sys.stdout.write(chunk.text)

@@ -50,6 +50,8 @@ class LadderNeeds:
     """For each KV block: chunk summaries, a draft's own KV."""
     slot_bytes: int = 0
     """For each sequence that speculates: caches of a few entries."""
+    work_bytes: int = 0
+    """While a view chooses its entries anew, of one sequence at a time."""
     query_bytes: int = 0
     """For each running sequence: queries kept from its last pass."""
     law_rows: int = 0
@@ -183,6 +185,7 @@ def _work_bytes(
     """Peak of what a step takes and gives back, and of the sampler's counts.
 
     Layers, of the largest model: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks.
+    Before them a view may choose its entries.
     Sampling: logits in parts, at least of one verification; laws of drafted tokens. Penalties: prompt and output counts of every
     running sequence, with room to grow.
     """
@@ -198,4 +201,4 @@ def _work_bytes(
     logits = min(max(LOGIT_ELEMENTS, (1 + needs.lookahead) * vocabulary), rows * vocabulary) * (width + LOGIT_BYTES)
     laws = 4 * speculating * needs.law_rows * vocabulary
     counts = 8 * max_num_seqs * vocabulary
-    return max(*(layers(model) for model in (spec, *needs.models)), logits) + laws + counts
+    return max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes) + laws + counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 
@@ -13,18 +14,18 @@ from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
-from rowcast.runtime.kv import HeavyHitters, PagedKV, Policy, Retrieval, SelectedKV, Streaming, StreamingKV, Summary
+from rowcast.runtime.kv import PagedKV, SelectedKV, StreamingKV, Summary
 from rowcast.runtime.ladder.control import Controller
-from rowcast.runtime.ladder.memory import kept_queries, summaries
+from rowcast.runtime.ladder.memory import kept_queries, policy, summaries
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.ngram import NgramLookup
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
-from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Rung
+from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress
-from rowcast.runtime.protocols import KVView, Source
+from rowcast.runtime.protocols import KVView
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
@@ -55,6 +56,17 @@ def assemble(
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a rung runs. Rungs whose weights are equal share a decoder."""
+
+    model: str | None
+    """A draft's name; the target has none."""
+    spec: ModelSpec
+    pass_bytes: int
+    """Read in one pass."""
+
+
 class _Assembly:
     """The views are made first: what is wrong with a rung is known before any weights are read."""
 
@@ -71,7 +83,7 @@ class _Assembly:
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
         decoders = self._decoders(checkpoint, progress)
         runners = [
-            self._runner(rung, name, decoders[rung.model])
+            self._runner(rung, name, decoders[self._weights(rung)])
             for rung, name in zip(ladder.rungs, ladder.names, strict=True)
             if rung in self._views
         ]
@@ -82,31 +94,36 @@ class _Assembly:
         )
         return LocalExecutor(runners[-1], sampler, lower=lower, rule=make_rule(sampler), controller=controller if lower else None)
 
-    def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[str | None, Decoder]:
-        """By the name that a rung gives its model; the target's has none."""
-        models: dict[str | None, tuple[ModelSpec, Source]] = {None: (self._spec, checkpoint.source)}
-        models |= {name: (draft.spec, draft.checkpoint.source) for name, draft in self._drafts.items()}
-        total = sum(parameter_count(spec) * self._dtype.itemsize for spec, _ in models.values())
+    def _weights(self, rung: Rung) -> _Weights:
+        spec = self._spec if rung.model is None else self._drafts[rung.model].spec
+        return _Weights(rung.model, spec, pass_bytes(spec, self._dtype.itemsize))
+
+    def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[_Weights, Decoder]:
+        wanted = {self._weights(rung) for rung in self._views}
+        total = sum(parameter_count(weights.spec) * self._dtype.itemsize for weights in wanted)
         with LoadProgress(checkpoint.path.name, total, progress) as bar:
             return {
-                name: load_decoder(spec, source, dtype=self._dtype, device=self._device, progress=bar.advance)
-                for name, (spec, source) in models.items()
+                weights: load_decoder(
+                    weights.spec,
+                    (checkpoint if weights.model is None else self._drafts[weights.model].checkpoint).source,
+                    dtype=self._dtype,
+                    device=self._device,
+                    progress=bar.advance,
+                )
+                for weights in wanted
             }
 
-    def _model(self, rung: Rung) -> ModelSpec:
-        return self._spec if rung.model is None else self._drafts[rung.model].spec
-
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
-        spec = self._model(rung)
+        weights = self._weights(rung)
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
         unbounded = rung.kind == "draft" and rung.kv is not None
         return ModelRunner(
             name,
             decoder,
             self._views[rung],
-            pass_bytes=pass_bytes(spec, self._dtype.itemsize),
+            pass_bytes=weights.pass_bytes,
             max_batch_tokens=self._plan.max_batch_tokens,
-            max_position=None if unbounded else spec.max_context,
+            max_position=None if unbounded else weights.spec.max_context,
         )
 
     def _cost_ratio(self, rung: Rung) -> float:
@@ -114,16 +131,17 @@ class _Assembly:
         if rung not in self._views:
             return 0.0
         entries = self._plan.max_context // 2
-        return self._pass_bytes(rung, entries) / self._pass_bytes(self._ladder.rungs[-1], entries)
+        return self._bytes_read(rung, entries) / self._bytes_read(self._ladder.rungs[-1], entries)
 
-    def _pass_bytes(self, rung: Rung, entries: int) -> int:
-        spec, width = self._model(rung), self._dtype.itemsize
-        return pass_bytes(spec, width) + min(entries, rung.kv or entries) * kv_bytes_per_token(spec, width)
+    def _bytes_read(self, rung: Rung, entries: int) -> int:
+        weights = self._weights(rung)
+        entry = kv_bytes_per_token(weights.spec, self._dtype.itemsize)
+        return weights.pass_bytes + min(entries, rung.kv or entries) * entry
 
     def _view(self, rung: Rung) -> KVView:
         if rung.kind == "plain":
             return self._full
-        spec = self._model(rung)
+        spec = self._weights(rung).spec
         if rung.kv is None:
             return self._paged(spec)
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
@@ -133,7 +151,6 @@ class _Assembly:
                 Shard(),
                 budget=rung.kv,
                 sinks=rung.sinks,
-                stride=STREAMING_STRIDE,
                 slots=slots,
                 room=room,
                 dtype=self._dtype,
@@ -141,7 +158,7 @@ class _Assembly:
             )
         return SelectedKV(
             self._full,
-            _policy(rung),
+            policy(rung),
             budget=rung.kv,
             sinks=rung.sinks,
             recent=1 if rung.view == "streaming" else rung.recent,
@@ -161,9 +178,3 @@ class _Assembly:
             keep_queries=keep_queries,
             summaries=summaries,
         )
-
-
-def _policy(rung: Rung) -> Policy:
-    if rung.view == "retrieval":
-        return Retrieval(rung.score, rung.chunk)
-    return Streaming() if rung.view == "streaming" else HeavyHitters()

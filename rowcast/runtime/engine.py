@@ -120,17 +120,16 @@ class Engine:
         self._reap()
         chosen, preempted = self.scheduler.schedule()
         for seq in preempted:
-            self._executor.free_kv(seq.seq_id)
+            self._executor.free_kv(seq.seq_id, seq.length)
             seq.request.stats.preemptions += 1
         steps = [self._command(seq, tokens) for seq, tokens in chosen]
+        emitted: Counter[Request] = Counter()
         try:
-            results = self._executor.step(steps)
+            for (seq, _), step, result in zip(chosen, steps, self._executor.step(steps), strict=True):
+                emitted[seq.request] += self._commit(seq, step, result)
         except BaseException:
             self._preempt_all()  # what the step left of the KV is unknown
             raise
-        emitted: Counter[Request] = Counter()
-        for (seq, _), step, result in zip(chosen, steps, results, strict=True):
-            emitted[seq.request] += self._commit(seq, step, result)
         for request, tokens in emitted.items():
             if tokens:
                 request.count(tokens)
@@ -161,7 +160,7 @@ class Engine:
     def _preempt_all(self) -> None:
         """After a failed step: every sequence is computed again from its tokens."""
         for seq in self.scheduler.preempt_all():
-            self._executor.free_kv(seq.seq_id)
+            self._executor.free_kv(seq.seq_id, seq.length)
 
     def _command(self, seq: Sequence, tokens: int) -> SeqStep:
         request = seq.request
@@ -176,6 +175,7 @@ class Engine:
             sample=tokens == seq.pending,
             prompt_logprobs=request.params.prompt_logprobs if wanted else None,
             room=self.scheduler.room(seq),
+            left=request.max_length - seq.length,
         )
 
     def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> int:
@@ -198,7 +198,9 @@ class Engine:
             if self._stops(seq, token):
                 break
         seq.computed = seq.length - 1
-        request.stats.rounds += 1
+        if step.decodes:
+            request.stats.rounds += 1
+            request.stats.round_tokens += emitted
         return emitted
 
     def _stops(self, seq: Sequence, token: int) -> bool:

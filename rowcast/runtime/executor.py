@@ -19,7 +19,7 @@ from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Proposal, Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
-from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep, TokenLogprobs
+from rowcast.runtime.step import PREFILL, SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -67,14 +67,9 @@ class LocalExecutor:
 
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        lengths = [len(self._sequences[step.seq_id].ids) for step in steps]
         try:
             return self._round(steps)
-        except BaseException as error:
-            for step, length in zip(steps, lengths, strict=True):
-                del self._sequences[step.seq_id].ids[length:]  # what was drafted
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError as error:
             tokens = sum(len(step.tokens) for step in steps)
             raise OutOfMemoryError(
                 f"the device ran out of memory in a step of {tokens} tokens and {len(steps)} sequences: lower max_num_batched_tokens "
@@ -83,7 +78,9 @@ class LocalExecutor:
 
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         top = len(self._lower)
-        decoding = sum(_decodes(step) for step in steps)
+        self._climb.passes.clear()
+        self._climb.outcomes.clear()
+        decoding = sum(step.decodes for step in steps)
         climbers = [self._climber(step, decoding) for step in steps]
         proposals = self._climb.propose(top, climbers, [step.room for step in steps])
 
@@ -96,9 +93,9 @@ class LocalExecutor:
         parts = torch.split(ran.hidden, wanted)
         prompts = [self._prompt_logprobs(step, part) for step, part in zip(steps, parts, strict=True)]
         verdicts = self._verdicts(steps, climbers, proposals, parts)
-        self._climb.note(top, self._top.name, [climber.counts for climber in climbers], ran, time.perf_counter() - started)
+        names = [self._top.name if step.decodes else PREFILL for step in steps]
+        self._climb.note(top, [climber.counts[name] for climber, name in zip(climbers, names, strict=True)], ran, started)
 
-        # Nothing is committed before everything has succeeded.
         results = []
         for step, climber, prompt in zip(steps, climbers, prompts, strict=True):
             tokens, logprobs = verdicts.get(step.seq_id, ([], None))
@@ -107,10 +104,14 @@ class LocalExecutor:
         self._report(steps)
         return results
 
-    def free_kv(self, seq_id: int) -> None:
+    def free_kv(self, seq_id: int, length: int) -> None:
         for rung in (self._top, *self._lower):
             rung.free(seq_id)
-        self._sampler.suspend(seq_id)
+        sequence = self._sequences[seq_id]
+        del sequence.ids[length:]
+        self._sampler.rewind(seq_id, length - sequence.prompt_length)
+        if self._controller is not None:
+            self._controller.forget_kv(seq_id)
 
     def remove(self, seq_id: int) -> None:
         for rung in (self._top, *self._lower):
@@ -138,11 +139,11 @@ class LocalExecutor:
         return Climber(path, self._gammas(step, path, sequence.group, batch))
 
     def _gammas(self, step: SeqStep, path: Path, group: int, batch: int) -> Sequence[int]:
-        allowed = [step.room > 0 and _decodes(step)] * len(self._lower)
+        allowed = [step.room > 0 and step.decodes] * len(self._lower)
         if self._controller is None or not any(allowed):
             return [0] * len(self._lower)
         while True:
-            gammas = self._controller.choose(group, batch=batch, path=path, room=step.room, allowed=allowed)
+            gammas = self._controller.choose(group, batch=batch, path=path, room=step.room, left=step.left, allowed=allowed)
             # A rung is asked for a place only once it is to be used, and then keeps it.
             refusing = [r for r, gamma in enumerate(gammas) if gamma and not self._lower[r].admit(path, step.room)]
             if not refusing:
@@ -179,14 +180,12 @@ class LocalExecutor:
         """Tell the controller what the round's passes took and what became of its proposals."""
         if self._controller is not None:
             top = len(self._lower)
-            pure = all(_decodes(step) for step in steps)  # a prefill's chunk in the last rung's pass tells nothing about decoding
+            pure = all(step.decodes for step in steps)  # a prefill's chunk in the last rung's pass tells nothing about decoding
             for ran in self._climb.passes:
                 if ran.rung < top or pure:
                     self._controller.observe_pass(ran)
             for outcome in self._climb.outcomes:
                 self._controller.observe_outcome(self._sequences[outcome.seq_id].group, outcome)
-        self._climb.passes.clear()
-        self._climb.outcomes.clear()
 
     def _prompt_logprobs(self, step: SeqStep, hidden: Tensor) -> list[TokenLogprobs] | None:
         # hidden [t, D]: row i predicts the prompt token at position start + i + 1, where there is one
@@ -200,7 +199,3 @@ class LocalExecutor:
             ids = successors[i : i + self._logit_rows]
             found += prompt_logprobs(self._top.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
         return found
-
-
-def _decodes(step: SeqStep) -> bool:
-    return step.sample and len(step.tokens) == 1

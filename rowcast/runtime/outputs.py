@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from rowcast.runtime.ladder.spec import Ladder
-from rowcast.runtime.step import RungCounts
+from rowcast.runtime.step import PREFILL, RungCounts
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -64,9 +64,11 @@ class RequestStats:
     tokens_per_s: float | None = None
     """Tokens after the first step that emitted any, over the time they took. None where there were none."""
     rounds: int = 0
-    """Steps of the ladder that emitted tokens, over all samples."""
+    """Rounds of the ladder, over all samples. A prefill, and the token that comes of it, is none."""
+    round_tokens: int = 0
+    """Tokens that the rounds emitted."""
     rungs: dict[str, RungCounts] = field(default_factory=dict)
-    """By rung, cheapest first: what it proposed and ran."""
+    """What each rung proposed and ran: PREFILL, then the ladder's, cheapest first. Rungs that did nothing may be missing."""
     bytes_read: dict[str, int] = field(default_factory=dict)
     """By memory: weights and KV read for this request. A pass over the weights is shared evenly by the sequences in it."""
     preemptions: int = 0
@@ -79,15 +81,16 @@ class RequestStats:
         for name, counts in rungs.items():
             self.rungs.setdefault(name, RungCounts()).add(counts)
             self.bytes_read[memory] = self.bytes_read.get(memory, 0) + counts.bytes_read
-        self.rungs = {name: self.rungs[name] for name in self.ladder.names if name in self.rungs}
+        self.rungs = {name: self.rungs[name] for name in (PREFILL, *self.ladder.names) if name in self.rungs}
 
     @property
     def tokens_per_round(self) -> float:
-        return self.generated_tokens / self.rounds if self.rounds else 0.0
+        return self.round_tokens / self.rounds if self.rounds else 0.0
 
     @property
     def acceptance(self) -> dict[str, float]:
-        """By rung that proposed: the share of its judged proposals that stood."""
+        """By rung that proposed: the share of its judged proposals that stood, whoever judged. Where rungs are left out at run time,
+        that is not always the same rung: the verdicts of all of a rung's verifiers count together."""
         return {name: counts.acceptance for name, counts in self.rungs.items() if counts.acceptance is not None}
 
     @property
@@ -102,7 +105,7 @@ class RequestStats:
     @property
     def density(self) -> dict[str, float]:
         """By rung that runs a model: weights read over weights there are."""
-        return {name: 1.0 for name, counts in self.rungs.items() if counts.tokens}
+        return {name: 1.0 for name, counts in self.rungs.items() if counts.tokens and name != PREFILL}
 
     def to_json(self) -> dict[str, Any]:
         return {

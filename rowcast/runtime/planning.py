@@ -16,13 +16,16 @@ from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.kv import why_not_streaming
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
-from rowcast.runtime.ladder.memory import ladder_needs
+from rowcast.runtime.ladder.memory import ladder_needs, lookahead
 from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16
 """KV entries in a block, unless the caller says otherwise."""
+
+KV_SHARE = 0.75
+"""Of the KV tokens that the last rung alone could have, what `auto` leaves it at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,16 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     budget, budget_reason = devices.budget_bytes(device, asked["gpu_memory" if device.type == "cuda" else "host_memory"])
     width = DTYPE_BYTES[dtype]
     _check_kv_budget(wish.kv_budget)
+    max_context = min(wish.max_model_len or spec.max_context, spec.max_context)
     ladder, adaptive, ladder_reasons = resolve(
         wish.ladder,
         draft=wish.draft,
         kv_budget=wish.kv_budget,
-        max_context=min(wish.max_model_len or spec.max_context, spec.max_context),
+        max_context=max_context,
         kv_bytes_per_token=kv_bytes_per_token(spec, width),
         pass_bytes=pass_bytes(spec, width),
     )
+    _check_views(ladder, max_context)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
     notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons]
     sizes = {"block_size": BLOCK_SIZE} | {
@@ -116,6 +121,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             verification=wish.verification,
             width=width,
             block_size=block_size,
+            max_context=max_context,
             head_copy_bytes=head_copy_bytes,
         )
         plan = resident_plan(
@@ -129,9 +135,15 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             notes=tuple(notes),
             **sizes,
         )
-        return Planned(plan, ladder, used)
+        idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
+        told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
+        return Planned(replace(plan, notes=plan.notes + told), ladder, used)
 
-    return _what_fits(ladder, plan_for, notes) if adaptive else plan_for(ladder)
+    if adaptive:
+        return _what_fits(ladder, plan_for, notes)
+    planned = plan_for(ladder)
+    _check_views(ladder, planned.plan.max_context)
+    return planned
 
 
 def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> Planned:
@@ -151,6 +163,7 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         context = f"the plan's context of {chosen.max_context} tokens is more than the model's {target.spec.max_context}"
         raise UserError(f"{context}: make the plan again")
     ladder = Ladder.parse(chosen.ladder_text)
+    _check_executable(chosen, ladder)
     drafts = open_drafts(ladder, target.spec, target.tokenizer, opened)
     if chosen.draft_fingerprints != [draft.fingerprint for draft in drafts.values()]:
         raise UserError(
@@ -168,6 +181,32 @@ def _check_kv_budget(kv_budget: int | None) -> None:
         raise UserError(f"kv_budget={kv_budget}: {error}") from error
 
 
+def _check_views(ladder: Ladder, max_context: int) -> None:
+    """Raises UserError for a rung self that sees whatever plain sees."""
+    for rung in ladder.lower:
+        if rung.kind == "self" and rung.kv is not None and rung.kv >= max_context:
+            raise UserError(
+                f"kv={rung.kv} of the rung self is not less than the context of {max_context} tokens: use a smaller kv (or kv_budget), "
+                "or leave the rung out"
+            )
+
+
+def _check_executable(plan: Plan, ladder: Ladder) -> None:
+    """Raises UserError for what a plan file may say and no engine does."""
+    _check_views(ladder, plan.max_context)
+    for name, only in (("mode", "exact"), ("world", 1)):
+        if getattr(plan, name) != only:
+            raise UserError(f"the plan's {name} is {getattr(plan, name)!r:.60}, only {only!r} can be run: make the plan again")
+    if plan.lookahead < lookahead(ladder):
+        raise UserError(
+            f"the plan's lookahead of {plan.lookahead} tokens is less than the {lookahead(ladder)} that its ladder {ladder} may draft: "
+            "make the plan again"
+        )
+    slots = [rung for rung in ladder.lower if rung.kv is not None]
+    if slots and plan.speculating_seqs < 1:
+        raise UserError(f"the plan has room for speculating_seqs=0 sequences in the cache of {slots[0]}: make the plan again")
+
+
 def _possible(rung: Rung, drafts: Mapping[str, Draft], block_size: int, adaptive: bool, notes: list[str]) -> Rung:
     """The rung; under `auto`, as its model and the KV blocks allow it. Raises UserError for a draft that cannot be streamed."""
     if adaptive and rung.retrieves:
@@ -181,16 +220,21 @@ def _possible(rung: Rung, drafts: Mapping[str, Draft], block_size: int, adaptive
 
 
 def _what_fits(ladder: Ladder, plan_for: Callable[[Ladder], Planned], notes: list[str]) -> Planned:
-    """The ladder without the rungs that memory, or the context that the last rung alone could have, leaves no room for."""
+    """The ladder without the rungs that memory, or the KV that the last rung alone could have, leaves no room for."""
     bare = Ladder(tuple(rung for rung in ladder.rungs if rung.kind in ("ngram", "plain")))
+    alone = plan_for(bare).plan
     while ladder != bare:
+        *cheaper, left_out, last = ladder.rungs
         try:
             planned = plan_for(ladder)
         except OutOfMemoryError:
-            planned = None
-        if planned is not None and planned.plan.max_context == plan_for(bare).plan.max_context:
-            return planned
-        *cheaper, left_out, last = ladder.rungs
+            why = ""
+        else:
+            plan = planned.plan
+            enough = plan.max_context == alone.max_context and plan.kv_tokens >= KV_SHARE * alone.kv_tokens
+            if enough and not any(rung.kind == "self" and (rung.kv or 0) >= plan.max_context for rung in ladder.lower):
+                return planned
+            why = f", with it there are {plan.kv_tokens} KV tokens, without lower rungs {alone.kv_tokens}"
         ladder = Ladder((*cheaper, last))
-        notes.append(f"no rung {left_out}: memory is too short for it")
+        notes.append(f"no rung {left_out}: memory is too short for it{why}")
     return plan_for(bare)

@@ -99,6 +99,11 @@ class Sampler:
         """Sequences it was told of."""
         return set(self._sequences)
 
+    def rewind(self, seq_id: int, generated: int) -> None:
+        """The sequence has generated so many tokens and not more, and will not be sampled for a while."""
+        del self._sequences[seq_id].generated[generated:]
+        self.suspend(seq_id)
+
     def suspend(self, seq_id: int) -> None:
         """The sequence will not be sampled for a while: give back its device memory, which the next `sample` fills again."""
         sequence = self._sequences[seq_id]

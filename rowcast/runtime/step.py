@@ -30,6 +30,13 @@ class SeqStep:
     """Return the log-probabilities of the *next* prompt token at each of `tokens` whose successor is a prompt token."""
     room: int = 0
     """Tokens that the round may draft beyond `tokens`: the blocks hold that many more, and the request does not end before them."""
+    left: int = 1
+    """Most tokens that the request may still generate."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a round of the ladder: one pending token, and the next ones are wanted. Else it is a part of a prefill."""
+        return self.sample and len(self.tokens) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,10 @@ class TokenLogprobs:
     """1 for the most likely token."""
     top_ids: list[int]
     top_logprobs: list[float]
+
+
+PREFILL = "prefill"
+"""Stands for the last rung where it runs a prompt, so that what a rung took to decode is not mixed with that."""
 
 
 @dataclass(slots=True)
@@ -59,7 +70,7 @@ class RungCounts:
     refreshes: int = 0
     """Times that its KV view chose its entries anew."""
     seconds: float = 0.0
-    """This sequence's even share of the time of the rung's passes."""
+    """This sequence's share of the time of the rung's passes, by tokens."""
     bytes_read: int = 0
     """Weights (an even share) and KV."""
 
@@ -94,7 +105,7 @@ class SeqResult:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     rungs: dict[str, RungCounts] = field(default_factory=dict)
-    """By rung, cheapest first; rungs that did nothing may be missing."""
+    """By rung; PREFILL for what a prefill took. Rungs that did nothing may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +136,13 @@ class Executor(Protocol):
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`.
 
-        If it raises, nothing was committed; the caller may then `free_kv` the sequences and run them again.
+        If it raises, the caller has to `free_kv` all sequences and may run them again.
         """
         ...
 
-    def free_kv(self, seq_id: int) -> None:
-        """The sequence was preempted: its KV is void, its sampling state stays."""
+    def free_kv(self, seq_id: int, length: int) -> None:
+        """The sequence was preempted: its KV is void. It has `length` tokens, prompt and output; its sampling state goes on from there,
+        whatever a step that failed had made of it."""
         ...
 
     def remove(self, seq_id: int) -> None:

@@ -2,19 +2,20 @@
 
 from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.kv.selected import SelectedKV
-from rowcast.runtime.kv.selection import HeavyHitters, Policy, Retrieval, Streaming
+from rowcast.runtime.kv.selection import Choice, HeavyHitters, Policy, Retrieval, Streaming, choice_bytes
 from rowcast.runtime.kv.streaming import StreamingKV, why_not_streaming
-from rowcast.runtime.kv.summaries import Score, Summary
+from rowcast.runtime.kv.summaries import Summary
 
 __all__ = [
+    "Choice",
     "HeavyHitters",
     "PagedKV",
     "Policy",
     "Retrieval",
-    "Score",
     "SelectedKV",
     "Streaming",
     "StreamingKV",
     "Summary",
+    "choice_bytes",
     "why_not_streaming",
 ]

@@ -1,7 +1,8 @@
 """The full KV view: a paged store of keys and values, a page being a block of positions of one sequence in all layers.
 
 Who gets which block is the scheduler's business (`blocks`); this module puts entries where the block tables say and reads them
-back. For views that choose among its entries it can keep chunk summaries, and the last queries of each pass.
+back. For views that choose among its entries it can keep chunk summaries, and the last queries of each pass; to them its KV heads
+are counted through all layers.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class PagedKV:
         summaries: Collection[Summary] = (),
     ) -> None:
         """`keep_queries`: of each sequence's last pass keep the queries of so many last tokens; those rejected are of no use, so it
-        should exceed the longest proposal. `summaries`: kinds of chunk summaries to keep; UserError where a chunk does not divide
-        `block_size`.
+        should exceed the longest proposal. `summaries`: kinds of chunk summaries to keep. Raises UserError where a chunk does not
+        divide `block_size`.
         """
         self.spec = spec
         self.device = device
@@ -199,32 +200,34 @@ class PagedKV:
         stop = seq.length - seq.queries.start
         return torch.stack([q[max(0, stop - count) : stop] for q in seq.queries.layers]) if stop > 0 else None
 
-    def summary(self, seq_id: int, kind: Summary) -> tuple[Tensor, ...]:
-        """Summaries of the sequence's full, committed chunks in order: (mean,) or (min, max), [layers, K, chunks, d] each.
+    def summary(self, seq_id: int, kind: Summary, heads: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Summaries of the sequence's full, committed chunks in order: (mean,) or (min, max), [heads, chunks, d] each.
 
         Raises KeyError for a kind that is not kept.
         """
         summaries, seq = self._summaries[kind], self._sequences[seq_id]
         count = seq.length // kind.chunk
-        return summaries.read(places(seq.blocks[: -(-count // summaries.per_block)], self.device), count)
+        return summaries.read(heads, places(seq.blocks[: -(-count // summaries.per_block)], self.device), count)
 
-    def locate(self, seq_id: int, positions: Tensor) -> Tensor:
-        """Where a sequence's entries lie, for `keys_at` and `values_at`: positions [layers, K, n], others for each layer and KV head
-        -> [layers, K, n]."""
-        size, kv_heads = self._block_size, self.num_kv_heads
-        blocks = torch.tensor(self._sequences[seq_id].blocks, device=self.device)
-        rows = blocks[positions // size] * size + positions % size
-        layers = torch.arange(self.spec.num_layers, device=self.device)[:, None, None]
-        rows += layers * (self._keys.shape[1] * size)
-        found: Tensor = rows * kv_heads + torch.arange(kv_heads, device=self.device)[:, None]
+    def table(self, seq_id: int) -> Tensor:
+        """For each committed entry of a sequence, where it lies among those of a layer: [length]."""
+        seq, size = self._sequences[seq_id], self._block_size
+        first = torch.tensor(seq.blocks, device=self.device) * size
+        return (first[:, None] + torch.arange(size, device=self.device)).flatten()[: seq.length]
+
+    def rows(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
+        """For `keys_at` and `values_at`: entries [heads, n] of a `table`, other ones for each head, or [n] -> [heads, n]."""
+        head = torch.arange(self.spec.num_layers * self.num_kv_heads, device=self.device)[heads, None]
+        of_layer = self._keys.shape[1] * self._block_size * self.num_kv_heads
+        found: Tensor = entries * self.num_kv_heads + (head // self.num_kv_heads * of_layer + head % self.num_kv_heads)
         return found
 
     def keys_at(self, rows: Tensor) -> Tensor:
-        """rows [..., n], from `locate` -> [..., n, d]."""
+        """rows [..., n] -> [..., n, d]."""
         return _rows(self._keys, rows)
 
     def values_at(self, rows: Tensor) -> Tensor:
-        """rows [..., n], from `locate` -> [..., n, d]."""
+        """rows [..., n] -> [..., n, d]."""
         return _rows(self._values, rows)
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rowcast.errors import UserError
 from rowcast.kernels.attention import attend_entries
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes
-from rowcast.runtime.kv.selection import Policy
+from rowcast.runtime.kv.selection import Policy, copy_bytes, head_groups
 from rowcast.runtime.kv.slots import Slots
+from rowcast.runtime.ladder.spec import RECENT, SINKS
 from rowcast.runtime.step import SeqStep
 
 
@@ -34,6 +34,8 @@ class _Shown:
     syncs: int = 0
     """Since the sequence outgrew the budget."""
     refreshes: int = 0
+    moved_bytes: int = 0
+    """Read and written before the last bound pass, to bring what is shown up to date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +63,20 @@ class SelectedKV:
         policy: Policy,
         *,
         budget: int,
-        sinks: int = 16,
-        recent: int = 64,
+        sinks: int = SINKS,
+        recent: int = RECENT,
         refresh: int = 1,
         slots: int,
         room: int,
     ) -> None:
         """`sinks` (rounded up to whole chunks) and `recent` entries are always in. The policy chooses at every `refresh`-th change of
         the parent's length, at the first one only if 0. `slots` sequences at a time, each with at most `room` proposals. Allocates
-        everything. Raises UserError where the budget leaves nothing to choose.
+        everything. Precondition: the budget has room for a chunk wherever it starts (`Rung` sees to it).
         """
         self._sinks = -(-sinks // policy.chunk) * policy.chunk
         # The recent window starts at a chunk's start, so it may be up to chunk - 1 entries longer.
         self._choice = (budget - self._sinks - recent - policy.chunk + 1) // policy.chunk
-        if self._choice < 1:
-            least = self._sinks + recent + 2 * policy.chunk - 1
-            raise UserError(
-                f"a KV budget of {budget} has no place for {self._sinks} sinks, {recent} recent entries and a chunk of {policy.chunk}: "
-                f"raise it to {least} or more"
-            )
+        assert self._choice >= 1, f"{budget} entries leave nothing to choose"
         self._parent = parent
         self._policy = policy
         self._budget = budget
@@ -87,8 +84,9 @@ class SelectedKV:
         self._refresh = refresh
         self._room = room
         self._slots = Slots(slots)
+        self._held_bytes: int = slots * parent.spec.num_layers * parent.num_kv_heads * budget * policy.held_bytes
         spec, dtype, device = parent.spec, parent.dtype, parent.device
-        shape = (spec.num_layers, slots, parent.num_kv_heads, budget + room)
+        shape = (slots, spec.num_layers, parent.num_kv_heads, budget + room)
         self._keys = torch.empty(*shape, spec.head_dim, dtype=dtype, device=device)
         self._values = torch.empty(*shape, spec.head_dim, dtype=dtype, device=device)
         self._positions: Tensor | None = None
@@ -99,9 +97,9 @@ class SelectedKV:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all slots."""
+        """Bytes of all slots, and of what the policy holds for them."""
         stores = (self._keys, self._values) if self._positions is None else (self._keys, self._values, self._positions)
-        return sum(store.numel() * store.element_size() for store in stores)
+        return sum(store.numel() * store.element_size() for store in stores) + self._held_bytes
 
     @property
     def seq_ids(self) -> set[int]:
@@ -125,9 +123,11 @@ class SelectedKV:
         return length + shown.proposals if shown is not None and self._is_current(seq_id, shown) else length
 
     def bytes_read(self, seq_id: int) -> int:
-        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`."""
-        shown = self._shown[seq_id]
-        return visible_bytes(self._parent.spec, self._parent.num_kv_heads, self._parent.dtype, shown.entries + shown.proposals)
+        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`; of the first pass after the parent's length
+        has changed also what was read to choose, and what was copied, read and written."""
+        shown, parent = self._shown[seq_id], self._parent
+        attended = visible_bytes(parent.spec, parent.num_kv_heads, parent.dtype, shown.entries + shown.proposals)
+        return attended + shown.moved_bytes
 
     def refreshes(self, seq_id: int) -> int:
         """How often the sequence's entries were chosen anew."""
@@ -140,6 +140,7 @@ class SelectedKV:
         first = 0
         for step in steps:
             shown, length = self._shown[step.seq_id], self.length(step.seq_id)
+            shown.moved_bytes = 0
             if not self._is_current(step.seq_id, shown):
                 self._sync(step.seq_id, shown)
             tokens, start = len(step.tokens), step.start - length
@@ -150,23 +151,23 @@ class SelectedKV:
             positions = torch.arange(step.start, step.start + tokens, device=self._parent.device)
             slot = self._slots[step.seq_id]
             if self._positions is not None:
-                self._positions[:, slot, :, own] = positions
+                self._positions[slot, :, :, own] = positions
             self._bound.append(_Bound(slice(first, first + tokens), slot, own, positions))
             first += tokens
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
         for seq in self._bound:
-            self._keys[layer, seq.slot, :, seq.own] = k[seq.rows].transpose(0, 1)
-            self._values[layer, seq.slot, :, seq.own] = v[seq.rows].transpose(0, 1)
+            self._keys[seq.slot, layer, :, seq.own] = k[seq.rows].transpose(0, 1)
+            self._values[seq.slot, layer, :, seq.own] = v[seq.rows].transpose(0, 1)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
         parts = [
             attend_entries(
                 q[seq.rows],
-                self._keys[layer, seq.slot, :, : seq.own.stop],
-                self._values[layer, seq.slot, :, : seq.own.stop],
+                self._keys[seq.slot, layer, :, : seq.own.stop],
+                self._values[seq.slot, layer, :, : seq.own.stop],
                 scale=self._parent.spec.attention_scale,
-                key_positions=None if self._positions is None else self._positions[layer, seq.slot, :, : seq.own.stop],
+                key_positions=None if self._positions is None else self._positions[seq.slot, layer, :, : seq.own.stop],
                 query_positions=seq.positions,
                 window=self._parent.spec.windows[layer],
                 slopes=self._parent.slopes,
@@ -198,41 +199,51 @@ class SelectedKV:
 
     def _sync(self, seq_id: int, shown: _Shown) -> None:
         """Show the parent's committed entries as they are now."""
-        length = self.length(seq_id)
+        length, table = self.length(seq_id), self._parent.table(seq_id)
         if shown.rewinds != self._parent.rewinds(seq_id):
             shown.synced = shown.chosen = shown.syncs = 0
             shown.rewinds = self._parent.rewinds(seq_id)
             self._policy.free(seq_id)
+
+        def copy(at: int, positions: Tensor) -> None:
+            shown.moved_bytes += self._copy(seq_id, table, at, positions)
+
+        def positions(first: int, last: int) -> Tensor:
+            return torch.arange(first, last, device=table.device)
+
         if length <= self._budget:
-            self._copy(seq_id, shown.synced, self._range(shown.synced, length))
+            copy(shown.synced, positions(shown.synced, length))
             shown.entries = length
         else:
-            self._copy(seq_id, min(shown.synced, self._sinks), self._range(min(shown.synced, self._sinks), self._sinks))
+            copy(min(shown.synced, self._sinks), positions(min(shown.synced, self._sinks), self._sinks))
             span = range(self._sinks, (length - self._recent) // self._policy.chunk * self._policy.chunk)
             if not shown.chosen or (self._refresh and shown.syncs % self._refresh == 0):
                 queries = self._parent.queries(seq_id, self._parent.keep_queries)
                 found = self._policy.select(self._parent, seq_id, queries, span, self._choice)
                 if found is not None:
-                    self._copy(seq_id, self._sinks, found)
-                    shown.chosen = found.shape[-1]
+                    copy(self._sinks, found.positions.flatten(0, 1))
+                    shown.moved_bytes += found.bytes_read
+                    shown.chosen = found.positions.shape[-1]
                     shown.refreshes += 1
             shown.syncs += 1
             behind = self._sinks + shown.chosen
-            recent = self._range(span.stop if shown.chosen else length - self._budget + self._sinks, length)
-            self._copy(seq_id, behind, recent)
+            recent = positions(span.stop if shown.chosen else length - self._budget + self._sinks, length)
+            copy(behind, recent)
             shown.entries = behind + recent.shape[-1]
         shown.synced, shown.proposals = length, 0
 
-    def _range(self, first: int, last: int) -> Tensor:
-        """The same positions for each layer and KV head: [layers, K, last - first]."""
-        positions = torch.arange(first, last, device=self._parent.device)
-        return positions.expand(self._parent.spec.num_layers, self._parent.num_kv_heads, -1)
+    def _copy(self, seq_id: int, table: Tensor, at: int, positions: Tensor) -> int:
+        """Copy the parent's entries at `positions` [layers * K, n], or [n] for all heads, to entries at, at + 1, ...; bytes moved.
 
-    def _copy(self, seq_id: int, at: int, positions: Tensor) -> None:
-        """Copy the parent's entries at `positions` [layers, K, n] to entries at, at + 1, ..."""
-        slot, to = self._slots[seq_id], slice(at, at + positions.shape[-1])
-        for layer, rows in enumerate(self._parent.locate(seq_id, positions)):  # by layers: a copy of all would be large
-            self._keys[layer, slot, :, to] = self._parent.keys_at(rows)
-            self._values[layer, slot, :, to] = self._parent.values_at(rows)
+        `table`: the parent's.
+        """
+        slot, to, parent = self._slots[seq_id], slice(at, at + positions.shape[-1]), self._parent
+        keys, values = self._keys[slot].flatten(0, 1), self._values[slot].flatten(0, 1)
+        each = positions.shape[-1] * copy_bytes(parent.spec.head_dim, parent.dtype.itemsize)
+        for heads in head_groups(len(keys), each):
+            rows = parent.rows(table[positions if positions.dim() == 1 else positions[heads]], heads)
+            keys[heads, to] = parent.keys_at(rows)
+            values[heads, to] = parent.values_at(rows)
         if self._positions is not None:
-            self._positions[:, slot, :, to] = positions
+            self._positions[slot].flatten(0, 1)[:, to] = positions
+        return int(4 * keys[:, to].numel() * keys.element_size())

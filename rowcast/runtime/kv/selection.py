@@ -1,15 +1,34 @@
-"""Which entries of a long sequence a small view shows: chosen for each layer and KV head, from committed entries and queries only."""
+"""Which entries of a long sequence a small view shows: chosen for each layer and KV head, from committed entries and queries only.
+
+KV heads are counted through all layers here: `heads` are layers * K. Some of them are chosen for at a time, so that a choice takes
+WORK_BYTES of work space, not that of the whole model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rowcast.runtime.kv.paged import PagedKV
-from rowcast.runtime.kv.summaries import Score, Summary
+from rowcast.runtime.kv.summaries import Summary
+from rowcast.runtime.ladder.spec import Score
+from rowcast.runtime.spec import ModelSpec
+
+WORK_BYTES = 64 << 20
+"""Work space of a choice, unless a single head needs more."""
+
+
+class Choice(NamedTuple):
+    """What a policy chose."""
+
+    positions: Tensor
+    """[layers, K, n], ascending."""
+    bytes_read: int
+    """Summaries or keys that were looked at."""
 
 
 class Policy(Protocol):
@@ -17,13 +36,19 @@ class Policy(Protocol):
 
     chunk: int
     """It chooses whole chunks of so many positions."""
+    held_bytes: int
+    """What it remembers of each entry that a head shows of a sequence."""
 
-    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Tensor | None:
+    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         """Choose `count` of the chunks in `span`, a range of positions that holds more than so many whole ones.
 
         `queries` [layers, n, H, d] are those of the parent's last n committed tokens, None where it kept none. Returns positions
         [layers, K, count * chunk], or None: nothing is chosen, or not anew.
         """
+        ...
+
+    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
+        """Work space of one head's choice among `entries` by `rows` queries, `width` bytes an element."""
         ...
 
     def free(self, seq_id: int) -> None:
@@ -37,22 +62,36 @@ class Retrieval:
     The parent has to keep `summary`.
     """
 
+    held_bytes = 0
+
     def __init__(self, score: Score = "bounds", chunk: int = 8) -> None:
         self.chunk = chunk
         self.summary = Summary(score, chunk)
 
-    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Tensor | None:
+    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         if queries is None:
             return None
         first, last = span.start // self.chunk, span.stop // self.chunk
-        # [layers, K, d, chunks] each
-        parts = [part[:, :, first:last].transpose(2, 3) for part in parent.summary(seq_id, self.summary)]
-        rows = _by_kv_head(queries, parent.num_kv_heads)
-        scores = rows @ parts[0] if self.summary.score == "mean" else _bound(rows, *parts)
         ends = torch.arange(first, last, device=parent.device) * self.chunk + self.chunk - 1
-        weights = _combine(_attention(scores, ends.expand(*scores.shape[:2], -1), parent, seq_id, queries.shape[1], causal=False))
-        chosen = weights.topk(count).indices.sort().values + first
-        return (chosen[..., None] * self.chunk + torch.arange(self.chunk, device=parent.device)).flatten(2)
+        rows = _by_kv_head(queries, parent.num_kv_heads)
+        each = self.head_bytes(parent.length(seq_id), rows.shape[1], rows.shape[2], parent.dtype.itemsize)
+        chosen = []
+        for heads in head_groups(len(rows), each):
+            keys = [
+                part[:, first:last].transpose(1, 2) for part in parent.summary(seq_id, self.summary, heads)
+            ]  # [heads, d, chunks]
+            scores = rows[heads] @ keys[0] if self.summary.score == "mean" else _bound(rows[heads], *keys)
+            weights = _attention(scores, ends, parent, seq_id, heads, queries.shape[1])
+            chosen.append(weights.mean(1).topk(count).indices.sort().values + first)
+        chunks = torch.cat(chosen).view(-1, parent.num_kv_heads, count, 1)
+        return Choice(
+            (chunks * self.chunk + torch.arange(self.chunk, device=parent.device)).flatten(2),
+            self.summary.parts * len(rows) * (last - first) * rows.shape[2] * parent.dtype.itemsize,
+        )
+
+    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
+        # Summaries of scattered blocks are copied, one of them once more where the product wants another order.
+        return entries // self.chunk * (rows * _SCORE_BYTES + (self.summary.parts + 1) * head_dim * width)
 
     def free(self, seq_id: int) -> None:
         pass
@@ -62,9 +101,13 @@ class Streaming:
     """Nothing: sinks and recent entries fill the budget, at their true positions (StreamingLLM, arXiv 2309.17453, section 3.2)."""
 
     chunk = 1
+    held_bytes = 0
 
-    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Tensor | None:
+    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         return None
+
+    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
+        return 0
 
     def free(self, seq_id: int) -> None:
         pass
@@ -72,10 +115,12 @@ class Streaming:
 
 @dataclass(slots=True)
 class _Held:
-    """Entries that a sequence still has, [layers, K, m] each, and the parent's length when they were chosen."""
+    """Entries that a sequence still has, [heads, m] each, and the parent's length when they were chosen."""
 
     positions: Tensor
+    """int32."""
     mass: Tensor
+    """float32."""
     length: int
 
 
@@ -87,69 +132,115 @@ class HeavyHitters:
     """
 
     chunk = 1
+    held_bytes = 8
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
 
-    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Tensor | None:
+    def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         if queries is None:
             return None
-        length, layers, kv_heads = parent.length(seq_id), queries.shape[0], parent.num_kv_heads
-        before = self._held.get(seq_id)
-        came = torch.arange(before.length if before else 0, length, device=parent.device).expand(layers, kv_heads, -1)
-        positions = torch.cat((before.positions, came), -1) if before else came
-        scores = _by_kv_head(queries, kv_heads) @ parent.keys_at(parent.locate(seq_id, positions)).transpose(2, 3)
-        mass = _attention(scores, positions, parent, seq_id, queries.shape[1], causal=True).sum(2)
-        if before:
-            mass[..., : before.mass.shape[-1]] += before.mass
+        length, table, before = parent.length(seq_id), parent.table(seq_id), self._held.get(seq_id)
+        came = torch.arange(before.length if before else 0, length, dtype=torch.int32, device=parent.device)
+        entries = came.shape[0] + (before.positions.shape[1] if before else 0)
+        rows = _by_kv_head(queries, parent.num_kv_heads)
         # Sinks and recent entries, as many for every head, stay in any case.
         stay = span.start + length - span.stop
-        open_to_choice = (positions >= span.start) & (positions < span.stop)
-        kept = mass.masked_fill(~open_to_choice, float("inf")).topk(stay + count).indices
-        self._held[seq_id] = _Held(positions.gather(-1, kept), mass.gather(-1, kept), length)
-        return self._held[seq_id].positions[..., stay:].sort().values
+        shape = (len(rows), stay + count)
+        held = _Held(came.new_empty(shape), torch.empty(shape, device=parent.device), length)
+        for heads in head_groups(len(rows), self.head_bytes(entries, rows.shape[1], rows.shape[2], parent.dtype.itemsize)):
+            positions = came.expand(len(rows[heads]), -1)
+            if before:
+                positions = torch.cat((before.positions[heads], positions), 1)
+            scores = rows[heads] @ parent.keys_at(parent.rows(table[positions], heads)).transpose(1, 2)
+            mass = _attention(scores, positions, parent, seq_id, heads, queries.shape[1], causal=True).sum(1)
+            if before:
+                mass[:, : before.mass.shape[1]] += before.mass[heads]
+            open_to_choice = (positions >= span.start) & (positions < span.stop)
+            kept = mass.masked_fill(~open_to_choice, float("inf")).topk(stay + count).indices
+            held.positions[heads], held.mass[heads] = positions.gather(1, kept), mass.gather(1, kept)
+        self._held[seq_id] = held
+        return Choice(
+            held.positions[:, stay:].sort().values.view(-1, parent.num_kv_heads, count),
+            len(rows) * entries * rows.shape[2] * parent.dtype.itemsize,
+        )
+
+    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
+        return entries * (rows * _SCORE_BYTES + 2 * head_dim * width + _PLACE_BYTES)
 
     def free(self, seq_id: int) -> None:
         self._held.pop(seq_id, None)
 
 
+_SCORE_BYTES = 13
+"""Of one score while it becomes a weight: itself, in float32, its share, and whether its key is visible."""
+
+_PLACE_BYTES = 32
+"""Of one entry while it is looked up: its position, its row in the store."""
+
+
+_TABLE_BYTES = 32
+"""Of one entry of the whole sequence: its place in the store, for the view and for the policy."""
+
+_CHOSEN_BYTES = 24
+"""Of one chosen position, until it is copied: as it was found, in one piece, as the index of an entry."""
+
+
+def copy_bytes(head_dim: int, width: int) -> int:
+    """Work space of copying one entry of one head: its key or value, `width` bytes an element."""
+    return head_dim * width + _PLACE_BYTES
+
+
+def choice_bytes(policy: Policy, spec: ModelSpec, kv: int, context: int, queries: int, width: int) -> int:
+    """Most work space of choosing `kv` entries of `context` by the last `queries` tokens, and of copying them."""
+    each = max(policy.head_bytes(context, queries * spec.group_size, spec.head_dim, width), kv * copy_bytes(spec.head_dim, width))
+    heads = spec.num_layers * spec.num_kv_heads
+    chosen = heads * kv * (_CHOSEN_BYTES + policy.held_bytes)
+    return min(heads * each, max(WORK_BYTES, each)) + chosen + context * _TABLE_BYTES
+
+
+def head_groups(heads: int, each_bytes: int) -> Iterator[slice]:
+    """All heads in groups, as large as work space allows where one head needs `each_bytes`."""
+    size = max(1, WORK_BYTES // max(1, each_bytes))
+    for first in range(0, heads, size):
+        yield slice(first, min(first + size, heads))
+
+
 def _by_kv_head(queries: Tensor, kv_heads: int) -> Tensor:
-    """The queries that read the same keys, head by head: [layers, n, H, d] -> [layers, K, H/K * n, d]."""
+    """The queries that read the same keys, head by head: [layers, n, H, d] -> [heads, H/K * n, d]."""
     layers, tokens, _, size = queries.shape
-    return queries.view(layers, tokens, kv_heads, -1, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return queries.view(layers, tokens, kv_heads, -1, size).permute(0, 2, 3, 1, 4).reshape(layers * kv_heads, -1, size)
 
 
 def _bound(queries: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The largest q . k of any key between the bounds: the sum over channels of max(q * low, q * high)."""
-    # queries [..., rows, d], low, high [..., d, chunks] -> [..., rows, chunks]
-    return queries.clamp(max=0) @ low + queries.clamp(min=0) @ high
+    # queries [heads, rows, d], low, high [heads, d, chunks] -> [heads, rows, chunks]
+    return (queries.clamp(max=0) @ low).add_(queries.clamp(min=0) @ high)
 
 
-def _attention(scores: Tensor, positions: Tensor, parent: PagedKV, seq_id: int, tokens: int, *, causal: bool) -> Tensor:
+def _attention(
+    scores: Tensor, positions: Tensor, parent: PagedKV, seq_id: int, heads: slice, tokens: int, *, causal: bool = False
+) -> Tensor:
     """Softmax over keys at `positions` for the queries of the last `tokens` tokens: scaled, with ALiBi and windows, and `causal`
-    where keys may lie behind queries.
+    where keys may lie behind queries. Overwrites `scores`.
 
-    scores [layers, K, H/K * tokens, m] (q . k), positions [layers, K, m] -> the shape of scores, float32.
+    scores [heads, H/K * tokens, m] (q . k), positions [heads, m] or [m] -> the shape of scores, float32.
     """
     spec, length = parent.spec, parent.length(seq_id)
-    share = scores.shape[2] // tokens
+    share = scores.shape[1] // tokens
     queries = torch.arange(length - tokens, length, device=parent.device).repeat(share)[:, None]  # [rows, 1]
-    keys = positions[:, :, None]
-    weights = scores.float() * spec.attention_scale
+    keys = positions[..., None, :]
+    weights = scores.float().mul_(spec.attention_scale)
+    each = range(spec.num_layers * parent.num_kv_heads)[heads]
     if parent.slopes is not None:
         # What depends on the query alone drops out, so the position of the key is enough.
-        slopes = parent.slopes.float().view(-1, share).repeat_interleave(tokens, 1)
-        weights += slopes[..., None] * keys * (parent.absolute_bias_scale or 1.0)
+        slopes = parent.slopes.float().view(-1, share)[[head % parent.num_kv_heads for head in each]].repeat_interleave(tokens, 1)
+        weights.addcmul_(slopes[..., None], keys.float(), value=parent.absolute_bias_scale or 1.0)
     lowest = torch.finfo(weights.dtype).min
     if causal:
         weights.masked_fill_(keys > queries, lowest)
-    for layer, window in enumerate(spec.windows):
+    for i, head in enumerate(each):
+        window = spec.windows[head // parent.num_kv_heads]
         if window is not None:
-            weights[layer].masked_fill_(keys[layer] <= queries - window, lowest)
+            weights[i].masked_fill_((keys if keys.dim() == 2 else keys[i]) <= queries - window, lowest)
     return weights.softmax(-1)
-
-
-def _combine(weights: Tensor) -> Tensor:
-    """One weight for each chunk from those that each row, a query head and a token, gives it."""
-    # [layers, K, rows, chunks] -> [layers, K, chunks]
-    return weights.mean(2)

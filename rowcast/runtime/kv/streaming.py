@@ -20,6 +20,7 @@ from rowcast.errors import UserError
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.paged import alibi, visible_bytes
 from rowcast.runtime.kv.slots import Slots
+from rowcast.runtime.ladder.spec import SINKS, STREAMING_STRIDE
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -80,21 +81,21 @@ class StreamingKV:
         shard: Shard,
         *,
         budget: int,
-        sinks: int = 16,
-        stride: int = 32,
+        sinks: int = SINKS,
+        stride: int = STREAMING_STRIDE,
         slots: int,
         room: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """`slots` sequences at a time. Of a pass that is longer than the store, the last `room` tokens can be rolled back. Entries
-        are evicted `stride` at a time. Allocates everything. Raises UserError where the model cannot stream or the budget is too small.
+        are evicted `stride` at a time. Allocates everything. Raises UserError where the model cannot stream. Precondition: the budget
+        is more than sinks and a stride (`Rung` sees to it).
         """
         reason = why_not_streaming(spec)
         if reason is not None:
             raise UserError(f"this {spec.family} model cannot run over a streaming KV view, as {reason}: give it its whole KV")
-        if budget <= sinks + stride:
-            raise UserError(f"a streaming KV budget of {budget} is too small for {sinks} sinks: use {sinks + stride + 1} or more")
+        assert budget > sinks + stride, f"{budget} entries are too few for {sinks} sinks and a stride of {stride}"
         self._spec = spec
         self._device = device
         self._dtype = dtype

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rowcast.errors import UserError
 from rowcast.runtime.kv.places import take
-
-Score = Literal["mean", "bounds"]
-"""The chunk's mean key (TriForce, arXiv 2404.11912, section 4.1), or its smallest and largest one by channel (Quest, arXiv
-2406.10774, section 3.2)."""
+from rowcast.runtime.ladder.spec import Score
 
 
 class Summary(NamedTuple):
@@ -21,6 +18,20 @@ class Summary(NamedTuple):
     score: Score = "bounds"
     chunk: int = 8
     """Positions to a chunk."""
+
+    @property
+    def parts(self) -> int:
+        """Keys that stand for a chunk."""
+        return 1 if self.score == "mean" else 2
+
+    def per_block(self, block_size: int) -> int:
+        """Chunks to a KV block. Raises UserError where they do not fill it."""
+        if self.chunk < 1 or block_size % self.chunk:
+            fits = [n for n in range(1, block_size + 1) if block_size % n == 0]
+            raise UserError(
+                f"chunk={self.chunk} does not divide a KV block of {block_size} tokens: use one of {fits}, or another block_size"
+            )
+        return block_size // self.chunk
 
 
 class Summaries:
@@ -32,14 +43,10 @@ class Summaries:
     def __init__(self, kind: Summary, keys: Tensor) -> None:
         """`keys` [layers, blocks, block_size, K, d]: the store. Raises UserError where chunks do not fill its blocks."""
         layers, blocks, size = keys.shape[:3]
-        if kind.chunk < 1 or size % kind.chunk:
-            fits = [n for n in range(1, size + 1) if size % n == 0]
-            raise UserError(f"chunk={kind.chunk} does not divide a KV block of {size} tokens: use one of {fits}")
         self.kind = kind
-        self.per_block = size // kind.chunk
-        parts = 1 if kind.score == "mean" else 2
+        self.per_block = kind.per_block(size)
         self._chunks = keys.view(layers, blocks * self.per_block, kind.chunk, *keys.shape[3:])
-        shape = (parts, layers, keys.shape[3], blocks, self.per_block, keys.shape[4])
+        shape = (kind.parts, layers, keys.shape[3], blocks, self.per_block, keys.shape[4])
         self._kept = torch.empty(shape, dtype=keys.dtype, device=keys.device)
 
     @property
@@ -59,6 +66,7 @@ class Summaries:
         for kept, part in zip(self._kept.flatten(3, 4), parts, strict=True):
             kept[:, :, ids] = part.to(kept.dtype).transpose(1, 2)
 
-    def read(self, where: slice | Tensor, count: int) -> tuple[Tensor, ...]:
-        """The first `count` chunks of the blocks `where`: (mean,) or (min, max), [layers, K, count, d] each."""
-        return tuple(take(kept, 2, where).flatten(2, 3)[:, :, :count] for kept in self._kept)
+    def read(self, heads: slice, where: slice | Tensor, count: int) -> tuple[Tensor, ...]:
+        """The first `count` chunks of the blocks `where`: (mean,) or (min, max), [heads, count, d] each; KV heads are counted through
+        all layers."""
+        return tuple(take(kept[heads], 1, where).flatten(1, 2)[:, :count] for kept in self._kept.flatten(1, 2))

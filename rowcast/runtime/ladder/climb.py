@@ -81,7 +81,7 @@ class Climb:
         """`lower`: all rungs but the last, cheapest first. `logit_rows`: most rows of logits held at once, if one proposal fits."""
         self.lower = lower
         self.passes: list[Pass] = []
-        """Since their reader cleared them last, as are `outcomes`."""
+        """Of the round, as are `outcomes`: whoever starts one clears them."""
         self.outcomes: list[Outcome] = []
         self._rule = rule
         self._logit_rows = logit_rows
@@ -120,12 +120,12 @@ class Climb:
                 self._settle(rung, climbers[i], proposals[i], verdict)
                 yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
 
-    def note(self, rung: int, name: str, counts: Iterable[dict[str, RungCounts]], ran: Ran, seconds: float) -> None:
-        """Book one pass, shared evenly by its sequences."""
-        each = seconds / len(ran.tokens)
+    def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, started: float) -> None:
+        """Book a pass that started then, shared by its sequences as they had tokens in it."""
+        seconds, total = time.perf_counter() - started, sum(ran.tokens)
         for found, tokens, bytes_read, refreshes in zip(counts, ran.tokens, ran.bytes_read, ran.refreshes, strict=True):
-            found[name].add(RungCounts(tokens=tokens, refreshes=refreshes, seconds=each, bytes_read=bytes_read))
-        self.passes.append(Pass(rung, sum(ran.tokens), len(ran.tokens), seconds))
+            found.add(RungCounts(tokens=tokens, refreshes=refreshes, seconds=seconds * tokens / total, bytes_read=bytes_read))
+        self.passes.append(Pass(rung, total, len(ran.tokens), seconds))
 
     def _extend(self, rung: int, wants: list[_Want]) -> None:
         """Add exactly `count` tokens of this rung's law to each path; a lookup may know fewer."""
@@ -147,18 +147,21 @@ class Climb:
             verdicts = [verdict for verdict, _ in self.verify(rung, climbers, proposals, runner, ran.hidden)]
             for want, verdict in zip(wants, verdicts, strict=True):
                 want.laws += verdict.laws
-            self.note(rung, runner.name, [c.counts for c in climbers], ran, time.perf_counter() - started)
+                if verdict.token < 0:  # a rung that cannot count proposes nothing more
+                    del want.laws[len(want.climber.path.ids) - want.start :]
+                    want.count = len(want.climber.path.ids) - want.start
+            self.note(rung, [c.counts[runner.name] for c in climbers], ran, started)
 
     def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict) -> None:
         """Cut the path to what stands, append the verifier's token, drop K/V of what does not stand."""
-        if verdict.token < 0:
+        if verdict.token < 0 and rung == len(self.lower):
             raise UserError(
                 "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
             )
         path = climber.path
         proposed = len(proposal.tokens)
         stands = len(path.ids) - proposed + verdict.accepted
-        path.ids[stands:] = [verdict.token]
+        path.ids[stands:] = [verdict.token] if verdict.token >= 0 else []
         for lower in self.lower[: rung + 1]:
             lower.truncate(path.seq_id, stands)
         below = climber.below(rung)

@@ -6,32 +6,27 @@ Expected tokens of a round over its expected time (TriForce, arXiv 2404.11912, s
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import combinations, pairwise, product
+from itertools import combinations
 from typing import TYPE_CHECKING
 
-from rowcast.runtime.ladder.costs import Acceptance, PassTimes, entry, expected_passes, expected_tokens
+from rowcast.runtime.ladder.costs import Acceptance, Chance, PassTimes, context_class, entry, expected_tokens, rounded
 from rowcast.runtime.ladder.ngram import NgramLookup
+from rowcast.runtime.ladder.options import GAMMAS as GAMMAS
+from rowcast.runtime.ladder.options import Options
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.spec import Ladder
 
 if TYPE_CHECKING:
     from rowcast.runtime.ladder.climb import Outcome, Pass
 
-GAMMAS = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Asked of the uppermost rung in use. The largest bounds what a round drafts where nothing is pinned."""
-_INNER_GAMMAS = (1, 2, 4)
-_TRIAL_GAMMAS = (1, 2)
-"""Of a rung that has not been timed."""
-
 _PRIORS = {"ngram": (0.3, 0.6, 0.85), "draft": (0.5,), "self": (0.85,)}
 """Acceptance before any was measured; of n-grams by the length of the match."""
-_MATCHES = (4, 8)
-"""Where the second and the third class of match lengths begin."""
-_LOOKUP_SECONDS = 1e-5
+_MATCHES = (1, 4, 8)
+"""Where classes of match lengths begin."""
 
 _PLAIN_ROUNDS = 3
 """Before the first that speculates, to compare with."""
@@ -39,24 +34,26 @@ _GAIN, _LOSS = 1.03, 1.01
 """Speculation starts where it is so much faster than plain, and stops where it is no longer so much faster."""
 _DOUBT = 0.4
 """Added to both, over the number of plain rounds timed."""
-_SMALL_GAIN = 1.15
-"""Below it a plain round is timed now and then, to be sure."""
+_PLAIN_APART = 32
+"""Rounds between two plain ones, whatever speculation gains: it is plain's time that it is judged by."""
 _TRIALS_APART = 2
 """A decision that lasts more rounds is kept between two trials."""
 _PURSE_START, _PURSE_SHARE, _PURSE_MOST, _PURSE_LEAST = 2.0, 0.01, 3.0, -1.0
 """In plain rounds: at first, gained a round, bounds."""
 _LARGEST_LOSS = 3.0
-"""Plain rounds that one round may cost the purse: a cold call is no evidence."""
+"""Plain rounds that one round may cost the purse, beside catching up: a cold call is no evidence."""
 _NAMED_PURSE = 16.0
 """At first, where the user named the rungs."""
 _HORIZON = 64
-"""Tokens that a sequence is taken to have before it at least; else as many as it has generated."""
+"""Tokens that a sequence is taken to have before it; or as many as it has generated; never more than it may still generate."""
 _TRIAL_CATCH_UP = 0.03
-"""Share of the horizon's time that an untried draft may take to catch up."""
+"""Share of the horizon's time that a draft may take to catch up for a trial."""
 _BULK_SHARE = 0.1
 """Time of one token among many over that of a pass of one, before it is known."""
 _MOST_ROUNDS = 16
 """A decision is thought over after 1, 2, 4, ... rounds, at most so many."""
+
+_NONE = Chance(0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -64,6 +61,8 @@ class _Decision:
     gammas: tuple[int, ...]
     until: int
     """The round that it is thought over in."""
+    thought: int = -1
+    """The round that it was thought over in last."""
     lasts: int = 1
     """Rounds between thoughts."""
     trial: tuple[int, ...] | None = None
@@ -72,25 +71,29 @@ class _Decision:
 
 @dataclass(slots=True)
 class _Sequence:
+    asked_in: int = -1
+    """The round of the last call."""
+    length: int = 0
+    generated: int = 0
     match_class: int = 0
+    """-1: nothing matches."""
     reached: dict[int, int] = field(default_factory=dict)
     """By draft rung: the sequence's length when the rung was last used."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Forecast:
-    """Of one sequence in a round in which all decoding sequences do as it does."""
+class _Ask:
+    """What a decision is for."""
 
-    gammas: tuple[int, ...]
-    tokens: float
-    hoped: float
-    """Tokens, if acceptance is as high as it may be."""
-    seconds: float
-    extra: float
-    """Seconds for each token, to catch up."""
-
-    def rate(self, tokens: float) -> float:
-        return tokens / (self.seconds + tokens * self.extra)
+    group: int
+    batch: int
+    context: int
+    """Tokens in the contexts of all that decode."""
+    generated: int
+    horizon: int
+    match_class: int
+    lacks: dict[int, int]
+    """By draft rung that is far behind: tokens that it has to run first."""
 
 
 class Controller:
@@ -102,49 +105,96 @@ class Controller:
         """`adaptive`: the rungs were found by `auto`, so that trials must cost next to nothing. `lookup`: that of the rung ngram, if
         there is one. `cost_ratios`: for each lower rung, the bytes that its pass reads over the last rung's."""
         self._rungs = ladder.lower
+        self._drafts = [rung for rung, spec in enumerate(self._rungs) if spec.kind == "draft"]
+        self._all_pinned = all(spec.gamma is not None for spec in self._rungs)
         self._adaptive = adaptive
         self._lookup = lookup
         self._ratios = list(cost_ratios or [0.5] * len(self._rungs))
         self._times = [PassTimes() for _ in ladder.rungs]
+        self._options = Options(self._rungs, self._times, self._ratios)
+        self._plain_due: bool | None = None
+        """In this round; None before that is known."""
+        self._plain_until: dict[int, int] = {}
+        """By class of context: the round up to which all were plain last."""
         self._acceptance: dict[tuple[int, int, int], Acceptance] = {}
         """By proposer, verifier and class of match."""
-        self._decisions: OrderedDict[tuple[int, tuple[bool, ...], int, int], _Decision] = OrderedDict()
-        """By group, usable rungs, batch and class of match."""
+        self._decisions: OrderedDict[tuple[int, tuple[bool, ...], bool, int, int], _Decision] = OrderedDict()
+        """By group, usable rungs, whether a draft is far behind, batch and class of match."""
         self._sequences: OrderedDict[int, _Sequence] = OrderedDict()
+        self._lengths: OrderedDict[int, int] = OrderedDict()
+        """Of the sequences asked about last, as many as decode."""
+        self._length_sum = 0
+        self._batch = 1
         self._round = 0
         self._purse = _PURSE_START if adaptive else _NAMED_PURSE
+        self._debt = 0.0
+        """Plain rounds spent to catch up that nothing has paid for yet."""
         self._passes: list[Pass] = []
+        self._caught_up = 0.0
+        """Seconds of those of them that caught up."""
+        self._uses: dict[int, tuple[list[int], dict[int, int]]] = {}
+        """By sequence: draft rungs that it uses in this round, and what they lack."""
+        self._behind: dict[int, int] = {}
+        """By draft rung: tokens that it has to catch up in this round."""
+        self._proposed = 0
+        """Tokens proposed to the last rung in this round."""
         self._gained = 0
-        """Tokens that proposals gave in this round, beside the last rung's own."""
+        """Those of them that stood."""
 
-    def choose(self, group: int, *, batch: int, path: Path, room: int, allowed: Sequence[bool]) -> tuple[int, ...]:
+    def choose(self, group: int, *, batch: int, path: Path, room: int, left: int, allowed: Sequence[bool]) -> tuple[int, ...]:
         """For each rung below the last, how many tokens the next one in use asks of it at a time; 0: not used.
 
         Rungs that are not `allowed` are not used. `batch`: sequences that decode in this round. `room` >= 1: the uppermost rung in use
-        is asked for no more. Call it for every decoding sequence before a round.
+        is asked for no more. `left`: most tokens that the request may still generate. Call it for every decoding sequence before a
+        round; where it is called again for one of them, the last call counts.
         """
         self._settle()
         sequence = entry(self._sequences, path.seq_id, _Sequence)
-        usable = tuple(ok and self._usable(rung, path, sequence) for rung, ok in enumerate(allowed))
-        if all(rung.gamma is not None for rung in self._rungs):
-            gammas = tuple(rung.gamma or 0 if ok else 0 for rung, ok in zip(self._rungs, usable, strict=True))
-        else:
-            key = (group, usable, batch, sequence.match_class)
-            decision = entry(self._decisions, key, lambda: _Decision((0,) * len(usable), 0))
-            if self._round >= decision.until:
-                self._decide(decision, group, usable, batch, path, sequence)
-            gammas = decision.gammas
-            if decision.trial is not None:
-                gammas, decision.trial = decision.trial, None
-        for rung, gamma in enumerate(gammas):
-            if gamma and self._rungs[rung].kind == "draft":
-                sequence.reached[rung] = path.committed
+        if sequence.asked_in == self._round and sequence.length < path.committed:
+            self._next_round()  # nothing was observed of the last one
+        sequence.asked_in = self._round
+        self._note_length(path, batch, sequence)
+        lacks = {}
+        for rung in self._drafts:
+            missing = path.committed - sequence.reached.get(rung, 0)
+            if missing > max(GAMMAS):
+                lacks[rung] = missing
+        if self._lookup is not None:
+            sequence.match_class = bisect(_MATCHES, self._lookup.match_length(path)) - 1
+        usable = tuple([ok and self._usable(rung, sequence) for rung, ok in enumerate(allowed)])
+        gammas = self._gammas(group, usable, batch, left, sequence, lacks)
+        drafts = [rung for rung in self._drafts if gammas[rung]]
+        if drafts:
+            self._uses[path.seq_id] = drafts, lacks
+        elif self._uses:
+            self._uses.pop(path.seq_id, None)
         return _within(gammas, room)
 
     def observe_pass(self, ran: Pass) -> None:
         """Call it for every pass of a lower rung, and for the last rung's where all its sequences decode."""
-        self._times[ran.rung].add(ran.tokens, ran.sequences, ran.seconds)
+        if not self._passes:
+            self._note_uses()
         self._passes.append(ran)
+        times = self._times[ran.rung]
+        if ran.tokens >= self._behind.get(ran.rung, ran.tokens + 1):
+            del self._behind[ran.rung]
+            self._caught_up += ran.seconds
+            times.add_bulk(ran.tokens, ran.seconds)
+            return
+        context = self._context(ran.sequences)
+        shift = times.add(ran.tokens, ran.sequences, context, ran.seconds, self._round)
+        if ran.rung < len(self._rungs):
+            return
+        kind = context_class(context)
+        if ran.tokens == ran.sequences:
+            again = shift is not None and not shift.sure
+            self._plain_until[kind] = max(self._round + again, self._plain_until.get(kind, 0))
+        if shift is not None and shift.sure:
+            for each in self._times:
+                each.scale(shift, same_rung=each is times)
+            self._options.clear()
+            if ran.tokens != ran.sequences:
+                self._plain_until.clear()
 
     def observe_outcome(self, group: int, outcome: Outcome) -> None:
         """Call it for every proposal of the round, after the passes."""
@@ -152,58 +202,123 @@ class Controller:
         match_class = sequence.match_class if sequence and self._rungs[outcome.proposer].kind == "ngram" else 0
         self._chances(outcome.proposer, outcome.verifier, match_class).add(group, outcome.proposed, outcome.accepted, self._round)
         if outcome.verifier == len(self._rungs):
+            self._proposed += outcome.proposed
             self._gained += outcome.accepted
 
-    def _usable(self, rung: int, path: Path, sequence: _Sequence) -> bool:
-        """Whether this rung may make sense for this sequence now. Notes the class of its n-gram match."""
+    def forget_kv(self, seq_id: int) -> None:
+        """No rung has K/V of this sequence any more."""
+        self._sequences.pop(seq_id, None)
+        self._uses.pop(seq_id, None)
+
+    def _note_length(self, path: Path, batch: int, sequence: _Sequence) -> None:
+        self._batch = batch
+        sequence.length, sequence.generated = path.committed, path.committed - path.prompt_length
+        self._length_sum += path.committed - self._lengths.pop(path.seq_id, 0)
+        self._lengths[path.seq_id] = path.committed
+        while len(self._lengths) > batch:
+            self._length_sum -= self._lengths.popitem(last=False)[1]
+
+    def _context(self, batch: int) -> int:
+        """Tokens in the contexts of so many sequences."""
+        return self._length_sum * batch // max(1, len(self._lengths))
+
+    def _usable(self, rung: int, sequence: _Sequence) -> bool:
+        """Whether this rung may make sense for this sequence now."""
         spec = self._rungs[rung]
-        if spec.kind == "ngram" and self._lookup is not None:
-            length = self._lookup.match_length(path)
-            sequence.match_class = sum(length >= bound for bound in _MATCHES)
-            return length > 0 or spec.gamma is not None
-        if spec.gamma is not None:
+        if spec.gamma is not None or spec.kind == "draft":
             return True
-        if spec.kind == "self":
-            assert spec.kv is not None
-            return path.committed >= 2 * spec.kv
-        if self._adaptive and not self._times[rung].known:
-            plain = self._times[-1].seconds(1) or 0.0
-            return self._catch_up_seconds(rung, path, sequence) <= _TRIAL_CATCH_UP * plain * max(_HORIZON, _generated(path))
-        return True
+        if spec.kind == "ngram":
+            return sequence.match_class >= 0
+        assert spec.kv is not None
+        return sequence.length >= 2 * spec.kv
 
-    def _catch_up_seconds(self, rung: int, path: Path, sequence: _Sequence) -> float:
-        """Until this draft has run the tokens that it lacks."""
-        lacks = path.committed - sequence.reached.get(rung, 0)
-        if lacks <= max(GAMMAS):
-            return 0.0
-        each = self._times[rung].bulk_token_seconds()
-        if each is None:
-            each = self._ratios[rung] * (
-                self._times[-1].bulk_token_seconds() or _BULK_SHARE * (self._times[-1].seconds(1) or 0.0)
-            )
-        return lacks * each
-
-    def _decide(
-        self, decision: _Decision, group: int, usable: tuple[bool, ...], batch: int, path: Path, sequence: _Sequence
-    ) -> None:
-        """Think a decision over: what is expected to be fastest, or what may be faster still if the purse pays for the trial."""
+    def _gammas(
+        self, group: int, usable: tuple[bool, ...], batch: int, left: int, sequence: _Sequence, lacks: dict[int, int]
+    ) -> tuple[int, ...]:
+        if self._all_pinned:
+            return tuple(rung.gamma or 0 if ok else 0 for rung, ok in zip(self._rungs, usable, strict=True))
         pinned = any(ok and rung.gamma is not None for ok, rung in zip(usable, self._rungs, strict=True))
-        plain = self._times[-1].seconds(batch)
-        if not pinned and (plain is None or self._round < _PLAIN_ROUNDS):
-            decision.gammas, decision.until = (0,) * len(usable), self._round + 1
+        if not any(usable) or (not pinned and self._plain_is_due(batch)):
+            return (0,) * len(usable)
+        key = (group, usable, bool(lacks), rounded(batch), sequence.match_class)
+        decision = entry(self._decisions, key, lambda: _Decision((0,) * len(usable), 0))
+        catches_up = lacks and any(decision.gammas) and self._round > decision.thought
+        if self._round >= decision.until or catches_up:
+            horizon = max(1, min(left, max(_HORIZON, sequence.generated)))
+            ask = _Ask(group, batch, self._context(batch), sequence.generated, horizon, sequence.match_class, lacks)
+            self._decide(decision, usable, pinned, ask)
+        trial, decision.trial = decision.trial, None
+        return trial or decision.gammas
+
+    def _plain_is_due(self, batch: int) -> bool:
+        """Whether all sequences are plain in this round, to time it."""
+        if self._plain_due is None:
+            kind = context_class(self._context(batch))
+            until = self._plain_until.get(kind)
+            if until is None or self._round - until >= _PLAIN_APART:
+                until = self._plain_until[kind] = self._round
+            self._plain_due = self._round <= until
+        return self._plain_due
+
+    def _affordable(self, rung: int, ask: _Ask) -> bool:
+        """Whether this rung may catch up, if it has to."""
+        if rung not in ask.lacks or self._rungs[rung].gamma is not None:
+            return True
+        if self._debt > max(self._purse, 0.0):
+            return False
+        return not self._adaptive or self._times[rung].known or self._catches_up_soon([rung], ask)
+
+    def _catch_up_seconds(self, rung: int, ask: _Ask) -> float:
+        """Until this draft has run the tokens that it lacks of this sequence. All sequences wait for it."""
+        if rung not in ask.lacks:
+            return 0.0
+        lacks, last = ask.lacks[rung], self._times[-1]
+        measured = self._times[rung].bulk_seconds(lacks)
+        if measured is not None:
+            return measured
+        one, plain = last.seconds(1, ask.context) or 0.0, last.seconds(ask.batch, ask.context) or 0.0
+        each = last.token_seconds(ask.context)
+        return lacks * self._ratios[rung] * min(_BULK_SHARE * one if each is None else each, plain / ask.batch)
+
+    def _catches_up_soon(self, rungs: Iterable[int], ask: _Ask) -> bool:
+        """Whether a trial of these drafts is lost in what the sequence takes anyway."""
+        plain = self._times[-1].seconds(ask.batch, ask.context) or 0.0
+        return sum(self._catch_up_seconds(rung, ask) for rung in rungs) <= _TRIAL_CATCH_UP * plain * ask.horizon
+
+    def _decide(self, decision: _Decision, usable: tuple[bool, ...], pinned: bool, ask: _Ask) -> None:
+        """Think a decision over: what is expected to be fastest, or what may be faster still if the purse pays for the trial."""
+        decision.thought = self._round
+        if not pinned and (self._round < _PLAIN_ROUNDS or not self._times[-1].known):
+            decision.until = self._round + 1
             return
-        forecasts = self._forecasts(group, usable, batch, path, sequence, plain or 1.0)
-        best = max(forecasts, key=lambda f: f.rate(f.tokens))
+        if ask.lacks:
+            usable = tuple(ok and self._affordable(rung, ask) for rung, ok in enumerate(usable))
+        top = len(usable)
+        rungs = [rung for rung, ok in enumerate(usable) if ok]
+        chances = {
+            pair: self._chances(*pair, ask.match_class).chance(ask.group, self._round) for pair in combinations([*rungs, top], 2)
+        }
+        inner = {pair: chance.mean for pair, chance in chances.items() if pair[1] < top}
+        options = self._options.find(usable, ask.batch, ask.context, inner, self._round)
+        catch_up = {r: self._catch_up_seconds(r, ask) for r in ask.lacks}
+        extra = {r: seconds * ask.batch / ask.horizon for r, seconds in catch_up.items()}  # as all wait for all
+        rates, hopes = [], []
+        for option in options:
+            chance = chances.get((option.upper, top), _NONE)
+            rates.append(option.rate(expected_tokens(chance.mean, option.gamma), extra))
+            hopes.append(option.rate(expected_tokens(chance.high, option.gamma), extra))
+        rate, hope = max(rates), max(hopes)
+        best = options[rates.index(rate)]
         if not pinned:
-            assert plain is not None
-            gain = best.rate(best.tokens) * plain
-            bar = (_LOSS if any(decision.gammas) else _GAIN) + _DOUBT / max(self._times[-1].samples(batch), _PLAIN_ROUNDS)
-            tired = gain < _SMALL_GAIN and any(decision.gammas) and decision.lasts == _MOST_ROUNDS
-            if gain < bar or tired or self._purse <= _PURSE_LEAST:
-                best = forecasts[0]  # plain
-            hoped = max(forecasts, key=lambda f: f.rate(f.hoped))
-            better = hoped.rate(hoped.hoped) > max(_GAIN * best.rate(best.tokens), bar / plain)
-            if better and hoped.seconds - plain <= self._purse * plain:
+            plain = options[0].seconds
+            bar = _LOSS if any(decision.gammas) else _GAIN
+            bar += _DOUBT / max(self._times[-1].samples(ask.batch, ask.context), _PLAIN_ROUNDS)
+            if rate * plain < bar or self._purse <= _PURSE_LEAST:
+                best, rate = options[0], rates[0]
+            hoped = options[hopes.index(hope)]
+            price = hoped.seconds - plain + sum(catch_up.get(r, 0.0) for r in hoped.drafts)
+            better = hope > max(_GAIN * rate, bar / plain) and price <= (self._purse + _TRIAL_CATCH_UP * ask.generated) * plain
+            if better and (not self._adaptive or self._catches_up_soon(hoped.drafts, ask)):
                 decision.trial = hoped.gammas
         if list(map(bool, best.gammas)) == list(map(bool, decision.gammas)):
             decision.lasts = min(2 * decision.lasts, _MOST_ROUNDS)
@@ -212,109 +327,57 @@ class Controller:
         decision.gammas = best.gammas
         decision.until = self._round + (1 if decision.trial is not None and decision.lasts <= _TRIALS_APART else decision.lasts)
 
-    def _forecasts(
-        self, group: int, usable: tuple[bool, ...], batch: int, path: Path, sequence: _Sequence, plain: float
-    ) -> list[_Forecast]:
-        """Of all choices worth a thought; without pinned rungs the first is plain."""
-        top = len(usable)
-        horizon = max(_HORIZON, _generated(path))
-        extra = [
-            self._catch_up_seconds(r, path, sequence) / horizon if usable[r] and self._rungs[r].kind == "draft" else 0.0
-            for r in range(top)
-        ]
-        catching_up = any(extra)
-        means: dict[tuple[int, int], float] = {}
-        highs: dict[tuple[int, int], float] = {}
-        for proposer, verifier in combinations([r for r, ok in enumerate(usable) if ok] + [top], 2):
-            match_class = sequence.match_class if self._rungs[proposer].kind == "ngram" else 0
-            chance = self._chances(proposer, verifier, match_class).chance(group, self._round)
-            means[proposer, verifier], highs[proposer, verifier] = chance.mean, chance.high
-        seconds: dict[tuple[int, int], float] = {}
-        most = 2 * self._times[-1].most_tokens + batch  # no pass far longer than those that were measured
-        found = []
-        for gammas in self._choices(usable):
-            used = [r for r in range(top) if gammas[r]]
-            gamma = gammas[used[-1]] if used else 0
-            if batch * (gamma + 1) > most and self._rungs[used[-1]].gamma is None:
-                continue
-            inner = [means[pair] for pair in pairwise(used)]
-            total = 0.0
-            passes = expected_passes(inner, [gammas[r] for r in used], gamma) if used else []
-            for rung, (count, tokens) in zip([*used, top], [*passes, (1.0, gamma + 1)], strict=True):
-                each = seconds.get((rung, tokens))
-                if each is None:
-                    each = seconds[rung, tokens] = self._pass_seconds(rung, batch * tokens, plain)
-                total += count * each
-            last = (used[-1], top) if used else None
-            found.append(
-                _Forecast(
-                    gammas,
-                    expected_tokens(means[last], gamma) if last else 1.0,
-                    expected_tokens(highs[last], gamma) if last else 1.0,
-                    total,
-                    sum(extra[r] for r in used) if catching_up else 0.0,
-                )
-            )
-        return found
-
-    def _choices(self, usable: tuple[bool, ...]) -> list[tuple[int, ...]]:
-        """Gammas to compare: pinned rungs always on, at most one that was never timed."""
-        tried = tuple(rung.kind == "ngram" or times.known for rung, times in zip(self._rungs, self._times, strict=False))
-        return _choices(usable, tried, tuple(rung.gamma for rung in self._rungs))
-
-    def _pass_seconds(self, rung: int, tokens: int, plain: float) -> float:
-        if rung < len(self._rungs) and self._rungs[rung].kind == "ngram":
-            return _LOOKUP_SECONDS
-        measured = self._times[rung].seconds(tokens)
-        if measured is not None:
-            return measured
-        return plain if rung == len(self._rungs) else plain * self._ratios[rung]
-
     def _chances(self, proposer: int, verifier: int, match_class: int) -> Acceptance:
-        key = (proposer, verifier, match_class)
+        kind = self._rungs[proposer].kind
+        key = (proposer, verifier, max(0, match_class) if kind == "ngram" else 0)
         found = self._acceptance.get(key)
         if found is None:
-            found = self._acceptance[key] = Acceptance(_PRIORS[self._rungs[proposer].kind][match_class])
+            found = self._acceptance[key] = Acceptance(_PRIORS[kind][key[2]])
         return found
 
+    def _note_uses(self) -> None:
+        """The round has begun: the drafts that were chosen do catch up."""
+        for seq_id, (drafts, lacks) in self._uses.items():
+            sequence = entry(self._sequences, seq_id, _Sequence)
+            for rung in drafts:
+                sequence.reached[rung] = sequence.length
+                if rung in lacks:
+                    self._behind[rung] = self._behind.get(rung, 0) + lacks[rung]
+
     def _settle(self) -> None:
-        """Close the round that was observed: what speculation lost comes out of the purse, what it gained goes in."""
-        if not self._passes:
+        """Close the round that was observed: what speculation lost comes out of the purse, what it gained goes in.
+
+        A round in which others prefill has no pass of the last rung: it is taken to have cost what such a pass does.
+        """
+        if not self._passes and not self._proposed:
             return
-        top = len(self._rungs)
-        last = [ran for ran in self._passes if ran.rung == top]
-        plain = self._times[top].seconds(last[0].sequences) if last else None
+        times = self._times[-1]
+        last = next((ran for ran in self._passes if ran.rung == len(self._rungs)), None)
+        decoding = last.sequences if last else self._batch
+        context = self._context(decoding)
+        plain = times.seconds(decoding, context)
         if plain is not None:
-            spent = sum(ran.seconds for ran in self._passes) / plain
-            self._purse += _PURSE_SHARE * spent
-            if self._gained or len(self._passes) > 1 or last[0].tokens > last[0].sequences:
-                self._purse -= min(spent - 1 - self._gained / last[0].sequences, _LARGEST_LOSS)
+            seconds = sum(ran.seconds for ran in self._passes) - self._caught_up
+            if last is None:
+                seconds += times.seconds(decoding + self._proposed, context) or plain
+            self._debt += self._caught_up / plain
+            income, loss = _PURSE_SHARE * seconds / plain, 0.0
+            if self._proposed or len(self._passes) > (last is not None):
+                loss = seconds / plain - 1 - self._gained / decoding
+            income += max(0.0, -loss)
+            paid = min(self._debt, income)
+            self._debt -= paid
+            self._purse += income - paid - min(max(0.0, loss), _LARGEST_LOSS)
             self._purse = min(max(self._purse, _PURSE_LEAST), max(_PURSE_MOST, _NAMED_PURSE * (not self._adaptive)))
+        self._next_round()
+
+    def _next_round(self) -> None:
         self._passes.clear()
-        self._gained = 0
+        self._uses.clear()
+        self._behind.clear()
+        self._caught_up, self._proposed, self._gained = 0.0, 0, 0
+        self._plain_due = None
         self._round += 1
-
-
-@lru_cache(maxsize=256)
-def _choices(usable: tuple[bool, ...], tried: tuple[bool, ...], pinned: tuple[int | None, ...]) -> list[tuple[int, ...]]:
-    """All gammas of all sets of usable rungs, the smallest set first; a set holds all pinned rungs and at most one untried one."""
-    rungs = [r for r, ok in enumerate(usable) if ok]
-    found = []
-    for size in range(len(rungs) + 1):
-        for used in combinations(rungs, size):
-            if any(pinned[r] is not None and r not in used for r in rungs):
-                continue
-            if sum(not tried[r] and pinned[r] is None for r in used) > 1:
-                continue
-            grids = []
-            for r in used:
-                gamma = pinned[r]
-                grid = GAMMAS if r == used[-1] else _INNER_GAMMAS
-                grids.append((gamma,) if gamma is not None else grid if tried[r] else _TRIAL_GAMMAS)
-            for gammas in product(*grids):
-                chosen = dict(zip(used, gammas, strict=True))
-                found.append(tuple(chosen.get(r, 0) for r in range(len(usable))))
-    return found
 
 
 def _within(gammas: tuple[int, ...], room: int) -> tuple[int, ...]:
@@ -323,7 +386,3 @@ def _within(gammas: tuple[int, ...], room: int) -> tuple[int, ...]:
     if top is None or gammas[top] <= room:
         return gammas
     return (*gammas[:top], room, *gammas[top + 1 :])
-
-
-def _generated(path: Path) -> int:
-    return path.committed - path.prompt_length

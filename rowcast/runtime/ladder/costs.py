@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ V = TypeVar("V")
 
 _MOST_ENTRIES = 1024
 
-_SAMPLES = 16
+_SAMPLES, _SAMPLE_ROUNDS = 16, 256
+"""The newest that count, and how old they may be."""
 _FADE = 0.99
 """What a test counts for a round later."""
 _PRIOR_TESTS, _GROUP_TESTS, _ALL_TESTS = 4.0, 64.0, 256.0
@@ -25,73 +26,196 @@ _BULK_TOKENS = 32
 """A pass with more tokens for each of its sequences is one that catches up; its time tells nothing about others."""
 _SLOPE = 0.1
 """What a token more adds to a pass of one, as a share of it, before that is known."""
+_SMALL_CONTEXT = 512
+"""Tokens. Less is one class."""
+_SHIFT_PASSES, _SHIFT_BEFORE, _SHIFT_LEAST = 3, 5, 1.05
+"""So many passes in a row, slower or faster by that factor than each of so many earlier ones, show that the machine's speed changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """The newest passes of one kind were all slower, or all faster, than each earlier one."""
+
+    factor: float
+    """Of their seconds."""
+    since: int
+    """The round of the last pass that was as before."""
+    began: int
+    """That of the first that was not."""
+    now: int
+    sure: bool
+    """They were enough to say so, and what came before is forgotten."""
 
 
 class PassTimes:
-    """Seconds of one rung's passes, as a function of the tokens in them: the newest without outliers, straight lines between them."""
+    """Seconds of one rung's passes by the tokens in them: the newest without outliers, straight lines between them.
+
+    Each class of total context (a power of two of tokens) has its own line. One that was never measured borrows the nearest's.
+    """
 
     def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_SAMPLES))
-        self._trusted: dict[int, float] = {}
-        self._tokens: list[int] = []
-        """Keys of `_trusted`, sorted."""
-        self._per_bulk_token: float | None = None
+        self._lines: dict[int, _Line] = {}
+        """By class of context."""
+        self._bulk: dict[int, tuple[int, float]] = {}
+        """The newest pass of each power of two of tokens: tokens, seconds."""
+        self.points = 0
+        """Kinds of passes that were measured twice."""
 
-    def add(self, tokens: int, sequences: int, seconds: float) -> None:
-        """One pass of `tokens` tokens in all."""
+    def add(self, tokens: int, sequences: int, context: int, seconds: float, now: int) -> Shift | None:
+        """One pass of `tokens` tokens in all, over sequences of `context` tokens in all, in round `now`. Returns whether such passes
+        take longer or less long than they did."""
         if tokens > _BULK_TOKENS * sequences:
-            self._per_bulk_token = seconds / tokens
-            return
-        samples = self._samples[tokens]
-        samples.append(seconds)
-        # A first pass may be a cold one: it counts only where it was faster than expected.
-        if len(samples) > 1:
-            self._trusted[tokens] = _typical(samples)
-            self._tokens = sorted(self._trusted)
+            self.add_bulk(tokens, seconds)
+            return None
+        line = self._lines.setdefault(context_class(context), _Line())
+        points = len(line.tokens)
+        shift = line.add(rounded(tokens), seconds, now)
+        self.points += len(line.tokens) - points
+        return shift
+
+    def add_bulk(self, tokens: int, seconds: float) -> None:
+        """A pass that caught up."""
+        self._bulk[tokens.bit_length()] = tokens, seconds
+
+    def scale(self, shift: Shift, *, same_rung: bool) -> None:
+        """The machine's speed changed: what was measured before takes longer or less long now. `same_rung`: this rung's passes showed
+        it, so that what may have been measured before or after is better forgotten."""
+        for line in self._lines.values():
+            line.scale(shift, forget=same_rung)
+        self.points = sum(len(line.tokens) for line in self._lines.values())
 
     @property
     def known(self) -> bool:
-        return bool(self._trusted)
-
-    def samples(self, tokens: int) -> int:
-        """Passes of so many tokens that were measured, the newest at least."""
-        return len(self._samples.get(tokens, ()))
+        return self.points > 0
 
     @property
     def most_tokens(self) -> int:
         """In a pass that was measured; 0 before the first."""
-        return max(self._samples, default=0)
+        return max((tokens for line in self._lines.values() for tokens in line.samples), default=0)
 
-    def seconds(self, tokens: int) -> float | None:
+    def samples(self, tokens: int, context: int) -> int:
+        """Passes of so many tokens over about so much context that were measured, the newest at least."""
+        line = self._lines.get(context_class(context))
+        return len(line.samples.get(rounded(tokens), ())) if line else 0
+
+    def seconds(self, tokens: int, context: int) -> float | None:
         """Of a pass; None before any was measured twice."""
-        if not self._trusted:
+        near = self._nearest(context)
+        if not near:
             return None
+        slope = near[0].slope
+        if slope is None:  # one point: the next line that has two knows how steep
+            slope = next((line.slope for line in near if line.slope is not None), near[0].guessed_slope)
+        return near[0].seconds(rounded(tokens), slope)
+
+    def bulk_seconds(self, tokens: int) -> float | None:
+        """To catch up so many tokens; None before any were. In proportion to one pass, or in line with the two nearest in size."""
+        near = sorted(self._bulk.values(), key=lambda bulk: abs(bulk[0] - tokens))[:2]
+        if not near:
+            return None
+        (low, fast), (high, slow) = min(near), max(near)
+        if low == high or slow <= fast:
+            return slow * tokens / high
+        return max(fast + (slow - fast) * (tokens - low) / (high - low), fast * tokens / max(low, tokens))
+
+    def token_seconds(self, context: int) -> float | None:
+        """That a token more adds to a pass; None before that is known."""
+        return next((line.slope for line in self._nearest(context) if line.slope is not None), None)
+
+    def _nearest(self, context: int) -> list[_Line]:
+        """Lines with a trusted point, the class of `context` first."""
+        mine = context_class(context)
+        return [self._lines[c] for c in sorted(self._lines, key=lambda c: abs(c - mine)) if self._lines[c].tokens]
+
+
+class _Line:
+    """Seconds by tokens, in one class of context."""
+
+    def __init__(self) -> None:
+        self.samples: dict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=_SAMPLES))
+        """By tokens: (round, seconds), oldest first."""
+        self.tokens: list[int] = []
+        """Where it is trusted, sorted."""
+        self._trusted: dict[int, float] = {}
+
+    def add(self, tokens: int, seconds: float, now: int) -> Shift | None:
+        samples = self.samples[tokens]
+        while samples and samples[0][0] < now - _SAMPLE_ROUNDS:
+            samples.popleft()
+        samples.append((now, seconds))
+        shift = _shift(samples)
+        while shift and shift.sure and len(samples) > _SHIFT_PASSES:
+            samples.popleft()
+        # A first pass may be a cold one: it counts only where it was faster than expected.
+        if len(samples) > 1:
+            self._trust(tokens)
+        return shift
+
+    def scale(self, shift: Shift, *, forget: bool) -> None:
+        for tokens, samples in list(self.samples.items()):
+            newest = samples[-1][0]
+            if newest < shift.since:
+                self.samples[tokens] = deque(((shift.now, seconds * shift.factor) for _, seconds in samples), maxlen=_SAMPLES)
+                if tokens in self._trusted:
+                    self._trust(tokens)
+            elif forget and newest < shift.began:
+                del self.samples[tokens]
+                if self._trusted.pop(tokens, None):
+                    self.tokens.remove(tokens)
+
+    def seconds(self, tokens: int, slope: float) -> float:
+        """`slope`: what a token more takes beyond the ends."""
         if tokens in self._trusted:
             return self._trusted[tokens]
-        line = self._line(tokens)
-        return min(line, self._samples[tokens][0]) if tokens in self._samples else line
-
-    def bulk_token_seconds(self) -> float | None:
-        """Of one token among many; None before that can be said."""
-        if self._per_bulk_token is None and len(self._tokens) > 1:
-            return self._slope()
-        return self._per_bulk_token
-
-    def _line(self, tokens: int) -> float:
-        place = bisect_left(self._tokens, tokens)
-        if 0 < place < len(self._tokens):
-            low, high = self._tokens[place - 1], self._tokens[place]
+        place = bisect_left(self.tokens, tokens)
+        if 0 < place < len(self.tokens):
+            low, high = self.tokens[place - 1], self.tokens[place]
             share = (tokens - low) / (high - low)
-            return (1 - share) * self._trusted[low] + share * self._trusted[high]
-        nearest = self._tokens[0 if place == 0 else -1]
-        return max(self._trusted[nearest] + self._slope() * (tokens - nearest), self._trusted[nearest] / 2)
+            found = (1 - share) * self._trusted[low] + share * self._trusted[high]
+        else:
+            nearest = self.tokens[0 if place == 0 else -1]
+            found = max(self._trusted[nearest] + slope * (tokens - nearest), self._trusted[nearest] / 2)
+        return min(found, self.samples[tokens][-1][1]) if tokens in self.samples else found
 
-    def _slope(self) -> float:
-        """Seconds that a token more takes."""
-        low, high = self._tokens[0], self._tokens[-1]
-        if low == high:
-            return _SLOPE * self._trusted[low] / math.sqrt(low)
-        return max(0.0, (self._trusted[high] - self._trusted[low]) / (high - low))
+    @property
+    def slope(self) -> float | None:
+        """Seconds that a token more takes; None with one point."""
+        low, high = self.tokens[0], self.tokens[-1]
+        return max(0.0, (self._trusted[high] - self._trusted[low]) / (high - low)) if low < high else None
+
+    @property
+    def guessed_slope(self) -> float:
+        return _SLOPE * self._trusted[self.tokens[0]] / math.sqrt(self.tokens[0])
+
+    def _trust(self, tokens: int) -> None:
+        if tokens not in self._trusted:
+            insort(self.tokens, tokens)
+        self._trusted[tokens] = _typical([seconds for _, seconds in self.samples[tokens]])
+
+
+def context_class(context: int) -> int:
+    """Powers of two; what is small takes no time to read."""
+    return (context // _SMALL_CONTEXT).bit_length()
+
+
+def rounded(count: int) -> int:
+    """To four significant bits, so that ragged passes of about one size share what was measured."""
+    shift = max(0, count.bit_length() - 4)
+    return (count + (1 << shift >> 1)) >> shift << shift
+
+
+def _shift(samples: Sequence[tuple[int, float]]) -> Shift | None:
+    """Judged by rank, so that noise sets its own bar. `samples`: (round, seconds), oldest first."""
+    rounds = [then for then, _ in samples]
+    seconds = [each for _, each in samples]
+    for count in range(_SHIFT_PASSES, 0, -1):
+        before, after = seconds[:-count], seconds[-count:]
+        if len(before) < _SHIFT_BEFORE:
+            continue
+        if min(after) > max(before) * _SHIFT_LEAST or max(after) * _SHIFT_LEAST < min(before):
+            factor = _typical(after) / _typical(before)
+            return Shift(factor, rounds[-count - 1], rounds[-count], rounds[-1], count == _SHIFT_PASSES)
+    return None
 
 
 def _typical(samples: Sequence[float]) -> float:

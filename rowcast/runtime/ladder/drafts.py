@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
+
+_FIX = "use a draft that was made for this model's tokenizer"
+_RUNG_IN_NAME = re.compile(r"/(ngram|draft|self|plain|full)(?=[:/]|$)")
+_ADVICE = re.compile(r", or leave --model out[^;]*|, or pass --model[^;]*")
+"""What a sentence about a model that cannot be opened says of --model, which is not where a draft comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +40,57 @@ def open_drafts(
     for rung in ladder.lower:
         if rung.model is None or rung.model in found:
             continue
-        checkpoint = (opened or {}).get(rung.model) or open_checkpoint(rung.model)
-        draft = Draft(checkpoint, spec_from_config(checkpoint.config), checkpoint.source.fingerprint())
-        if draft.spec.vocab_size != spec.vocab_size:
-            raise UserError(
-                f"the draft {rung.model} has a vocabulary of {draft.spec.vocab_size} tokens and the model one of {spec.vocab_size}: "
-                "use a draft that was made for this model's tokenizer"
-            )
-        if tokenizer is not None:
-            _check_tokens(rung.model, checkpoint, tokenizer)
+        checkpoint = (opened or {}).get(rung.model) or _open(rung.model)
+        draft = Draft(checkpoint, _spec(rung.model, checkpoint), checkpoint.source.fingerprint())
+        _check_vocabulary(rung.model, draft, spec, tokenizer)
         found[rung.model] = draft
     return found
 
 
-def _check_tokens(name: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+def _open(name: str) -> Checkpoint:
     try:
-        theirs = _tokens(load_tokenizer(checkpoint))
-    except UserError:  # none that can be read: token ids do without
+        return open_checkpoint(name)
+    except UserError as error:
+        rung = _RUNG_IN_NAME.search(name)
+        meant = f"rungs are separated by ' / ', so write ' / {rung[1]}' if a rung was meant" if rung else ""
+        fix = meant or "name another model with draft=MODEL"
+        reason = _ADVICE.sub("", str(error)).rstrip(".")
+        raise UserError(f"the draft {name} cannot be opened: {reason}; {fix}") from error
+
+
+def _spec(name: str, checkpoint: Checkpoint) -> ModelSpec:
+    try:
+        return spec_from_config(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"the draft {name} cannot be used: {str(error).rstrip('.')}; name another with draft=MODEL") from error
+
+
+def _check_vocabulary(name: str, draft: Draft, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+    theirs, ours = _tokens(draft.checkpoint), None if tokenizer is None else _vocabulary(tokenizer)
+    sizes = f"the draft {name} has a vocabulary of {draft.spec.vocab_size} tokens and the model one of {spec.vocab_size}"
+    if draft.spec.vocab_size != spec.vocab_size and ours is not None and ours == theirs:
+        raise UserError(
+            f"{sizes}, though their tokenizers agree: one is padded to another size, so use a draft with {spec.vocab_size} rows of "
+            "embeddings"
+        )
+    if draft.spec.vocab_size != spec.vocab_size:
+        raise UserError(f"{sizes}: {_FIX}")
+    if theirs is None or ours is None:
         return
-    ours = _tokens(tokenizer)
     for token_id in sorted(ours.keys() & theirs.keys()):
         if ours[token_id] != theirs[token_id]:
             raise UserError(
-                f"token {token_id} is {theirs[token_id]!r:.60} in the draft {name} and {ours[token_id]!r:.60} in the model: use a "
-                "draft that was made for this model's tokenizer"
+                f"token {token_id} is {theirs[token_id]!r:.60} in the draft {name} and {ours[token_id]!r:.60} in the model: {_FIX}"
             )
 
 
-def _tokens(tokenizer: Tokenizer) -> dict[int, str]:
+def _tokens(checkpoint: Checkpoint) -> dict[int, str] | None:
+    """None where the checkpoint has no tokenizer that can be read: token ids do without."""
+    try:
+        return _vocabulary(load_tokenizer(checkpoint))
+    except UserError:
+        return None
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[int, str]:
     return {token_id: text for text, token_id in tokenizer.backend.get_vocab(with_added_tokens=True).items()}

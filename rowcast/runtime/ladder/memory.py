@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from rowcast.errors import UserError
 from rowcast.placement.resident import LadderNeeds
-from rowcast.runtime.kv import Summary
+from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes
 from rowcast.runtime.ladder.control import GAMMAS
 from rowcast.runtime.ladder.drafts import Draft
-from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder
+from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder, Rung
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 KEPT_QUERIES = 16
@@ -35,6 +34,13 @@ def summaries(ladder: Ladder) -> set[Summary]:
     return {Summary(rung.score, rung.chunk) for rung in ladder.lower if rung.retrieves}
 
 
+def policy(rung: Rung) -> Policy:
+    """By which a rung self chooses its entries."""
+    if rung.view == "retrieval":
+        return Retrieval(rung.score, rung.chunk)
+    return Streaming() if rung.view == "streaming" else HeavyHitters()
+
+
 def ladder_needs(
     ladder: Ladder,
     spec: ModelSpec,
@@ -44,20 +50,23 @@ def ladder_needs(
     verification: str,
     width: int,
     block_size: int,
+    max_context: int,
     head_copy_bytes: Callable[[ModelSpec], int],
 ) -> LadderNeeds:
     """The bytes that a ladder takes beside its last rung, whose model is `spec`.
 
     `drafts`: the draft models of its rungs, by the names that these give them. `width`: bytes of an element of weights and KV.
-    `head_copy_bytes`: what a re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does not divide
-    `block_size`.
+    `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM head takes. Raises
+    UserError for a `chunk` that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
     models = [draft.spec for draft in drafts.values()]
-    block_bytes = slot_bytes = 0
+    block_bytes = slot_bytes = work_bytes = 0
     for rung in ladder.lower:
         if rung.kind == "self":
-            slot_bytes += selected_bytes(spec, rung.kv or 0, ahead, width)
+            assert rung.kv is not None
+            slot_bytes += selected_bytes(spec, policy(rung), rung.kv, ahead, width)
+            work_bytes = max(work_bytes, choice_bytes(policy(rung), spec, rung.kv, max_context, kept_queries(ladder), width))
         elif rung.kind == "draft":
             assert rung.model is not None
             model = drafts[rung.model].spec
@@ -66,13 +75,7 @@ def ladder_needs(
             else:
                 slot_bytes += streaming_bytes(model, rung.kv, rung.sinks, ahead, width)
     for summary in summaries(ladder):
-        if block_size % summary.chunk:
-            raise UserError(
-                f"chunk={summary.chunk} does not divide a KV block of {block_size} tokens: use a divisor of {block_size}, or a "
-                f"block_size that is a multiple of {summary.chunk}"
-            )
-        keys = kv_bytes_per_token(spec, width) // 2
-        block_bytes += block_size // summary.chunk * keys * (2 if summary.score == "bounds" else 1)
+        block_bytes += summary.per_block(block_size) * summary.parts * kv_bytes_per_token(spec, width) // 2
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
@@ -84,17 +87,18 @@ def ladder_needs(
         weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models),
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
+        work_bytes=work_bytes,
         query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width,
         anyone=any(rung.kind == "draft" and rung.kv is None for rung in ladder.lower),
         law_rows=running * (ahead + 1) if verification == "maximal" else 0,
     )
 
 
-def selected_bytes(spec: ModelSpec, kv: int, ahead: int, width: int) -> int:
-    """One sequence's cache of selected entries: `kv` of them, `ahead` proposals and the pending token."""
-    entries = kv + ahead + 1
-    positions = 8 * spec.num_layers * spec.num_kv_heads if spec.alibi is not None or any(spec.windows) else 0
-    return entries * (kv_bytes_per_token(spec, width) + positions)
+def selected_bytes(spec: ModelSpec, policy: Policy, kv: int, ahead: int, width: int) -> int:
+    """One sequence's cache of selected entries: `kv` of them, `ahead` proposals and the pending token; what the policy remembers."""
+    heads = spec.num_layers * spec.num_kv_heads
+    positions = 8 * heads if spec.alibi is not None or any(spec.windows) else 0
+    return (kv + ahead + 1) * (kv_bytes_per_token(spec, width) + positions) + kv * heads * policy.held_bytes
 
 
 def streaming_bytes(spec: ModelSpec, kv: int, sinks: int, ahead: int, width: int) -> int:

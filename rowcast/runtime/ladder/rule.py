@@ -30,7 +30,7 @@ class Verdict:
 
     accepted: int
     token: int
-    """-1 where the verifier's logits are NaN."""
+    """-1 where the verifier's logits are NaN: then it has no token of its own."""
     laws: list[Law]
     """The verifier's law of each of these accepted + 1 tokens where the rule needs laws, else empty."""
 

@@ -15,9 +15,13 @@ from rowcast.errors import UserError
 Kind = Literal["ngram", "draft", "self", "plain"]
 View = Literal["retrieval", "streaming", "eviction"]
 Score = Literal["mean", "bounds"]
+"""A chunk's mean key (TriForce, arXiv 2404.11912, section 4.1), or its smallest and largest one by channel (Quest, arXiv 2406.10774,
+section 3.2)."""
 
 MOST_GAMMA = 64
 MOST_LOWER_RUNGS = 4
+SINKS, RECENT = 16, 64
+"""First and last entries that a view always shows, where nothing else is said."""
 STREAMING_STRIDE = 32
 """Entries that a draft's streaming cache drops at a time: so many fewer than `kv` may be shown."""
 
@@ -59,13 +63,13 @@ class Rung:
     """Entries that the KV view shows. None: all (draft, plain), or it has no KV (ngram). Left out: 256 for a draft; self needs it."""
     view: View | None = None
     """self: which entries. Left out: retrieval. A draft with `kv` is streaming. None: all of them, or no KV."""
-    score: Score = "mean"
-    """retrieval: chunks are ranked by their mean key (TriForce, section 4.1) or by min/max bounds (Quest, arXiv 2406.10774)."""
+    score: Score = "bounds"
+    """retrieval: what chunks are ranked by."""
     chunk: int = 8
     """retrieval: entries in a chunk."""
-    sinks: int = 16
+    sinks: int = SINKS
     """First entries, always shown."""
-    recent: int = 64
+    recent: int = RECENT
     """retrieval, eviction: last entries, always shown. A streaming view shows all that `kv` leaves beside the sinks."""
     refresh: int = 1
     """retrieval, eviction: entries are chosen anew every so many rounds. 0: once."""
@@ -120,6 +124,11 @@ class Rung:
     def retrieves(self) -> bool:
         """Whether its view ranks chunks by summaries of their keys."""
         return self.view == "retrieval"
+
+    @property
+    def pays_from(self) -> int:
+        """Committed tokens from which run-time control uses it, where gamma is not pinned."""
+        return 2 * (self.kv or 0) if self.kind == "self" else 0
 
     def _check_view(self) -> None:
         if self.kind != "self":
