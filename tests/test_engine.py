@@ -289,7 +289,8 @@ def test_speed_counts_tokens_after_the_first_step(model: Model) -> None:
     request = engine.add([1, 2], replace(SEEDED, n=4, max_tokens=1))
     run(engine, request)
     assert request.stats.tokens_per_s is None
-    assert (request.stats.generated_tokens, request.stats.rounds, request.stats.tokens_per_round) == (4, 0, 0.0)  # the prefill gave them
+    stats = request.stats
+    assert (stats.generated_tokens, stats.rounds, stats.tokens_per_round) == (4, 0, 0.0)  # the prefill gave them
     request = engine.add([1, 2], replace(SEEDED, n=2, max_tokens=5))
     engine.step()
     started = time.perf_counter()

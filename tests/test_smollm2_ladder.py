@@ -63,7 +63,7 @@ def test_a_stop_string_inside_a_verified_block_cuts_it(expected: dict[float, lis
         assert output.outputs[0].stop_reason == stop
         chunks = list(llm.stream(PROMPTS[1], params))
         assert "".join(chunk.text for chunk in chunks) == output.outputs[0].text
-    assert output.metrics.tokens_per_round > 2
+    assert output.metrics.tokens_per_round > 1.2
 
 
 @pytest.mark.parametrize("ladder", ["ngram:gamma=8 / plain", f"{SELF} / plain"])

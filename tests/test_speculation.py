@@ -321,7 +321,7 @@ def test_a_model_that_cannot_count_is_an_error_and_not_the_end(
 @pytest.mark.parametrize("ladder", ["draft:kv=full,gamma=3 / plain", "draft:kv=120,sinks=4,gamma=3 / plain"])
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 6}])
 def test_a_draft_that_is_the_model_is_always_right(
-    models: dict[str, Path], ladder: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], ladder: str, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its cache went through: reading the prompt late and in pieces, rounds without it, preemption. Anything stale in its
     K/V would cost acceptance."""

@@ -48,8 +48,8 @@ _HORIZON = 64
 """Tokens that a sequence is taken to have before it; or as many as it has generated; never more than it may still generate."""
 _TRIAL_CATCH_UP = 0.03
 """Share of the horizon's time that a draft may take to catch up for a trial."""
-_BULK_SHARE = 0.1
-"""Time of one token among many over that of a pass of one, before it is known."""
+_BULK_SHARE = 0.03
+"""Time of one token among many over that of a pass of one, before a draft has caught up for the first time."""
 _MOST_ROUNDS = 16
 """A decision is thought over after 1, 2, 4, ... rounds, at most so many."""
 
@@ -277,8 +277,7 @@ class Controller:
         if measured is not None:
             return measured
         one, plain = last.seconds(1, ask.context) or 0.0, last.seconds(ask.batch, ask.context) or 0.0
-        each = last.token_seconds(ask.context)
-        return lacks * self._ratios[rung] * min(_BULK_SHARE * one if each is None else each, plain / ask.batch)
+        return lacks * self._ratios[rung] * min(_BULK_SHARE * one, plain / ask.batch)
 
     def _catches_up_soon(self, rungs: Iterable[int], ask: _Ask) -> bool:
         """Whether a trial of these drafts is lost in what the sequence takes anyway."""
@@ -320,9 +319,9 @@ class Controller:
             better = hope > max(_GAIN * rate, bar / plain) and price <= (self._purse + _TRIAL_CATCH_UP * ask.generated) * plain
             if better and (not self._adaptive or self._catches_up_soon(hoped.drafts, ask)):
                 decision.trial = hoped.gammas
-        if list(map(bool, best.gammas)) == list(map(bool, decision.gammas)):
+        if best.gammas == decision.gammas:
             decision.lasts = min(2 * decision.lasts, _MOST_ROUNDS)
-        else:
+        elif list(map(bool, best.gammas)) != list(map(bool, decision.gammas)):
             decision.lasts = 1 if any(best.gammas) else max(1, decision.lasts // 2)
         decision.gammas = best.gammas
         decision.until = self._round + (1 if decision.trial is not None and decision.lasts <= _TRIALS_APART else decision.lasts)

@@ -118,10 +118,6 @@ class PassTimes:
             return slow * tokens / high
         return max(fast + (slow - fast) * (tokens - low) / (high - low), fast * tokens / max(low, tokens))
 
-    def token_seconds(self, context: int) -> float | None:
-        """That a token more adds to a pass; None before that is known."""
-        return next((line.slope for line in self._nearest(context) if line.slope is not None), None)
-
     def _nearest(self, context: int) -> list[_Line]:
         """Lines with a trusted point, the class of `context` first."""
         mine = context_class(context)
