@@ -221,7 +221,7 @@ def test_outputs_that_differ_are_shown_with_plains_gap(on_text: dict[str, Any]) 
     found = on_text["ladders"][PINNED]
     assert not found["identical"]
     [difference] = found["differences"]
-    assert difference["top2_gap"] > 0
+    assert difference["gap"] > 0
     assert {key: difference[key] for key in ("round", "prompt", "position")} == {"round": 0, "prompt": 0, "position": 5}
     assert any("differs from plain" in line and "at token 5" in line for line in lines(on_text))
 

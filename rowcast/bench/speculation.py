@@ -32,6 +32,7 @@ from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestStats
+from rowcast.runtime.philox import gumbel
 from rowcast.runtime.planning import Target, Wish, make_plan
 from rowcast.runtime.request import Request
 from rowcast.runtime.step import PREFILL, RungCounts
@@ -356,20 +357,32 @@ def _summary(ladder: str, samples: Sequence[Sample], plain: Sequence[Sample], ba
 def _gaps(
     settings: Settings, context: int, prompts: Sequence[list[int]], samples: dict[str, list[Sample]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """By ladder: where its outputs leave plain's of the same round, and how far plain's two best logits lie apart there."""
+    """By ladder: where its outputs leave plain's of the same round, and by how much plain prefers its own token there.
+
+    That is the gap between the two tokens' scores, log-probability over temperature plus noise: near 0, a tie that two ways of
+    summing break differently.
+    """
     found: dict[str, list[dict[str, Any]]] = {ladder: [] for ladder in samples}
+    llm: LLM | None = None
     for ladder, visits in samples.items():
         for round_, (ours, plain) in enumerate(zip(visits, samples["plain"], strict=True)):
             for i, (mine, theirs) in enumerate(zip(ours.outputs, plain.outputs, strict=True)):
-                if mine != theirs:
-                    at = next(j for j, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b)
-                    found[ladder].append({"round": round_, "prompt": i, "position": at, "before": prompts[i] + theirs[:at]})
-    if any(found.values()):
-        llm = _load(settings, "plain", context)
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=2, detokenize=False)
-        for difference in (difference for differences in found.values() for difference in differences):
-            logprobs = llm.generate(difference.pop("before"), params)[0].outputs[0].logprobs
-            assert logprobs is not None
-            best, second = sorted((entry.logprob for entry in logprobs[0].values()), reverse=True)[:2]
-            difference["top2_gap"] = best - second
+                if mine == theirs:
+                    continue
+                at = next(j for j, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b)
+                llm = llm or _load(settings, "plain", context)
+                scores = _scores(llm, prompts[i] + theirs[:at], settings, settings.seed + i)
+                gap = float(scores[theirs[at]] - scores[mine[at]])
+                found[ladder].append({"round": round_, "prompt": i, "position": at, "gap": gap})
     return found
+
+
+def _scores(llm: LLM, ids: list[int], settings: Settings, seed: int) -> torch.Tensor:
+    """What the next token is the argmax of, [V] float64: log-probabilities over temperature, plus the noise of plain decoding."""
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=-1, detokenize=False)
+    [entry] = llm.generate(ids, params)[0].outputs[0].logprobs or []
+    scores = torch.tensor([entry[token].logprob for token in range(llm.spec.vocab_size)], dtype=torch.float64)
+    if settings.temperature == 0:
+        return scores
+    noise = gumbel(torch.tensor([seed]), torch.tensor([0]), torch.tensor([len(ids)]), range(llm.spec.vocab_size))
+    return scores / settings.temperature + noise[0]

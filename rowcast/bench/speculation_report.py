@@ -57,7 +57,7 @@ def _ladder(name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     for found in entry.get("differences", ()):
         yield (
             f"    differs from plain in round {found['round']}, prompt {found['prompt']}, at token {found['position']}, where plain's "
-            f"two best logits lie {found['top2_gap']:.2g} apart"
+            f"token is ahead by {found['gap']:.2g}"
         )
 
 
