@@ -610,7 +610,15 @@ def test_bench_latency(run: Callable[..., tuple[int, str, str]]) -> None:
 
 def start(*args: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "rowcast", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        # A shell's background job ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_exit_code_of_the_process() -> None:

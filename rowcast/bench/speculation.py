@@ -39,7 +39,7 @@ from rowcast.runtime.step import PREFILL, RungCounts
 from rowcast.runtime.tokenizer import load_tokenizer
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 16
-SHAPE_KV = 4096
+SHAPE_KV, LEAST_SHAPE_KV = 4096, 96
 """KV entries of the rung self where a shape is measured and no budget is given (TriForce, arXiv 2404.11912, section 5)."""
 
 
@@ -75,7 +75,9 @@ class Settings:
                 f"{given} was given without {lacking}: acceptance is simulated where there are no weights, and only there, so give both"
             )
         if self.shape is None and self.prompt_file is None:
-            raise UserError("acceptance depends on the text: give --prompt-file FILE, or --shape with --simulate")
+            raise UserError(
+                "acceptance depends on the text: give --prompt-file FILE, or --shape with --simulate and --prompt-tokens"
+            )
         if self.shape is not None and (self.prompt_file is not None or self.model is not None):
             name = "--prompt-file" if self.prompt_file is not None else "--model"
             raise UserError(f"{name} has no place beside --shape, whose weights and prompts are random: leave it out")
@@ -98,9 +100,12 @@ class Settings:
                 )
         return found
 
+    def _shape_kv(self) -> int:
+        return min(SHAPE_KV, max(LEAST_SHAPE_KV, (self.prompt_tokens or 0) // 8))
+
     def _available(self) -> list[str]:
         if self.shape is not None:
-            return ["triforce"] if self.draft is not None else [f"self:kv={self.kv_budget or SHAPE_KV} / plain"]
+            return ["triforce"] if self.draft is not None else [f"self:kv={self.kv_budget or self._shape_kv()} / plain"]
         found = ["auto", "ngram"]
         if self.draft not in (None, "ngram"):
             found += ["draft / plain", "triforce"]
@@ -251,6 +256,8 @@ def _prompts(settings: Settings, checkpoint: Checkpoint) -> list[list[int]]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UserError(f"cannot read --prompt-file {settings.prompt_file} ({error}): name a readable text file") from error
     ids = load_tokenizer(checkpoint).encode(text)
+    if not ids:
+        raise UserError(f"--prompt-file {settings.prompt_file} is empty: write a text into it")
     tokens = tokens or len(ids) // batch
     if not 0 < batch * tokens <= len(ids):
         raise UserError(

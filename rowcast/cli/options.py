@@ -23,7 +23,7 @@ Ladder = Annotated[
     str,
     typer.Option(
         "--ladder",
-        help="Who drafts: auto, plain, ngram, triforce, or rungs as in 'ngram / self:kv=512 / plain'. It does not change the text.",
+        help="Who drafts: auto, plain, ngram, triforce, or rungs as in 'ngram / self:kv=512 / plain'.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -175,6 +175,8 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
 def _check_kv_budget(kv_budget: int | None) -> None:
     if kv_budget is None:
         return
+    if kv_budget < 1:
+        raise UserError(f"kv_budget={kv_budget} is not a number of KV entries: give one from 95 to less than the context")
     try:
         Rung(kind="self", kv=kv_budget)
     except UserError as error:
@@ -186,8 +188,8 @@ def _check_views(ladder: Ladder, max_context: int) -> None:
     for rung in ladder.lower:
         if rung.kind == "self" and rung.kv is not None and rung.kv >= max_context:
             raise UserError(
-                f"kv={rung.kv} of the rung self is not less than the context of {max_context} tokens: use a smaller kv (or kv_budget), "
-                "or leave the rung out"
+                f"kv={rung.kv} of the rung self is not less than the context of {max_context} tokens: use a smaller kv in the ladder, "
+                "or a smaller kv_budget=, or a longer context"
             )
 
 

@@ -174,7 +174,7 @@ class Rung:
         if self.kv < sum(parts.values()):
             needs = " + ".join(f"{name} ({count})" for name, count in parts.items())
             raise UserError(
-                f"kv={self.kv} of the rung {self.kind} is less than {needs} = {sum(parts.values())}; raise kv or lower sinks"
+                f"kv={self.kv} of the rung {self.kind} is less than {needs} = {sum(parts.values())}; raise kv to that or more"
             )
 
 
@@ -262,7 +262,8 @@ def resolve(
         found = Ladder((Rung(kind="draft"), Rung(kind="self", kv=kv), Rung(kind="plain")))
     elif kv_budget is not None:
         raise UserError(
-            f"kv_budget={kv_budget} has no place in the ladder {str(ladder)!r:.80}; write self:kv=... in it, or use auto or triforce"
+            f"kv_budget={kv_budget} has no place in the ladder {str(ladder)!r:.80}; leave it out, write self:kv=... in the ladder, or "
+            "use auto or triforce"
         )
     elif isinstance(ladder, Ladder):
         found = ladder
