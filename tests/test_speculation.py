@@ -39,6 +39,7 @@ LADDERS = {
     "draft": "draft:kv=48,sinks=4,gamma=3 / plain",
     "draft-full": "draft:kv=full,gamma=2 / plain",
     "triforce": f"draft:kv=48,sinks=4,gamma=2 / {SELF},gamma=5 / plain",
+    "no-sinks": "draft:kv=40,sinks=0,gamma=3 / self:kv=24,chunk=4,sinks=0,recent=8,gamma=4 / plain",
     "four": f"ngram:gamma=2 / draft:kv=48,sinks=4,gamma=3 / {SELF},gamma=4 / plain",
     "controlled": f"ngram / draft:kv=48,sinks=4 / {SELF} / plain",
     "auto": "auto",

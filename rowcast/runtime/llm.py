@@ -71,11 +71,12 @@ class LLM:
         """Load a model.
 
         `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
-        preset (auto, plain, ngram, triforce), a text such as "ngram / self:kv=512 / plain", or a Ladder. The output is that of `plain`
-        whatever it is. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV entries
-        that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same seed,
-        "maximal" tokens of the same law and more of the drafted ones. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes)
-        for weights, KV and work space, which a GPU's allocator enforces; libraries and the interpreter come on top. A model that
+        preset (auto, plain, ngram, triforce), a text such as "ngram / self:kv=512 / plain", or a Ladder. The output's law is that of
+        `plain` whatever it is. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV
+        entries that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same
+        seed; "maximal" tokens of the same law, more of them drafted ones, but which they are depends on batch, memory and timing,
+        too. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes) for weights, KV and work space, which a GPU's allocator
+        enforces; libraries and the interpreter come on top. A model that
         runs on the GPU needs host memory for one tensor at a time. `max_model_len`: longest sequence in
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV

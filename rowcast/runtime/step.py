@@ -57,7 +57,10 @@ PREFILL = "prefill"
 
 @dataclass(slots=True)
 class RungCounts:
-    """What one rung did for one sequence. Adds up over steps, and over the samples of a request."""
+    """What one rung did for one sequence. Adds up over steps, and over the samples of a request.
+
+    Verdicts count as they fell, also of tokens behind a stop, which the request does not get.
+    """
 
     proposed: list[int] = field(default_factory=list)
     """Proposals that reached their verifier, by position in the proposal, the first at 0. Empty for the last rung."""

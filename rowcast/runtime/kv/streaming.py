@@ -160,6 +160,7 @@ class StreamingKV:
     def bind(self, steps: Sequence[SeqStep]) -> None:
         """As `KVView`. Precondition: the sequences are admitted."""
         self._bound.clear()
+        self._beside.clear()
         first = 0
         for step in steps:
             seq, slot = self._sequences[step.seq_id], self._slots[step.seq_id]
@@ -270,7 +271,7 @@ class StreamingKV:
         for store in (self._keys[:, slot], self._values[:, slot]):
             store[:, :, sinks : sinks + held] = store[:, :, sinks + gone : sinks + gone + held].clone()
         turned = _turn(self._sink_keys[:, slot].flatten(0, 1), self._angles(start))
-        self._keys[:, slot, :, :sinks] = turned.view(-1, self._kv_heads, sinks, self._spec.head_dim)
+        self._keys[:, slot, :, :sinks] = turned.view(self._spec.num_layers, self._kv_heads, sinks, self._spec.head_dim)
         seq.base = start
 
     def _keep_last(self, layer: int, seq: _Bound, keys: Tensor, values: Tensor) -> None:

@@ -15,7 +15,11 @@ from rowcast.runtime.step import SeqStep
 
 
 class ModelRunner:
-    """Implements `Runner`. The decoder may be shared with other rungs; the view is this rung's own."""
+    """Implements `Runner`. The decoder may be shared with other rungs; the view is this rung's own.
+
+    A view that lacks many tokens, as a draft's does that has yet to read the prompt, gets them all before the pass, in pieces: the
+    round takes so much longer, for every sequence in it.
+    """
 
     def __init__(
         self,

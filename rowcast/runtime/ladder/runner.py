@@ -80,7 +80,7 @@ class Lookup(Protocol):
         ...
 
     def propose(self, path: Path, count: int) -> list[int]:
-        """At most `count` tokens that may follow `path.ids`; none where it knows nothing. A function of `path.ids` alone."""
+        """At most `count` tokens that may follow `path.ids`; none where it knows nothing. A function of the path alone."""
         ...
 
     def truncate(self, seq_id: int, length: int) -> None:
