@@ -21,8 +21,8 @@ from rowcast.runtime.sampler import Row, Sampler
 V = 4
 TOKENS = 4
 """More than one round of gamma 2 can give."""
-SEQUENCES = 4_000
-"""In each case. With the draws of all rungs and the coins that is nearly half a million numbers."""
+SEQUENCES = 9_000
+"""In each case. With the draws of all rungs and the coins that is a million numbers."""
 
 LAST = random_table("last", 11, V, spread=1.0)
 NEAR = random_table("near", 12, V, like=LAST, spread=0.6)
