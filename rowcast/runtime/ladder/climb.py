@@ -89,7 +89,7 @@ class Climb:
     def propose(self, rung: int, climbers: Sequence[Climber], limits: Sequence[int]) -> list[Proposal]:
         """Extend each path by what the rungs below `rung` propose to it, at most `limits[i]` tokens for climber i.
 
-        The proposals carry the same tokens; `settle` cuts the paths. Where nothing below is in use, a proposal is empty.
+        The proposals carry the same tokens; `verify` cuts the paths. Where nothing below is in use, a proposal is empty.
         """
         wants = [_Want(c, 0, len(c.path.ids)) for c in climbers]
         asked: dict[int, list[_Want]] = defaultdict(list)

@@ -106,9 +106,10 @@ class Maximal:
         tokens = _ids([token for proposal in proposals for token in proposal.tokens], law)
         p = _chances(_pick(law, judged), tokens)
         q = torch.ones_like(p)
-        laws = [(i, law) for i, law in enumerate(law for proposal in proposals for law in proposal.laws) if law is not None]
-        if laws:
-            drawn, theirs = zip(*laws, strict=True)
+        proposed = enumerate(own for proposal in proposals for own in proposal.laws)
+        uncertain = [(i, own) for i, own in proposed if own is not None]
+        if uncertain:
+            drawn, theirs = zip(*uncertain, strict=True)
             where = _ids(drawn, law)
             q[where] = _chances(torch.stack(theirs), tokens[where])
         by_token = [number for proposal, number in zip(proposals, rounds, strict=True) for _ in proposal.tokens]
