@@ -52,6 +52,9 @@ class Settings:
     """One field a variable: `cpu_pack` is ROWCAST_CPU_PACK."""
 
     cpu_pack: bool = _setting(True, _switch, "1: repack CPU weights for oneDNN while loading; 0: use torch's plain linear.")
+    cpu_native: bool = _setting(
+        True, _switch, "1: use the C++ kernels for a few tokens where they were built; 0: torch's products."
+    )
     log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
     threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
 

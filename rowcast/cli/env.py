@@ -22,6 +22,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on
     """Show versions, hardware, the products' backend and the environment variables."""
     import torch
 
+    from rowcast.kernels import native
     from rowcast.kernels.linear import backend
 
     values = settings()
@@ -44,6 +45,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on
             str(dtype).removeprefix("torch."): backend(torch.device("cpu"), dtype)
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         },
+        "row_kernels": native.describe(),
         "settings": {variable.name: variable.value for variable in describe(values)},
     }
     if as_json:
@@ -86,6 +88,7 @@ def _print_table(facts: dict[str, Any]) -> None:
     if not facts["gpus"]:
         table.add_row("gpu", "none")
     table.add_row("cpu products", ", ".join(f"{dtype}: {name}" for dtype, name in facts["linear_backend"].items()))
+    table.add_row("cpu row kernels", facts["row_kernels"])
     for variable in describe(settings()):
         shown = "unset" if variable.value is None else variable.value
         table.add_row(variable.name, f"{shown}  ({variable.doc})")

@@ -26,6 +26,7 @@ def attend(
     window: int | None = None,
     slopes: Tensor | None = None,
     absolute_bias_scale: float | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of the last T positions of a sequence of L.
 
@@ -34,7 +35,13 @@ def attend(
 
     `slopes` [H] adds ALiBi's slope * (key position - query position) to the scaled scores. With `absolute_bias_scale` the bias
     is Falcon's instead: slope * key position, rounded to bfloat16 as in its training, times that scale.
+
+    `heads` [C] int64: only these query heads are wanted; returns [T, C, d].
     """
+    if heads is not None:
+        q, k, v, slopes, wanted = _chosen(q, k, v, slopes, heads, dim=1)
+        out = attend(q, k, v, scale=scale, window=window, slopes=slopes, absolute_bias_scale=absolute_bias_scale)
+        return out if wanted is None else out.index_select(1, wanted)
     tokens, length = q.shape[0], k.shape[0]
     first = length - tokens
     rows = max(1, MASK_ELEMENTS // (length * (1 if slopes is None else q.shape[1])))
@@ -74,6 +81,7 @@ def attend_entries(
     window: int | None = None,
     slopes: Tensor | None = None,
     absolute_bias_scale: float | None = None,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of T tokens over chosen entries, other ones for each KV head.
 
@@ -81,7 +89,25 @@ def attend_entries(
     seen by all, in any order. Returns [T, H, d].
 
     With `window` or `slopes` (as in `attend`) true positions count: `key_positions` [K, n] and `query_positions` [T] (int64).
+    `heads` as in `attend`.
     """
+    if heads is not None:
+        groups = k.shape[0]
+        q, k, v, slopes, wanted = _chosen(q, k, v, slopes, heads, dim=0)
+        if key_positions is not None and k.shape[0] < groups:
+            key_positions = key_positions.index_select(0, heads)
+        out = attend_entries(
+            q,
+            k,
+            v,
+            scale=scale,
+            key_positions=key_positions,
+            query_positions=query_positions,
+            window=window,
+            slopes=slopes,
+            absolute_bias_scale=absolute_bias_scale,
+        )
+        return out if wanted is None else out.index_select(1, wanted)
     tokens, length = q.shape[0], k.shape[1]
     if tokens == 1 and window is None and slopes is None:
         return _few_tokens(q, k, v, scale, None)
@@ -97,6 +123,20 @@ def attend_entries(
         return _few_tokens(q, k, v, scale, seen)
     bias = _alibi(slopes, keys, queries, absolute_bias_scale)
     return _few_tokens(q, k, v, scale, torch.where(seen, bias, float("-inf")).to(q.dtype))
+
+
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, heads: Tensor, *, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What attention of the chosen query heads reads, and which of its outputs are wanted (None: all).
+
+    K and V of the other heads are left out where each query head has its own; `dim`: that of KV heads in k and v. A group's heads
+    read the same ones, so all groups run.
+    """
+    if k.shape[dim] != q.shape[1]:
+        return q, k, v, slopes, heads
+    slopes = None if slopes is None else slopes.index_select(0, heads)
+    return q.index_select(1, heads), k.index_select(dim, heads), v.index_select(dim, heads), slopes, None
 
 
 def _few_tokens(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:

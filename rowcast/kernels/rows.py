@@ -1,0 +1,144 @@
+"""Products with chosen rows of a table: neurons, heads, vocabulary.
+
+A table [R, D] has contiguous rows at any row stride, so that one bank [N, 2, D] serves as two tables. Row products are bound by the
+bytes of the rows, so nothing is copied out first. The torch versions are the reference; on a CPU, float32 and bfloat16 products of up
+to 16 tokens go to the native part (`kernels/native.py`), which accumulates in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import CDLL
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowcast.kernels import native
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+"""By the names of `rowcast.runtime.spec.Activation`."""
+
+
+ACTIVATION_CODES: Final = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+"""`Activation` in _rows.cpp."""
+_IDENTITY = 0
+
+
+def rows_in(table: Tensor, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [R, D], [T, D], int64 [C] -> [T, C]
+    """x W^T for the rows `ids` of the table; None: all rows."""
+    lib = library_for_tables(x, table)
+    if lib is not None:
+        return _run(lib, None, table, None, None, x, None, ids, None, _IDENTITY)
+    return F.linear(x, table if ids is None else table[ids])
+
+
+def rows_out(table: Tensor, hidden: Tensor, ids: Tensor | None = None) -> Tensor:  # [R, D], [T, C], int64 [C] -> [T, D]
+    """The rows `ids` of the table (None: all), summed with the coefficients `hidden`.
+
+    The native version skips rows whose coefficients are all 0. Its order of addition depends on the number of threads, not on T.
+    """
+    lib = library_for_tables(hidden, table)
+    if lib is not None:
+        return _run(lib, None, None, None, table, None, hidden, ids, None, _IDENTITY)
+    return hidden @ (table if ids is None else table[ids])
+
+
+def ffn_hidden(gate: Tensor | None, up: Tensor, bias: Tensor | None, x: Tensor, ids: Tensor | None, activation: str) -> Tensor:
+    """What the chosen neurons hand to the down projection: act(gate x) * (up x), or act(up x + bias) without a gate.
+
+    gate, up [N, D], bias [N] (never with a gate), x [T, D], ids int64 [C] or None for all -> [T, C].
+    """
+    assert gate is None or bias is None
+    lib = library_for_tables(x, up, gate, bias)
+    if lib is not None:
+        return _run(lib, gate, up, bias, None, x, None, ids, None, ACTIVATION_CODES[activation])
+    act = ACTIVATIONS[activation]
+    if gate is not None:
+        return act(rows_in(gate, x, ids)) * rows_in(up, x, ids)
+    chosen = bias if bias is None or ids is None else bias[ids]
+    return act(F.linear(x, up if ids is None else up[ids], chosen))
+
+
+def ffn(
+    gate: Tensor | None,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    x: Tensor,
+    ids: Tensor | None,
+    own: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`ffn_hidden`, kept to each token's `own` neurons, times the down rows: [T, D] in one pass over the rows.
+
+    gate, up, down [N, D], bias [N] (never with a gate), x [T, D], ids int64 [C] or None for all, own bool [T, C] or None for all.
+    """
+    assert gate is None or bias is None
+    lib = library_for_tables(x, up, down, gate, bias)
+    if lib is not None:
+        return _run(lib, gate, up, bias, down, x, None, ids, own, ACTIVATION_CODES[activation])
+    hidden = ffn_hidden(gate, up, bias, x, ids, activation)
+    return rows_out(down, hidden if own is None else hidden * own, ids)
+
+
+def library_for_tables(x: Tensor, *tables: Tensor | None) -> CDLL | None:
+    """The native part, if it multiplies x with rows of these."""
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    for table in tables:
+        if table is not None and (table.dtype != dtype or table.stride(-1) != 1):
+            return None
+    return native.library_for(x)
+
+
+def _run(
+    lib: CDLL,
+    gate: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor | None,
+    x: Tensor | None,
+    hidden: Tensor | None,
+    ids: Tensor | None,
+    own: Tensor | None,
+    activation: int,
+) -> Tensor:
+    """`ffn`; without `up` from given hidden values, without `down` as far as these."""
+    table = down if up is None else up
+    given = hidden if x is None else x
+    assert table is not None and given is not None
+    given = given.contiguous()
+    tokens, columns = given.shape[0], table.shape[1]
+    chosen = table.shape[0] if ids is None else ids.shape[0]
+    assert ids is None or (ids.dtype == torch.int64 and ids.is_contiguous())
+    out = given.new_empty(tokens, chosen if down is None else columns)
+    own = None if own is None else own.contiguous()
+    lib.rowcast_rows(
+        given.dtype == torch.bfloat16,
+        native.address(gate),
+        native.address(up),
+        native.address(bias),
+        native.address(down),
+        None if up is None else given.data_ptr(),
+        (given if up is None else out).data_ptr(),
+        native.address(ids),
+        native.address(own),
+        out.data_ptr(),
+        0 if gate is None else gate.stride(0),
+        0 if up is None else up.stride(0),
+        0 if down is None else down.stride(0),
+        tokens,
+        columns,
+        chosen,
+        activation,
+        native.threads(),
+    )
+    return out
