@@ -13,6 +13,7 @@ from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Proposal, Rule
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.protocols import Reads
 from rowcast.runtime.sampler import Row, Sampler
 
 PROMPT = (0, 1)
@@ -50,10 +51,13 @@ class Table:
             ends = range(len(path.ids) - count + 1, len(path.ids) + 1)
             numbers += [self._number(tuple(path.ids[:end])) for end in ends]
         none = [0] * len(paths)
-        return Ran(torch.tensor(numbers)[:, None], list(wanted), none, none)
+        return Ran(torch.tensor(numbers)[:, None], list(wanted), list(wanted), none, none)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.stack(self._rows)[hidden[:, 0]]
+
+    def reads(self) -> Reads:
+        return Reads()
 
     def truncate(self, seq_id: int, length: int) -> None:
         del self._held.get(seq_id, [])[length:]

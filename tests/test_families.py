@@ -128,7 +128,7 @@ def test_ranks_together_equal_transformers(reference: Reference, world: int) -> 
 
 def test_a_plan_predicts_what_a_pass_reads(reference: Reference) -> None:
     ours = Ours(reference.path, SoloComm())
-    weights = ours.decoder._weights
+    weights = ours.decoder.weights
     assert isinstance(weights, DenseWeights)
     assert pass_bytes(ours.decoder.spec, 4) == weights.bytes
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from rowcast.errors import UserError
-from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
+from rowcast.runtime.ladder.presets import Calibrated, Circumstances, resolve
+from rowcast.runtime.ladder.spec import Ladder, Rung
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,11 @@ from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
         ("draft:kv=full / self:kv=1024,view=eviction,refresh=0 / plain", None),
         ("draft:model=/a, b/c,kv=64,sinks=4 / self:kv=128,score=mean,chunk=16 / plain", None),
         ("draft:model=hub/id / self:kv=256,view=streaming / self:kv=1024 / plain", None),
+        ("self:mlp=0.5,by=q4,over=1.5,heads=0.67,lm=hire,kv=512 / plain", None),
+        ("self:mlp=.50,kv=full,over=1 / plain", "self:mlp=0.5 / plain"),
+        ("self:heads=1 / self:lm=hire,gamma=2 / plain", None),
+        ("ngram / self:mlp=1e-3,by=q4-ahead", "ngram / self:mlp=0.001,by=q4-ahead"),
+        ("self:mlp=0.30000000000000004", None),
     ],
 )
 def test_text_round_trips(text: str, canonical: str | None) -> None:
@@ -41,6 +47,18 @@ def test_defaults() -> None:
     assert (whole.kv, whole.view) == (None, None)
     assert replace(whole, gamma=3).kv is None
     assert replace(draft, kv=None).view is None
+    sparse = Rung.parse("self:mlp=0.5")
+    assert (sparse.kv, sparse.view, sparse.by, sparse.over, sparse.heads, sparse.lm) == (None, None, None, 1.0, None, "full")
+    assert Rung.parse("self:mlp=0.5,kv=512").view == "retrieval"
+
+
+def test_sparsity_is_what_weights_are_shared_by() -> None:
+    one, other, thin, whole = (
+        Rung.parse(text) for text in ("self:mlp=0.5", "self:mlp=0.5,kv=512,gamma=3", "self:mlp=0.4", "self:kv=512")
+    )
+    assert one.sparsity == other.sparsity == one and thin.sparsity != one.sparsity and whole.sparsity is None
+    assert [rung.pays_from for rung in (one, other, whole)] == [0, 0, 1024]
+    assert [Ladder.parse(text).approximate for text in ("self:mlp=0.5", "self:mlp=0.5 / plain")] == [True, False]
 
 
 def test_names_tell_rungs_of_a_kind_apart() -> None:
@@ -66,7 +84,20 @@ def test_names_tell_rungs_of_a_kind_apart() -> None:
         ("self:kv=512,view=streaming,recent=8 / plain", "view streaming"),
         ("self:kv=512,kv=1 / plain", "twice"),
         ("self:kv= / plain", "no value"),
-        ("self:512 / plain", "settings are kv"),
+        ("self:512 / plain", "settings are mlp"),
+        ("self:mlp=0 / plain", "mlp=0.0 .* above 0 and up to 1"),
+        ("self:mlp=1.1 / plain", "mlp=1.1 .* above 0 and up to 1"),
+        ("self:mlp=nan / plain", "mlp='nan'"),
+        ("self:mlp=0.5,over=0.9 / plain", "over=0.9 .* from 1 to 8"),
+        ("self:heads=0.5,over=2 / plain", "over=2.0 .* add mlp"),
+        ("self:lm=hire,by=q4 / plain", "by=q4 .* add mlp"),
+        ("self:mlp=0.5,by=q5 / plain", "q2, q3, q4, q8"),
+        ("self:mlp=0.5,view=streaming / plain", "view='streaming' .* add kv"),
+        ("self:mlp=0.5,sinks=4 / plain", "sinks=4 .* add kv"),
+        ("self:mlp=0.5,kv=512", "ends in self.* kv=full"),
+        ("self:kv=512", "ends in self"),
+        ("self:mlp=0.5,gamma=2", "gamma=2 .* is the last"),
+        ("plain:mlp=0.5", "it has none"),
         ("self:kv=512,gamma=65 / plain", "gamma=65 .* from 1 to 64"),
         ("ngram:gamma=0 / plain", "gamma=0"),
         ("", "empty rung"),
@@ -92,6 +123,9 @@ def test_mistakes_are_one_sentence(text: str, said: str) -> None:
         lambda: Rung(kind="plain", kv=512),
         lambda: Rung(kind="draft", kv=256, view="retrieval"),
         lambda: Rung(kind="self", kv=512, gamma=True),
+        lambda: Rung(kind="self", mlp=True),
+        lambda: Rung(kind="plain", mlp=0.5),
+        lambda: Rung(kind="draft", lm="hire"),
         lambda: Rung(kind="draft", model="a / b"),
         lambda: Rung(kind="draft", model="a,kv=3"),
         lambda: Ladder(()),
@@ -105,9 +139,8 @@ def test_wrong_values_are_refused(make: Callable[[], object]) -> None:
 def settle(
     ladder: str | Ladder, draft: str | None = None, kv_budget: int | None = None, *, context: int = 8192, token_bytes: int = 1
 ) -> tuple[str, bool, list[str]]:
-    found, adaptive, reasons = resolve(
-        ladder, draft=draft, kv_budget=kv_budget, max_context=context, kv_bytes_per_token=token_bytes, pass_bytes=8192
-    )
+    here = Circumstances(max_context=context, kv_bytes_per_token=token_bytes, pass_bytes=lambda _: 8192)
+    found, adaptive, reasons = resolve(ladder, here, draft=draft, kv_budget=kv_budget)
     return str(found), adaptive, reasons
 
 
@@ -155,3 +188,43 @@ def test_auto_takes_what_there_is() -> None:
     assert settle("auto", context=131072, token_bytes=8)[0] == "ngram / self:kv=4096 / plain"
     assert settle("auto", context=400, token_bytes=1000)[0] == "ngram / plain"
     assert len(settle("auto")[2]) == 3
+
+
+FITTED = Calibrated(("dejavu", "lowrank"), 0.4, heads=True)
+
+
+def sparse(ladder: str, calibrated: Calibrated | None = None, *, mode: str = "exact", density: float | None = None) -> str:
+    """Sparse passes read three quarters of the bytes of a plain one."""
+    here = Circumstances(
+        max_context=100, kv_bytes_per_token=1, pass_bytes=lambda rung: 750 if rung.sparse else 1000, calibrated=calibrated
+    )
+    return str(resolve(ladder, here, mode=mode, density=density)[0])
+
+
+def test_sparse_presets() -> None:
+    assert sparse("hire") == "self:mlp=0.5,by=q4,over=1.5,lm=hire / plain"
+    assert sparse("hire", FITTED) == "self:mlp=0.4,by=q4,over=1.5,lm=hire / plain"
+    assert sparse("hire", density=0.25, mode="approximate") == "self:mlp=0.25,by=q4,over=1.5,lm=hire"
+    assert sparse("dejavu", FITTED) == "self:mlp=0.4,by=dejavu,heads=0.67 / plain"
+    assert sparse("dejavu", replace(FITTED, heads=False), mode="approximate") == "self:mlp=0.4,by=dejavu"
+    assert sparse("self:mlp=0.5 / plain") == "self:mlp=0.5,by=q4 / plain"
+    assert sparse("self:mlp=0.5 / plain", replace(FITTED, scorers=("lowrank",))) == "self:mlp=0.5,by=lowrank / plain"
+    assert sparse("auto", FITTED) == "ngram / self:mlp=0.4,by=dejavu / plain"
+    assert sparse("auto", density=0.9) == "ngram / self:mlp=0.9,by=q4 / plain"
+    assert sparse("auto") == "ngram / plain"
+
+
+@pytest.mark.parametrize(
+    ("ladder", "arguments", "said"),
+    [
+        ("hire", {"density": 0.0}, "mlp=0.0"),
+        ("plain", {"density": 0.5}, "density=0.5 has no place"),
+        ("dejavu", {}, "needs a calibration"),
+        ("plain", {"mode": "approximate"}, "'plain' ends in plain"),
+        ("auto", {"mode": "approximate"}, "'auto' ends in plain"),
+        ("self:mlp=0.5", {}, "use mode=approximate"),
+    ],
+)
+def test_sparse_presets_refuse(ladder: str, arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        sparse(ladder, **arguments)  # type: ignore[arg-type]

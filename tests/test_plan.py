@@ -72,13 +72,16 @@ def test_lower_rungs_are_accounted_for() -> None:
         plan.margin_bytes
         == GIB - plan.weight_bytes - plan.kv_bytes - plan.work_bytes - plan.rung_weight_bytes - plan.rung_kv_bytes
     )
-    assert plan.ladder_text in plan.summary() and "lower rungs" in plan.summary() and "lower rungs" not in plain.summary()
+    assert plan.ladder_text in plan.summary() and "rungs " in plan.summary() and "rungs " not in plain.summary()
     assert (plain.lookahead, plain.speculating_seqs, plain.rung_bytes) == (0, 0, 0)
     choosing = make(needs=replace(NEEDS, work_bytes=GIB // 4))
     assert choosing.work_bytes - GIB // 4 == 8 * 64 * SPEC.vocab_size  # the sampler's counts stay beside it
     laws = make(needs=replace(NEEDS, law_rows=14)).work_bytes - plan.work_bytes
     assert laws == 16 * 14 * SPEC.vocab_size * 4
     assert make(needs=NEEDS, max_num_seqs=3).speculating_seqs == 3
+    scoring = make(needs=replace(NEEDS, token_bytes=1000, pass_bytes=77, mode="approximate", calibration="c"))
+    assert scoring.work_bytes - plan.work_bytes == 2048 * 1000
+    assert (scoring.pass_bytes, scoring.mode, scoring.calibration) == (77, "approximate", "c")
 
 
 def test_fewer_sequences_speculate_where_memory_is_short() -> None:
@@ -87,9 +90,7 @@ def test_fewer_sequences_speculate_where_memory_is_short() -> None:
         plan = make(needs=replace(NEEDS, slot_bytes=slot_bytes))
         assert plan.speculating_seqs == seqs
         assert plan.margin_bytes >= 0
-    with pytest.raises(
-        OutOfMemoryError, match=r"rungs below plain in draft:model=d / self:kv=16 / plain 1.0 GiB .*--ladder plain"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"rungs of draft:model=d / self:kv=16 / plain 1.0 GiB .*--ladder plain"):
         make(needs=replace(NEEDS, slot_bytes=GIB))
 
 
@@ -135,6 +136,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         msgpack.packb(content | {"format": 1}),
         msgpack.packb(content | {"adaptive": 1}),
         msgpack.packb(content | {"verification": "sloppy"}),
+        msgpack.packb(content | {"mode": "sloppy"}),
+        msgpack.packb(content | {"format": 2}),
+        msgpack.packb(content | {"calibration": 5}),
         msgpack.packb(content | {"ladder": [1]}),
         msgpack.packb(content | {"lookahead": -1}),
     ]

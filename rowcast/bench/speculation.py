@@ -57,6 +57,8 @@ class Settings:
     """None given: `auto` and whatever else the other options make possible."""
     draft: str | None = None
     kv_budget: int | None = None
+    density: float | None = None
+    calibration: str | None = None
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int = 256
@@ -93,7 +95,13 @@ class Settings:
         """Plain, then what stands beside it."""
         chosen = list(self.ladder) or self._available()
         found = ["plain", *(ladder for ladder in dict.fromkeys(chosen) if ladder != "plain")]
-        for option, value, at in (("--draft", self.draft, 0), ("--kv-budget", self.kv_budget, 1)):
+        given = {
+            "--draft": self.draft,
+            "--kv-budget": self.kv_budget,
+            "--density": self.density,
+            "--calibration": self.calibration,
+        }
+        for at, (option, value) in enumerate(given.items()):
             if value is not None and not any(self.places(ladder)[at] for ladder in found):
                 raise UserError(
                     f"{option} {value} has no place in the ladders {', '.join(found)}: leave it out, or add --ladder auto"
@@ -109,16 +117,20 @@ class Settings:
         found = ["auto", "ngram"]
         if self.draft not in (None, "ngram"):
             found += ["draft / plain", "triforce"]
+        found += ["dejavu"] * (self.calibration is not None) + ["hire"] * (self.density is not None)
         return found + ([f"self:kv={self.kv_budget} / plain"] if self.kv_budget is not None else [])
 
-    def places(self, ladder: str) -> tuple[bool, bool]:
-        """Whether a ladder has a place for --draft, and one for --kv-budget."""
+    def places(self, ladder: str) -> tuple[bool, bool, bool, bool]:
+        """Whether a ladder has a place for --draft, --kv-budget, --density and --calibration."""
         if ladder in ("auto", "triforce"):
-            return True, True
+            return True, True, ladder == "auto", ladder == "auto"
+        if ladder in ("dejavu", "hire"):
+            return False, False, True, True
         if ladder in ("plain", "ngram"):
-            return ladder == self.draft, False
+            return ladder == self.draft, False, False, False
         rungs = Ladder.parse(ladder).rungs
-        return any(rung.kind == "draft" and rung.model is None for rung in rungs), False
+        draft, sparse = any(rung.kind == "draft" and rung.model is None for rung in rungs), any(rung.sparse for rung in rungs)
+        return draft, False, False, sparse
 
     @property
     def rates(self) -> tuple[float, float] | None:
@@ -281,16 +293,19 @@ def _check(settings: Settings, checkpoint: Checkpoint, ladders: Sequence[str], c
         tokenizer = load_tokenizer(checkpoint)
     elif draft is not None and draft != "ngram":
         drafts[draft] = open_shape(draft)
+    fingerprint = "" if settings.calibration is None else checkpoint.source.fingerprint()
     for ladder in ladders:
-        make_plan(Target(checkpoint, spec, "", tokenizer), _wish(settings, ladder, context), drafts)
+        make_plan(Target(checkpoint, spec, fingerprint, tokenizer), _wish(settings, ladder, context), drafts)
 
 
 def _wish(settings: Settings, ladder: str, context: int) -> Wish:
-    drafts, budgets = settings.places(ladder)
+    drafts, budgets, densities, calibrations = settings.places(ladder)
     return Wish(
         ladder=ladder,
         draft=settings.draft if drafts else None,
         kv_budget=settings.kv_budget if budgets else None,
+        density=settings.density if densities else None,
+        calibration=settings.calibration if calibrations else None,
         verification=settings.verification,
         dtype=settings.dtype,
         device=settings.device,

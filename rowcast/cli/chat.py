@@ -23,6 +23,8 @@ def chat(
     kv_budget: options.KVBudget = None,
     verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
+    density: options.Density = None,
+    calibration: options.Calibration = None,
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
     max_model_len: options.MaxModelLen = None,
@@ -41,8 +43,9 @@ def chat(
     from rowcast import LLM
 
     llm = LLM(
-        model, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, dtype=dtype, device=device,
-        gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
+        model, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, density=density,
+        calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
+        max_model_len=max_model_len,
     )  # fmt: skip
     opening = [] if system is None else [{"role": "system", "content": system}]
     # A model without a template, or whose template takes no system message, is refused here and not once a turn.

@@ -27,6 +27,7 @@ def generate(
     verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
     density: options.Density = None,
+    calibration: options.Calibration = None,
     tp: options.TensorParallel = 1,
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
@@ -46,8 +47,6 @@ def generate(
     ] = None,
 ) -> None:
     """Complete prompts. Text goes to standard output, statistics and progress to standard error."""
-    if density is not None:
-        raise UserError(f"--density {density} needs a sparse rung, and this version has none: leave --density out")
     if logprobs is not None and not as_json:
         raise UserError(f"--logprobs {logprobs} shows nothing in plain text: add --json")
     texts = [_read_stdin() if text == "-" else text for text in prompt or []]
@@ -67,8 +66,8 @@ def generate(
 
     llm = LLM(
         model, tensor_parallel_size=tp, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode,
-        dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
-        plan=None if plan is None else Plan.load(plan),
+        density=density, calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
+        max_model_len=max_model_len, plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     prompts: list[str] | list[list[int]] = texts
     if chat:

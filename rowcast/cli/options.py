@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -23,7 +24,7 @@ Ladder = Annotated[
     str,
     typer.Option(
         "--ladder",
-        help="Who drafts: auto, plain, ngram, triforce, or rungs as in 'ngram / self:kv=512 / plain'.",
+        help="Who drafts: auto, plain, ngram, triforce, dejavu, hire, or rungs as in 'ngram / self:kv=512 / plain'.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -58,7 +59,12 @@ MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest sequence, prompt and output.", rich_help_panel=_MODEL)
 ]
 Density = Annotated[
-    float | None, typer.Option("--density", help="Share of the FFN to read; not in this version.", rich_help_panel=_MODEL)
+    float | None,
+    typer.Option("--density", help="Share of the neurons that dejavu, hire and auto let a token use.", rich_help_panel=_MODEL),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="What rowcast calibrate wrote for this model.", rich_help_panel=_MODEL),
 ]
 
 Temperature = Annotated[
@@ -75,7 +81,8 @@ Stop = Annotated[
 _ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        "ladder", "draft", "kv_budget", "verification", "mode", "dtype", "device", "gpu_memory", "host_memory", "max_model_len", "plan"
+        "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "device", "gpu_memory",
+        "host_memory", "max_model_len", "plan",
     )
 } | {"tensor_parallel_size": "--tp"}  # fmt: skip
 """Arguments of `LLM` and the options that they come from."""

@@ -20,7 +20,8 @@ def print_json(value: object) -> None:
 
 
 def print_statistics(output: RequestOutput) -> None:
-    """On standard error: one line and, where a rung drafted or tried to, another that says what each rung did and took."""
+    """On standard error: one line and, where a rung drafted or tried to or read a part of the weights, another that says what each
+    rung did and took."""
     stats = output.metrics
     parts = [f"{stats.prompt_tokens} prompt tokens", f"{stats.generated_tokens} generated"]
     if stats.ttft_s is not None:
@@ -28,9 +29,10 @@ def print_statistics(output: RequestOutput) -> None:
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
     rounds = [f"{stats.tokens_per_round:.2f} tokens a round"] if stats.rounds else []
-    ladder = [f"ladder {stats.ladder}"] if stats.ladder.lower else []
+    ladder = [f"ladder {stats.ladder}"] if stats.ladder.lower or stats.ladder.approximate else []
     ran = {name: counts for name, counts in stats.rungs.items() if counts.tokens or counts.proposed}
-    if ran.keys().isdisjoint(stats.ladder.names[:-1]):
+    sparse = any(counts.neurons_of or counts.heads_of for counts in ran.values())
+    if ran.keys().isdisjoint(stats.ladder.names[:-1]) and not sparse:
         _print_bracketed([", ".join(parts + rounds), *ladder])
         return
     _print_bracketed([", ".join(parts), *ladder])
@@ -38,7 +40,8 @@ def print_statistics(output: RequestOutput) -> None:
 
 
 def _rung(name: str, stats: RequestStats) -> str:
-    """Such as "self: 0.90 of 20 accepted (.95 .85), 10 refreshes, 0.08 s": what was judged, as a whole and by position."""
+    """Such as "self: 0.90 of 20 accepted (.95 .85), 10 refreshes, 0.08 s": what was judged, as a whole and by position; then what
+    it chose of the KV, and of the weights."""
     counts, told = stats.rungs[name], []
     if counts.judged:
         shares = [f"{share:.2f}".removeprefix("0") for share in stats.acceptance_by_position[name]]
@@ -46,6 +49,11 @@ def _rung(name: str, stats: RequestStats) -> str:
         told.append(f"{stats.acceptance[name]:.2f} of {sum(counts.judged)} accepted ({shown})")
     if counts.refreshes:
         told.append(f"{counts.refreshes} refreshes")
+    if counts.neurons < counts.neurons_of:
+        told.append(f"{stats.density[name]:.2f} of the neurons")
+    if counts.heads < counts.heads_of:
+        told.append(f"{stats.head_density[name]:.2f} of the heads")
+    told += [f"{count} {what}" for what, count in (("overflows", counts.overflows), ("fallbacks", counts.fallbacks)) if count]
     return f"{name}: {', '.join([*told, f'{counts.seconds:.2f} s'])}"
 
 

@@ -16,11 +16,14 @@ import msgpack
 from rowcast.errors import UserError
 from rowcast.placement.units import format_bytes
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a field changes its meaning; files of another format are refused."""
 
 VERIFICATIONS = ("coupled", "maximal")
 """The rules by which a rung's proposals stand."""
+
+MODES = ("exact", "approximate")
+"""Who has the last word: the whole model, or a sparse rung."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,6 +39,8 @@ class Plan:
     """Likewise of the draft models in `ladder`, in its order."""
     ladder: list[str]
     """Rungs, cheapest first; the last decides."""
+    calibration: str
+    """Fingerprint of the calibration that sparse rungs read; empty where there is none."""
     adaptive: bool
     """Whether run-time control may leave any rung below the last out."""
     verification: str
@@ -61,14 +66,14 @@ class Plan:
     weight_bytes: int
     """Weights and buffers that live as long as the model."""
     rung_weight_bytes: int
-    """Those of draft models."""
+    """Those of draft models, and what sparse rungs add: rows in a layout of their own, proxies, predictors."""
     kv_bytes: int
     rung_kv_bytes: int
     """Caches of the rungs below the last, chunk summaries and kept queries."""
     work_bytes: int
     """Activations, logits and masks of the largest step."""
     pass_bytes: int
-    """Weights that one pass reads: predicted traffic of a decode step, KV aside."""
+    """Weights that one pass of the last rung reads: predicted traffic of a decode step, KV aside."""
     kv_token_bytes: int
     """KV of one position in all layers."""
     notes: list[str]
@@ -86,7 +91,7 @@ class Plan:
 
     @property
     def rung_bytes(self) -> int:
-        """What the rungs below the last take beside it."""
+        """What the ladder takes beside the model's weights and its KV."""
         return self.rung_weight_bytes + self.rung_kv_bytes
 
     @property
@@ -107,7 +112,7 @@ class Plan:
         parts = [
             ("weights", self.weight_bytes),
             ("KV", self.kv_bytes),
-            ("lower rungs", self.rung_bytes),
+            ("rungs", self.rung_bytes),
             ("work", self.work_bytes),
         ]
         used = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts if count)
@@ -155,11 +160,9 @@ class Plan:
         for name in ("ladder", "draft_fingerprints", "notes"):
             if not all(isinstance(text, str) for text in content[name]):
                 raise UserError(f"{path}: the plan field {name} does not hold texts only: make the plan again")
-        if plan.verification not in VERIFICATIONS:
-            rules = " or ".join(VERIFICATIONS)
-            raise UserError(f"{path}: the plan field verification is {plan.verification!r}, not {rules}: make the plan again")
-        if plan.dtype not in DTYPE_BYTES:
-            raise UserError(
-                f"{path}: the plan field dtype is {plan.dtype!r}, not one of {', '.join(DTYPE_BYTES)}: make the plan again"
-            )
+        for name, known in (("verification", VERIFICATIONS), ("mode", MODES), ("dtype", tuple(DTYPE_BYTES))):
+            if content[name] not in known:
+                raise UserError(
+                    f"{path}: the plan field {name} is {content[name]!r:.60}, not one of {', '.join(known)}: make the plan again"
+                )
         return plan

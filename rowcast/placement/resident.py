@@ -33,10 +33,13 @@ SPECULATION_SHARE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LadderNeeds:
-    """A ladder, and what the rungs below its last one take. Bytes are those of one rank."""
+    """A ladder, and what it takes beside the weights and the KV of a plain model. Bytes are those of one rank."""
 
     ladder: tuple[str, ...]
-    """Rungs, cheapest first; the last is plain."""
+    """Rungs, cheapest first; the last decides."""
+    mode: str = "exact"
+    calibration: str = ""
+    """Fingerprint of what sparse rungs read."""
     adaptive: bool = False
     verification: str = "coupled"
     draft_fingerprints: tuple[str, ...] = ()
@@ -45,7 +48,11 @@ class LadderNeeds:
     models: tuple[ModelSpec, ...] = ()
     """Of the drafts."""
     weight_bytes: int = 0
-    """Weights of the drafts."""
+    """Weights of the drafts, and what sparse rungs add."""
+    pass_bytes: int | None = None
+    """Weights that a pass of the last rung reads; None: those of a plain model."""
+    token_bytes: int = 0
+    """For each token of a step: scores and choices of neurons."""
     block_bytes: int = 0
     """For each KV block: chunk summaries, a draft's own KV."""
     slot_bytes: int = 0
@@ -53,7 +60,7 @@ class LadderNeeds:
     work_bytes: int = 0
     """While a view chooses its entries anew, of one sequence at a time."""
     query_bytes: int = 0
-    """For each running sequence: queries kept from its last pass."""
+    """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
     law_rows: int = 0
     """Float32 rows of logits that a round keeps for each sequence that speculates."""
     anyone: bool = False
@@ -124,7 +131,7 @@ def resident_plan(
         seqs -= 1
     if rest < needed * paged_bytes:
         kv = {f"KV for {needed * block_size} tokens": needed * paged_bytes}
-        lower = {f"the rungs below plain in {' / '.join(needs.ladder)}": needs.weight_bytes + caches}
+        lower = {f"the rungs of {' / '.join(needs.ladder)}": needs.weight_bytes + caches}
         raise _too_little(budget_bytes, device, {"weights": weights, "work space": work, **lower, **kv})
     blocks = min(max_num_seqs * context_blocks, rest // paged_bytes)
     if device == "cpu" and blocks * block_bytes > CPU_KV_BYTES:
@@ -136,9 +143,10 @@ def resident_plan(
         fingerprint=fingerprint,
         draft_fingerprints=list(needs.draft_fingerprints),
         ladder=list(needs.ladder),
+        calibration=needs.calibration,
         adaptive=needs.adaptive,
         verification=needs.verification,
-        mode="exact",
+        mode=needs.mode,
         dtype=dtype,
         device=device,
         world=1,
@@ -155,7 +163,7 @@ def resident_plan(
         kv_bytes=blocks * block_bytes,
         rung_kv_bytes=blocks * needs.block_bytes + caches,
         work_bytes=work,
-        pass_bytes=pass_bytes(spec, width),
+        pass_bytes=pass_bytes(spec, width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=token_bytes,
         notes=chosen,
     )
@@ -185,7 +193,7 @@ def _work_bytes(
     """Peak of what a step takes and gives back, and of the sampler's counts.
 
     Layers, of the largest model: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks.
-    Before them a view may choose its entries.
+    Before them a view may choose its entries. In them a sparse rung scores neurons.
     Sampling: logits in parts, at least of one verification; laws of drafted tokens. Penalties: prompt and output counts of every
     running sequence, with room to grow.
     """
@@ -201,4 +209,5 @@ def _work_bytes(
     logits = min(max(LOGIT_ELEMENTS, (1 + needs.lookahead) * vocabulary), rows * vocabulary) * (width + LOGIT_BYTES)
     laws = 4 * speculating * needs.law_rows * vocabulary
     counts = 8 * max_num_seqs * vocabulary
-    return max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes) + laws + counts
+    scores = max_batch_tokens * needs.token_bytes
+    return max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes) + scores + laws + counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,24 +11,28 @@ from rowcast.errors import OutOfMemoryError
 from rowcast.placement.resident import pass_bytes
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
+from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import Checkpoint
+from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
-from rowcast.runtime.kv import PagedKV, SelectedKV, StreamingKV, Summary
+from rowcast.runtime.kv import PagedKV, SelectedKV, SharedKV, StreamingKV, Summary
 from rowcast.runtime.ladder.control import Controller
-from rowcast.runtime.ladder.memory import kept_queries, policy, summaries
+from rowcast.runtime.ladder.memory import kept_queries, lazy, policy, summaries
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.ngram import NgramLookup
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.ladder.spec import Rung
-from rowcast.runtime.model import load_decoder
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress
-from rowcast.runtime.protocols import KVView
+from rowcast.runtime.protocols import KVView, WeightView
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
+from rowcast.runtime.sparse.build import build_view
+from rowcast.runtime.sparse.sizes import expected_bytes
+from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters, parameter_count
+from rowcast.runtime.weights import DenseWeights
 
 MakeRule = Callable[[Sampler], Rule]
 
@@ -56,15 +60,8 @@ def assemble(
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What a rung runs. Rungs whose weights are equal share a decoder."""
-
-    model: str | None
-    """A draft's name; the target has none."""
-    spec: ModelSpec
-    pass_bytes: int
-    """Read in one pass."""
+_WeightsKey = str | Rung | None
+"""What rungs share weights by: a draft's name, a sparse rung's `sparsity`, None: all weights of the model."""
 
 
 class _Assembly:
@@ -72,10 +69,14 @@ class _Assembly:
 
     def __init__(self, planned: Planned, spec: ModelSpec, device: torch.device) -> None:
         self._plan, self._ladder, self._drafts = planned.plan, planned.ladder, planned.drafts
+        self._calibration = planned.calibration
+        self._comm = SoloComm()
         self._spec = spec
         self._device = device
         self._dtype = devices.DTYPES[planned.plan.dtype]
-        self._full = self._paged(spec, keep_queries=kept_queries(self._ladder), summaries=summaries(self._ladder))
+        self._full = self._paged(
+            spec, keep_queries=kept_queries(self._ladder), summaries=summaries(self._ladder), lazy=lazy(self._ladder, spec)
+        )
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
 
     def executor(self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None) -> LocalExecutor:
@@ -83,7 +84,7 @@ class _Assembly:
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
         decoders = self._decoders(checkpoint, progress)
         runners = [
-            self._runner(rung, name, decoders[self._weights(rung)])
+            self._runner(rung, name, decoders[_weights(rung)])
             for rung, name in zip(ladder.rungs, ladder.names, strict=True)
             if rung in self._views
         ]
@@ -94,36 +95,42 @@ class _Assembly:
         )
         return LocalExecutor(runners[-1], sampler, lower=lower, rule=make_rule(sampler), controller=controller if lower else None)
 
-    def _weights(self, rung: Rung) -> _Weights:
-        spec = self._spec if rung.model is None else self._drafts[rung.model].spec
-        return _Weights(rung.model, spec, pass_bytes(spec, self._dtype.itemsize))
+    def _spec_of(self, rung: Rung) -> ModelSpec:
+        return self._spec if rung.model is None else self._drafts[rung.model].spec
 
-    def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[_Weights, Decoder]:
-        wanted = {self._weights(rung) for rung in self._views}
-        total = sum(parameter_count(weights.spec) * self._dtype.itemsize for weights in wanted)
-        with LoadProgress(checkpoint.path.name, total, progress) as bar:
-            return {
-                weights: load_decoder(
-                    weights.spec,
-                    (checkpoint if weights.model is None else self._drafts[weights.model].checkpoint).source,
-                    dtype=self._dtype,
-                    device=self._device,
-                    progress=bar.advance,
-                )
-                for weights in wanted
-            }
+    def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[_WeightsKey, Decoder]:
+        keys = {_weights(rung) for rung in self._views}
+        sparse = [key for key in keys if isinstance(key, Rung)]
+        # Dense passes on a CPU take a library's layout, which has no rows to choose; elsewhere they take the banks.
+        dense = None in keys and not (sparse and self._device.type != "cpu")
+        width = self._dtype.itemsize
+        sizes = [parameter_count(draft.spec) for draft in self._drafts.values()] + [parameter_count(self._spec)]
+        if dense and sparse:
+            sizes.append(self._spec.num_layers * layer_parameters(self._spec))
+        views: dict[_WeightsKey, WeightView] = {}
+        with LoadProgress(checkpoint.path.name, sum(sizes) * width, progress) as bar:
+            how: dict[str, Any] = {"dtype": self._dtype, "device": self._device, "progress": bar.advance}
+            for name, draft in self._drafts.items():
+                views[name] = DenseWeights(draft.spec, draft.checkpoint.source, self._comm, **how)
+            outer = None
+            if dense:
+                whole = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
+                outer = whole.outer
+            if sparse:
+                banks = BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
+                views.setdefault(None, banks)
+                views |= {key: build_view(banks, key, self._calibration) for key in sparse}
+        return {key: Decoder(views[key], self._comm, self._device) for key in keys}
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
-        weights = self._weights(rung)
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
         unbounded = rung.kind == "draft" and rung.kv is not None
         return ModelRunner(
             name,
             decoder,
             self._views[rung],
-            pass_bytes=weights.pass_bytes,
             max_batch_tokens=self._plan.max_batch_tokens,
-            max_position=None if unbounded else weights.spec.max_context,
+            max_position=None if unbounded else decoder.spec.max_context,
         )
 
     def _cost_ratio(self, rung: Rung) -> float:
@@ -134,16 +141,18 @@ class _Assembly:
         return self._bytes_read(rung, entries) / self._bytes_read(self._ladder.rungs[-1], entries)
 
     def _bytes_read(self, rung: Rung, entries: int) -> int:
-        weights = self._weights(rung)
-        entry = kv_bytes_per_token(weights.spec, self._dtype.itemsize)
-        return weights.pass_bytes + min(entries, rung.kv or entries) * entry
+        spec, width = self._spec_of(rung), self._dtype.itemsize
+        weights = pass_bytes(spec, width) if rung.kind == "draft" else expected_bytes(spec, rung, width, self._calibration)
+        return weights + min(entries, rung.kv or entries) * kv_bytes_per_token(spec, width)
 
     def _view(self, rung: Rung) -> KVView:
-        if rung.kind == "plain":
+        if rung == self._ladder.rungs[-1]:
             return self._full
-        spec = self._weights(rung).spec
+        spec = self._spec_of(rung)
         if rung.kv is None:
-            return self._paged(spec)
+            if rung.kind == "draft":
+                return self._paged(spec)
+            return SharedKV(self._full, lazy=sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1)
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
         if rung.kind == "draft":
             return StreamingKV(
@@ -167,7 +176,9 @@ class _Assembly:
             room=room,
         )
 
-    def _paged(self, spec: ModelSpec, *, keep_queries: int = 0, summaries: Collection[Summary] = ()) -> PagedKV:
+    def _paged(
+        self, spec: ModelSpec, *, keep_queries: int = 0, summaries: Collection[Summary] = (), lazy: bool = False
+    ) -> PagedKV:
         return PagedKV(
             spec,
             Shard(),
@@ -177,4 +188,9 @@ class _Assembly:
             device=self._device,
             keep_queries=keep_queries,
             summaries=summaries,
+            lazy=lazy,
         )
+
+
+def _weights(rung: Rung) -> _WeightsKey:
+    return rung.model if rung.kind == "draft" else rung.sparsity

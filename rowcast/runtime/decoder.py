@@ -7,33 +7,27 @@ read, or how many ranks there are beyond summing their parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rowcast.runtime.protocols import Comm, KVView, WeightView
+from rowcast.runtime.protocols import Comm, KVView, Late, Tokens, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.step import SeqStep
 
+Rotation = tuple[Tensor, Tensor] | None
+"""cos and sin [T, 1, d] of a pass, in its number format; None where positions are not rotated."""
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What a forward pass reads of T tokens, [T] int64 each, on the device."""
 
-    ids: Tensor
-    positions: Tensor
-    prompt_lengths: Tensor
-    """Of each token's request; dynamic NTK scaling reads it."""
-
-    @staticmethod
-    def of(steps: Sequence[SeqStep], device: torch.device) -> Tokens:
-        """The tokens of all steps, in order."""
-        return Tokens(
-            torch.tensor([t for s in steps for t in s.tokens], device=device),
-            torch.tensor([p for s in steps for p in range(s.start, s.start + len(s.tokens))], device=device),
-            torch.tensor([s.prompt_length for s in steps for _ in s.tokens], device=device),
-        )
+def tokens_of(steps: Sequence[SeqStep], device: torch.device) -> Tokens:
+    """The tokens of all steps, in order."""
+    return Tokens(
+        torch.tensor([t for s in steps for t in s.tokens], device=device),
+        torch.tensor([p for s in steps for p in range(s.start, s.start + len(s.tokens))], device=device),
+        torch.tensor([s.prompt_length for s in steps for _ in s.tokens], device=device),
+        steps,
+    )
 
 
 class Decoder:
@@ -42,14 +36,14 @@ class Decoder:
     def __init__(self, weights: WeightView, comm: Comm, device: torch.device) -> None:
         self.spec = weights.spec
         self.device = device
-        self._weights = weights
+        self.weights = weights
         self._comm = comm
         self._rope = Rope(self.spec.rope, self.spec.head_dim, device) if self.spec.rope is not None else None
 
     def run(self, steps: Sequence[SeqStep], kv: KVView) -> Tensor:
         """`forward` over the tokens of all steps, T in all, after binding them to `kv`. Returns hidden states [T, D]."""
         kv.bind(steps)
-        return self.forward(Tokens.of(steps, self.device), kv)
+        return self.forward(tokens_of(steps, self.device), kv)
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, kv: KVView) -> Tensor:
@@ -57,31 +51,36 @@ class Decoder:
 
         Returns hidden states [T, D] before the final norm; `logits` takes any rows of them.
         """
-        spec, weights = self.spec, self._weights
-        x = weights.embed(tokens.ids, tokens.positions)
-        if spec.embed_norm:
-            x = weights.norm(0, "embed", x)
-        rotation = None
-        if self._rope is not None:
-            cos, sin = self._rope.cos_sin(tokens.positions, tokens.prompt_lengths)
-            rotation = cos.to(x.dtype), sin.to(x.dtype)
-        for layer in range(spec.num_layers):
-            x = self._layer(layer, x, rotation, kv)
+        x, rotation = self.embed(tokens, kv)
+        for layer in range(self.spec.num_layers):
+            x = self.layer(layer, x, rotation, kv)
         return x
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tokens, kv: KVView) -> tuple[Tensor, Rotation]:
+        """Begin a pass over `kv`: what enters the first layer, [T, D], and the rotation of all of them."""
+        self.weights.begin(tokens, kv)
+        x = self.weights.embed(tokens.ids, tokens.positions)
+        if self.spec.embed_norm:
+            x = self.weights.norm(0, "embed", x)
+        if self._rope is None:
+            return x, None
+        cos, sin = self._rope.cos_sin(tokens.positions, tokens.prompt_lengths)
+        return x, (cos.to(x.dtype), sin.to(x.dtype))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], the same on every rank."""
         if self.spec.final_norm:
-            hidden = self._weights.norm(0, "final", hidden)
-        local = self._weights.head(hidden)
+            hidden = self.weights.norm(0, "final", hidden)
+        local = self.weights.head(hidden)
         if self._comm.world == 1:
             return local
         return self._comm.exchange(local).transpose(0, 1).flatten(1)[:, : self.spec.vocab_size]
 
-    def _layer(self, layer: int, x: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVView) -> Tensor:
-        # [T, D] -> [T, D]
-        spec, weights, reduce = self.spec, self._weights, self._comm.all_reduce
+    def layer(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView) -> Tensor:
+        """One layer of the pass that `embed` began: [T, D] -> [T, D]."""
+        spec, weights, reduce = self.spec, self.weights, self._comm.all_reduce
         if spec.parallel_norms:
             normed = weights.norm(layer, "attn", x)
             mlp_in = normed if spec.parallel_norms == 1 else weights.norm(layer, "mlp", x)
@@ -94,10 +93,20 @@ class Decoder:
         normed = weights.norm(layer, "mlp", x)
         return (normed if spec.residual_from_norm else x) + reduce(weights.mlp(layer, normed))
 
-    def _attention(self, layer: int, x: Tensor, rotation: tuple[Tensor, Tensor] | None, kv: KVView) -> Tensor:
+    def _attention(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView) -> Tensor:
         # [T, D] -> this rank's part of the sum, [T, D]
-        q, k, v = self._weights.qkv(layer, x)
+        q, k, v = self.weights.qkv(layer, x)
+        heads = self.weights.heads(layer)
         if rotation is not None:
             q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+        if heads.late is not None:
+            kv.fill(layer, self._rotated(heads.late))
         kv.append(layer, k, v)
-        return self._weights.out(layer, kv.attend(layer, q))
+        return self.weights.out(layer, kv.attend(layer, q, heads.queries))
+
+    def _rotated(self, late: Late) -> Late:
+        """With RoPE at the tokens' own positions."""
+        if self._rope is None:
+            return late
+        cos, sin = self._rope.cos_sin(late.positions, late.prompt_lengths)
+        return replace(late, k=apply_rope(late.k, cos.to(late.k.dtype), sin.to(late.k.dtype)))

@@ -42,7 +42,7 @@ class LocalExecutor:
         rule: Rule | None = None,
         controller: Controller | None = None,
     ) -> None:
-        """`top`: the last rung, over the full KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled."""
+        """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled."""
         assert not lower or controller is not None
         self._top = top
         self._lower = lower
@@ -94,7 +94,8 @@ class LocalExecutor:
         prompts = [self._prompt_logprobs(step, part) for step, part in zip(steps, parts, strict=True)]
         verdicts = self._verdicts(steps, climbers, proposals, parts)
         names = [self._top.name if step.decodes else PREFILL for step in steps]
-        self._climb.note(top, [climber.counts[name] for climber, name in zip(climbers, names, strict=True)], ran, started)
+        counts = [climber.counts[name] for climber, name in zip(climbers, names, strict=True)]
+        self._climb.note(top, counts, ran, self._top.reads(), started)
 
         results = []
         for step, climber, prompt in zip(steps, climbers, prompts, strict=True):

@@ -56,6 +56,8 @@ class LLM:
         kv_budget: int | None = None,
         verification: str = "coupled",
         mode: str = "exact",
+        density: float | None = None,
+        calibration: str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
         gpu_memory: str | int | None = None,
@@ -71,8 +73,11 @@ class LLM:
         """Load a model.
 
         `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
-        preset (auto, plain, ngram, triforce), a text such as "ngram / self:kv=512 / plain", or a Ladder. The output's law is that of
-        `plain` whatever it is. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV
+        preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
+        the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse rung, whose law the
+        output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the sparse
+        rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate` wrote for this model; it chooses scorers,
+        densities and heads. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV
         entries that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same
         seed; "maximal" tokens of the same law, more of them drafted ones, but which they are depends on batch, memory and timing,
         too. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes) for weights, KV and work space, which a GPU's allocator
@@ -81,8 +86,8 @@ class LLM:
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
         block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
-        the seed, so none of them may be given with it. `progress`: show a bar on standard error while loading; None: if that is a
-        terminal.
+        the seed and where the calibration lies, so none of the others may be given with it. `progress`: show a bar on standard error
+        while loading; None: if that is a terminal.
 
         Raises UserError (a ValueError) in one sentence for anything that cannot be, OutOfMemoryError where memory is short.
         """
@@ -95,7 +100,7 @@ class LLM:
         }
         texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
         _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
-        _check_choices(tensor_parallel_size, mode)
+        _check_choices(tensor_parallel_size)
         if "ROWCAST_LOG" in os.environ:
             configure_logging()
         threads = settings().threads
@@ -115,6 +120,9 @@ class LLM:
             draft=None if draft is None else next(iter(opened), None) or _text("draft", draft),
             kv_budget=kv_budget,
             verification=verification,
+            mode=mode,
+            density=density,
+            calibration=None if calibration is None else _text("calibration", calibration),
             dtype=dtype,
             device=device,
             gpu_memory=gpu_memory,
@@ -132,6 +140,8 @@ class LLM:
         for note in self.plan.notes:
             log.info("%s", note)
         log.info("plan: %s", self.plan.summary())
+        if planned.quality is not None:
+            log.warning("%s", planned.quality)
         self.engine = self._engine(planned, seed, progress)
         self.load_stats = {
             "seconds": time.perf_counter() - started,
@@ -289,10 +299,6 @@ def _text(name: str, value: object) -> str:
     raise UserError(f"{name}={value!r:.60} has to be text")
 
 
-def _check_choices(tensor_parallel_size: int, mode: str) -> None:
+def _check_choices(tensor_parallel_size: int) -> None:
     if tensor_parallel_size != 1:
         raise UserError(f"tensor_parallel_size={tensor_parallel_size} is not to be had: this version runs on one device, use 1")
-    if mode not in ("exact", "approximate"):
-        raise UserError(f"mode={mode!r} is not known: use exact")
-    if mode == "approximate":
-        raise UserError("mode='approximate' needs a sparse last rung, and this version ends every ladder in plain: use exact")

@@ -6,9 +6,10 @@ import torch
 
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.loader import Progress
 from rowcast.runtime.protocols import Comm, Source
 from rowcast.runtime.spec import ModelSpec
-from rowcast.runtime.weights import DenseWeights, Progress
+from rowcast.runtime.weights import DenseWeights
 
 
 def load_decoder(

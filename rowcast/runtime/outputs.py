@@ -104,8 +104,13 @@ class RequestStats:
 
     @property
     def density(self) -> dict[str, float]:
-        """By rung that runs a model: weights read over weights there are."""
-        return {name: 1.0 for name, counts in self.rungs.items() if counts.tokens and name != PREFILL}
+        """By rung that runs a model: the share of the neurons that generated tokens used."""
+        return {name: _share(c.neurons, c.neurons_of) for name, c in self.rungs.items() if c.tokens and name != PREFILL}
+
+    @property
+    def head_density(self) -> dict[str, float]:
+        """Likewise, of the query heads."""
+        return {name: _share(c.heads, c.heads_of) for name, c in self.rungs.items() if c.tokens and name != PREFILL}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,10 +127,18 @@ class RequestStats:
             "refreshes": {name: counts.refreshes for name, counts in self.rungs.items() if counts.refreshes},
             "time_s": {name: counts.seconds for name, counts in self.rungs.items()},
             "density": self.density,
+            "head_density": self.head_density,
+            "overflows": {name: counts.overflows for name, counts in self.rungs.items() if counts.overflows},
+            "fallbacks": {name: counts.fallbacks for name, counts in self.rungs.items() if counts.fallbacks},
             "bytes_read": self.bytes_read,
             "preemptions": self.preemptions,
             "seed": self.seed,
         }
+
+
+def _share(used: int, of: int) -> float:
+    """1 where nothing was counted: all were used."""
+    return used / of if of else 1.0
 
 
 @dataclass(slots=True)

@@ -9,20 +9,27 @@ from pathlib import Path
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels.linear import packed_copy_bytes
-from rowcast.placement.plan import DTYPE_BYTES, VERIFICATIONS, Plan
-from rowcast.placement.resident import pass_bytes, resident_plan
+from rowcast.placement.plan import DTYPE_BYTES, MODES, VERIFICATIONS, Plan
+from rowcast.placement.resident import resident_plan
 from rowcast.placement.units import parse_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.kv import why_not_streaming
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
 from rowcast.runtime.ladder.memory import ladder_needs, lookahead
-from rowcast.runtime.ladder.spec import Ladder, Rung, resolve
+from rowcast.runtime.ladder.presets import Calibrated, Circumstances, check_mode, resolve
+from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.build import check_rung
+from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16
 """KV entries in a block, unless the caller says otherwise."""
+
+_FITTED: tuple[ScorerName, ...] = ("dejavu", "lowrank")
+"""Scorers that a calibration may hold, the best first."""
 
 KV_SHARE = 0.75
 """Of the KV tokens that the last rung alone could have, what `auto` leaves it at least."""
@@ -46,6 +53,9 @@ class Wish:
     draft: str | None = None
     kv_budget: int | None = None
     verification: str = "coupled"
+    mode: str = "exact"
+    density: float | None = None
+    calibration: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     gpu_memory: str | int | None = None
@@ -64,6 +74,10 @@ class Planned:
     ladder: Ladder
     drafts: Mapping[str, Draft]
     """By the names that rungs give them."""
+    calibration: Calibration | None = None
+    """What sparse rungs read."""
+    quality: str | None = None
+    """What is known of an approximate ladder's output."""
 
 
 def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> Planned:
@@ -73,6 +87,8 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     """
     if wish.verification not in VERIFICATIONS:
         raise UserError(f"verification={wish.verification!r:.60} is not known: use {' or '.join(VERIFICATIONS)}")
+    if wish.mode not in MODES:
+        raise UserError(f"mode={wish.mode!r:.60} is not known: use {' or '.join(MODES)}")
     spec = target.spec
     device, device_reason = devices.choose_device(wish.device)
     dtype, dtype_reason = devices.choose_dtype(wish.dtype, target.checkpoint.stored_dtype, device)
@@ -87,16 +103,20 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     budget, budget_reason = devices.budget_bytes(device, asked["gpu_memory" if device.type == "cuda" else "host_memory"])
     width = DTYPE_BYTES[dtype]
     _check_kv_budget(wish.kv_budget)
+    _check_density(wish.density)
+    calibration = None if wish.calibration is None else Calibration.open(wish.calibration, target.fingerprint)
     max_context = min(wish.max_model_len or spec.max_context, spec.max_context)
-    ladder, adaptive, ladder_reasons = resolve(
-        wish.ladder,
-        draft=wish.draft,
-        kv_budget=wish.kv_budget,
+    here = Circumstances(
         max_context=max_context,
         kv_bytes_per_token=kv_bytes_per_token(spec, width),
-        pass_bytes=pass_bytes(spec, width),
+        pass_bytes=lambda rung: expected_bytes(spec, rung, width, calibration),
+        calibrated=None if calibration is None else offered(calibration),
+    )
+    ladder, adaptive, ladder_reasons = resolve(
+        wish.ladder, here, mode=wish.mode, draft=wish.draft, kv_budget=wish.kv_budget, density=wish.density
     )
     _check_views(ladder, max_context)
+    _check_sparse(ladder, spec, calibration, adaptive)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
     notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons]
     sizes = {"block_size": BLOCK_SIZE} | {
@@ -119,6 +139,8 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             used,
             adaptive=adaptive,
             verification=wish.verification,
+            calibration=calibration,
+            dense_copy=device.type == "cpu",
             width=width,
             block_size=block_size,
             max_context=max_context,
@@ -137,7 +159,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         )
         idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
         told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
-        return Planned(replace(plan, notes=plan.notes + told), ladder, used)
+        return _planned(replace(plan, notes=plan.notes + told), ladder, used, calibration)
 
     if adaptive:
         return _what_fits(ladder, plan_for, notes)
@@ -150,7 +172,7 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
     """The caller's plan or plan file, if it fits the model and nothing else was asked for beside it. Raises UserError."""
     for field in fields(Wish):
         value = getattr(wish, field.name)
-        if value != field.default:
+        if value != field.default and field.name != "calibration":
             raise UserError(
                 f"{field.name}={value} was given together with a plan, which decides that itself: leave one of them out"
             )
@@ -164,12 +186,73 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         raise UserError(f"{context}: make the plan again")
     ladder = Ladder.parse(chosen.ladder_text)
     _check_executable(chosen, ladder)
+    calibration = _planned_calibration(chosen, ladder, target, wish.calibration)
     drafts = open_drafts(ladder, target.spec, target.tokenizer, opened)
     if chosen.draft_fingerprints != [draft.fingerprint for draft in drafts.values()]:
         raise UserError(
             f"the plan was made for other draft weights than those of {', '.join(drafts) or 'no draft'}: make the plan again"
         )
-    return Planned(chosen, ladder, drafts)
+    return _planned(chosen, ladder, drafts, calibration)
+
+
+def _planned(plan: Plan, ladder: Ladder, drafts: Mapping[str, Draft], calibration: Calibration | None) -> Planned:
+    """A plan with what it reads, and what is known of its output's quality."""
+    calibration = calibration if plan.calibration else None
+    return Planned(plan, ladder, drafts, calibration, _quality(ladder.rungs[-1], calibration) if ladder.approximate else None)
+
+
+def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str | None) -> Calibration | None:
+    """What the plan was made with. Raises UserError where it is missing or another one was given."""
+    calibration = None if path is None else Calibration.open(path, target.fingerprint)
+    if plan.calibration and calibration is None:
+        raise UserError("the plan was made with a calibration: give calibration=DIR, or make the plan again without one")
+    if calibration is not None and calibration.identity != plan.calibration:
+        made = "another calibration" if plan.calibration else "no calibration"
+        raise UserError(f"calibration={path} was given, but the plan was made with {made}: make the plan again")
+    _check_sparse(ladder, target.spec, calibration, plan.adaptive)
+    return calibration
+
+
+def offered(calibration: Calibration) -> Calibrated:
+    """What presets look at."""
+    return Calibrated(
+        scorers=tuple(name for name in _FITTED if f"layers.0.{name}.a" in calibration),
+        density=calibration.description.get("density"),
+        heads="layers.0.heads.own.weight" in calibration,
+    )
+
+
+def _quality(rung: Rung, calibration: Calibration | None) -> str:
+    """What the calibration measured of this rung, or that it did not."""
+    quality = {} if calibration is None else calibration.description["quality"]
+    found, dense = quality.get(str(rung)), quality.get("dense")
+    if found is None or dense is None:
+        return f"mode approximate: the quality of {rung} was not measured: run rowcast eval --ladder '{rung}'"
+    return (
+        f"mode approximate: with {rung} the calibration measured perplexity {found['perplexity']:.2f}, with all weights "
+        f"{dense['perplexity']:.2f}, and acceptance as a draft {found['acceptance']:.3f}"
+    )
+
+
+def _check_density(density: float | None) -> None:
+    if density is None:
+        return
+    try:
+        Rung(kind="self", mlp=density)
+    except UserError as error:
+        raise UserError(f"density={density!r:.60} is not a share of the neurons: give a number above 0 and up to 1") from error
+
+
+def _check_sparse(ladder: Ladder, spec: ModelSpec, calibration: Calibration | None, adaptive: bool) -> None:
+    """Raises UserError for a rung that the model or the calibration has no scorer for, and for a calibration that nothing reads."""
+    sparse = [rung for rung in ladder.rungs if rung.sparse]
+    for rung in sparse:
+        check_rung(rung, spec, calibration)
+    if calibration is not None and not sparse and not adaptive:
+        raise UserError(
+            f"calibration={calibration.path} has no place in the ladder {str(ladder)!r:.80}, as no rung is sparse: leave it out, or "
+            "use auto, dejavu or hire"
+        )
 
 
 def _check_kv_budget(kv_budget: int | None) -> None:
@@ -196,9 +279,9 @@ def _check_views(ladder: Ladder, max_context: int) -> None:
 def _check_executable(plan: Plan, ladder: Ladder) -> None:
     """Raises UserError for what a plan file may say and no engine does."""
     _check_views(ladder, plan.max_context)
-    for name, only in (("mode", "exact"), ("world", 1)):
-        if getattr(plan, name) != only:
-            raise UserError(f"the plan's {name} is {getattr(plan, name)!r:.60}, only {only!r} can be run: make the plan again")
+    check_mode(ladder, plan.mode, str(ladder))
+    if plan.world != 1:
+        raise UserError(f"the plan's world is {plan.world}, only 1 can be run: make the plan again")
     if plan.lookahead < lookahead(ladder):
         raise UserError(
             f"the plan's lookahead of {plan.lookahead} tokens is less than the {lookahead(ladder)} that its ladder {ladder} may draft: "

@@ -7,12 +7,86 @@ injected from outside, so the decoder's maths never learns where bytes are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from torch import Tensor
 
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a forward pass reads of T tokens; tensors are [T] int64, on the device."""
+
+    ids: Tensor
+    positions: Tensor
+    prompt_lengths: Tensor
+    """Of each token's request; dynamic NTK scaling reads it."""
+    steps: Sequence[SeqStep]
+    """Whose they are, in order: what the host knows of them without asking the device."""
+
+    @property
+    def generated(self) -> list[bool]:
+        """For each token, whether it lies behind its request's prompt."""
+        return [p >= s.prompt_length for s in self.steps for p in range(s.start, s.start + len(s.tokens))]
+
+
+@dataclass(slots=True)
+class Reads:
+    """What a weight view read, and of how much: sums over passes, layers and tokens."""
+
+    bytes: int = 0
+    neurons: int = 0
+    """Rows of neurons that tokens used, each token its own."""
+    neurons_of: int = 0
+    """Those that the same tokens would have used of a dense model."""
+    heads: int = 0
+    heads_of: int = 0
+    overflows: int = 0
+    """Choices that were larger than their buffer: everything was read instead."""
+    fallbacks: int = 0
+    """Rows of logits for which the certificate failed: the whole LM head was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring tokens of one sequence."""
+
+    seq_id: int
+    positions: range
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """K/V of L tokens of earlier passes, for heads that those skipped and the bound tokens use."""
+
+    heads: Tensor | None
+    """[C] int64, this rank's KV heads; None: all."""
+    spans: Sequence[Span]
+    """Whose they are, in order."""
+    positions: Tensor
+    """[L] int64."""
+    prompt_lengths: Tensor
+    """[L] int64, of their requests."""
+    k: Tensor
+    """[L, C, d]."""
+    v: Tensor
+    """[L, C, d]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of one layer that a pass computes."""
+
+    queries: Tensor | None = None
+    """[C] int64, ascending, this rank's query heads; None: all."""
+    late: Late | None = None
+    """To be written before the pass attends; k before RoPE."""
+
+
+ALL_HEADS: Final = Heads()
 
 
 class Comm(Protocol):
@@ -65,6 +139,17 @@ class WeightView(Protocol):
 
     spec: ModelSpec
 
+    def begin(self, tokens: Tokens, kv: KVView) -> None:
+        """A pass over these tokens, which are bound to `kv`, starts; the calls up to the next `begin` are its.
+
+        Sparse views read all rows for prompts. What they keep of a sequence they keep as long as `kv` has it.
+        """
+        ...
+
+    def reads(self) -> Reads:
+        """What was read since the last call of this. May wait for the device."""
+        ...
+
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [T], positions [T] (int64) -> [T, D], complete on every rank."""
         ...
@@ -74,11 +159,16 @@ class WeightView(Protocol):
         ...
 
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d], with bias, clip and q/k norm, before RoPE."""
+        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d], with bias, clip and q/k norm, before RoPE. Skipped heads are 0."""
+        ...
+
+    def heads(self, layer: int) -> Heads:
+        """Which heads the layer's `qkv`, the last one called, has computed."""
         ...
 
     def out(self, layer: int, heads: Tensor) -> Tensor:
-        """[T, H, d] -> this rank's part of the sum, [T, D]. The bias is in one rank's part only."""
+        """Of the C query heads that `heads` names, [T, C, d] -> this rank's part of the sum, [T, D]. The bias is in one rank's part
+        only."""
         ...
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
@@ -125,9 +215,21 @@ class KVView(Protocol):
         """Write k, v [T, K, d] (k after RoPE) of the bound tokens, as proposals: lengths do not change."""
         ...
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """q [T, H, d] -> [T, H, d]; token i sees its own sequence's entries at positions <= its own that the view shows, within the
-        layer's window."""
+    def late_from(self, seq_id: int) -> int | None:
+        """The first position that `fill` can write; earlier entries are none of this view's passes. None: entries have to be complete
+        when they are appended. Valid for bound sequences."""
+        ...
+
+    def fill(self, layer: int, late: Late) -> None:
+        """Write what entries of earlier passes lacked (k after RoPE), before the bound tokens' are appended.
+
+        Precondition: the positions lie between the sequence's `late_from` and its first bound token.
+        """
+        ...
+
+    def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:
+        """q [T, H, d] -> [T, C, d], the outputs of the query heads `heads` [C] (ascending; None: all H). Token i sees its own
+        sequence's entries at positions <= its own that the view shows, within the layer's window."""
         ...
 
     def commit(self, seq_id: int, tokens: int) -> None:

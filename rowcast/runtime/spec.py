@@ -109,22 +109,26 @@ class ModelSpec:
 
 def parameter_count(spec: ModelSpec) -> int:
     """Stored parameters of the model; a tied output head counts once."""
-    hidden, neurons = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden = spec.hidden_size
     norm = hidden * (1 + spec.norm_bias) if spec.norm_affine else 0
-
-    attention = hidden * (2 * queries + 2 * keys) + spec.qkv_bias * (queries + 2 * keys) + spec.out_bias * hidden
-    if spec.qk_norm == "head":
-        attention += 2 * spec.head_dim
-    inner = 2 if spec.gated else 1
-    mlp = (inner + 1) * hidden * neurons + spec.mlp_bias * (inner * neurons + hidden)
     norms = 1 if spec.parallel_norms == 1 else 2
 
     embedding = spec.vocab_size * spec.embed_size * (1 if spec.tied_embeddings else 2)
     positions = (spec.max_context + spec.position_offset) * hidden if spec.learned_positions else 0
     projections = 2 * spec.embed_size * hidden if spec.embed_size != hidden else 0
     outer_norms = (spec.embed_norm + spec.final_norm) * norm
-    return embedding + positions + projections + outer_norms + spec.num_layers * (attention + mlp + norms * norm)
+    return embedding + positions + projections + outer_norms + spec.num_layers * (layer_parameters(spec) + norms * norm)
+
+
+def layer_parameters(spec: ModelSpec) -> int:
+    """Of one layer's products: all but its norms of the residual stream."""
+    hidden, neurons = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = hidden * (2 * queries + 2 * keys) + spec.qkv_bias * (queries + 2 * keys) + spec.out_bias * hidden
+    if spec.qk_norm == "head":
+        attention += 2 * spec.head_dim
+    inner = 2 if spec.gated else 1
+    return attention + (inner + 1) * hidden * neurons + spec.mlp_bias * (inner * neurons + hidden)
 
 
 def kv_bytes_per_token(spec: ModelSpec, bytes_per_element: int) -> int:

@@ -51,6 +51,11 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
 
+_SUMS = (
+    "tokens", "refreshes", "neurons", "neurons_of", "heads", "heads_of", "overflows", "fallbacks", "seconds", "bytes_read",
+)  # fmt: skip
+"""Fields of `RungCounts` that add up."""
+
 PREFILL = "prefill"
 """Stands for the last rung where it runs a prompt, so that what a rung took to decode is not mixed with that."""
 
@@ -72,6 +77,17 @@ class RungCounts:
     """Tokens run through the rung's model, drafts and catching up included."""
     refreshes: int = 0
     """Times that its KV view chose its entries anew."""
+    neurons: int = 0
+    """Neurons that generated tokens used, each token its own, over layers. Rungs that use all do not count."""
+    neurons_of: int = 0
+    """Those that a dense model uses."""
+    heads: int = 0
+    """Likewise, query heads."""
+    heads_of: int = 0
+    overflows: int = 0
+    """Passes' choices that were larger than their buffer, so that everything was read."""
+    fallbacks: int = 0
+    """Rows of logits that took the whole LM head, as their certificate failed."""
     seconds: float = 0.0
     """This sequence's share of the time of the rung's passes, by tokens."""
     bytes_read: int = 0
@@ -83,10 +99,8 @@ class RungCounts:
             mine.extend([0] * (len(theirs) - len(mine)))
             for position, count in enumerate(theirs):
                 mine[position] += count
-        self.tokens += other.tokens
-        self.refreshes += other.refreshes
-        self.seconds += other.seconds
-        self.bytes_read += other.bytes_read
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def note(self, proposed: int, accepted: int) -> None:
         """One verdict: of `proposed` tokens the first `accepted` stood."""

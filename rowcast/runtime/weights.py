@@ -1,8 +1,4 @@
-"""The plain rung's weight view: one rank's share of all weights, resident on one device.
-
-Tensors are read by slice, straight into the place where they stay (or into one tensor's worth of staging on the way to a GPU or to
-oneDNN's layout), so that host memory never holds more than the shard and one tensor.
-"""
+"""The plain rung's weight view: one rank's share of all weights, resident on one device, and what every view has around its layers."""
 
 from __future__ import annotations
 
@@ -14,16 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowcast.errors import UserError
 from rowcast.kernels.linear import Linear, make_linear
-from rowcast.runtime.protocols import Comm, Source
+from rowcast.runtime.loader import Loader, Norm, Progress
+from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import Activation, ModelSpec
-from rowcast.runtime.weight_map import Names, find_prefix, names_for, qkv_pieces
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just placed."""
-
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -33,67 +24,21 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(slots=True)
-class Norm:
-    """An RMS or layer norm over the last dimension; weight and bias [D] or None."""
+class Outer:
+    """What lies around the layers' products: embeddings, norms, LM head. Views of one model share it."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    rms: bool
-
-    def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if self.rms:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-@dataclass(slots=True)
-class Layer:
-    """One layer's share of the products, each a map [in] -> [out]."""
-
-    qkv: Linear
-    out: Linear
-    up: Linear
-    """With a gated MLP: rows [gate; up]."""
-    down: Linear
-    q_norm: Norm | None
-    k_norm: Norm | None
-
-
-class DenseWeights:
-    """All products over all rows. Implements `WeightView`."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        source: Source,
-        comm: Comm,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None = None,
-    ) -> None:
-        """Load this rank's share. Raises UserError where the checkpoint lacks a tensor or has one of another shape."""
+    def __init__(self, spec: ModelSpec, load: Loader, comm: Comm) -> None:
         self.spec = spec
         self._comm = comm
-        shard = Shard(comm.rank, comm.world)
-        shard.check(spec)
-        load = _Loader(spec, source, shard, dtype, device, progress)
-        self.bytes = 0
-        """Bytes of weights that one pass over all layers and the head reads."""
-        self._vocabulary = shard.vocabulary(spec)
+        before = load.elements
+        self._vocabulary = load.shard.vocabulary(spec)
         self._vocabulary_rows = -(-spec.vocab_size // comm.world)
-        heads, kv_heads = shard.query_heads(spec), shard.kv_heads(spec)
-        self._heads = (heads.stop - heads.start, kv_heads.stop - kv_heads.start)
-
         self._embedding = load.vocabulary_rows(load.names.embed)
         self._positions = load.positions() if spec.learned_positions else None
         self._project_in = self._project_out = None
         if spec.embed_size != spec.hidden_size:
             self._project_in = load.projection(load.names.project_in, (spec.hidden_size, spec.embed_size))
             self._project_out = load.projection(load.names.project_out, (spec.embed_size, spec.hidden_size))
-        self._layers = [load.layer(i) for i in range(spec.num_layers)]
         self._norms: dict[tuple[int, str], Norm] = {}
         """By layer and kind; the embeddings' and the final norm stand at layer 0."""
         for i in range(spec.num_layers):
@@ -104,14 +49,16 @@ class DenseWeights:
             self._norms[0, "embed"] = load.norm(load.names.embed_norm)
         if spec.final_norm:
             self._norms[0, "final"] = load.norm(load.names.final_norm)
-        if spec.tied_embeddings:
-            self._head = make_linear(self._embedding, shared=True)
-        else:
-            self._head = load.head()
+        rows = self._embedding if spec.tied_embeddings else load.vocabulary_rows(load.names.head, prefixed=False)
+        self._head = make_linear(rows, shared=spec.tied_embeddings or rows.dtype == torch.float32)
+        packed = self._head.weight is not rows
+        self.head_rows: Tensor | None = self._embedding if spec.tied_embeddings else None if packed else rows
+        """The LM head's rows of this rank, [V_local, E]; None where they are held in a library's layout only."""
         looked_up = (0 if spec.tied_embeddings else self._embedding.numel()) + (
             0 if self._positions is None else self._positions.numel()
         )
-        self.bytes = (load.elements - looked_up) * dtype.itemsize
+        self.elements = load.elements - before - looked_up
+        """Read by a pass: all but rows that are looked up."""
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:  # [T], [T] -> [T, D]
         if self._comm.world == 1:
@@ -130,16 +77,69 @@ class DenseWeights:
     def norm(self, layer: int, which: str, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
         return self._norms[layer, which](x)
 
+    def head_input(self, x: Tensor) -> Tensor:
+        """Hidden states after the final norm as the LM head's rows take them: [T, D] -> [T, E]."""
+        return x if self._project_out is None else self._project_out(x)
+
+    def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
+        return self.pad(self._head(self.head_input(x)))
+
+    def pad(self, logits: Tensor) -> Tensor:
+        """Logits of this rank's rows -> as many as every rank has."""
+        missing = self._vocabulary_rows - logits.shape[1]
+        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer's share of the products, each a map [in] -> [out]."""
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    """With a gated MLP: rows [gate; up]."""
+    down: Linear
+
+
+class DenseWeights:
+    """All products over all rows. Implements `WeightView`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: Source,
+        comm: Comm,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> None:
+        """Load this rank's share. Raises UserError where the checkpoint lacks a tensor or has one of another shape."""
+        self.spec = spec
+        shard = Shard(comm.rank, comm.world)
+        shard.check(spec)
+        load = Loader(spec, source, shard, dtype, device, progress)
+        self.outer = Outer(spec, load, comm)
+        inside = load.elements
+        self.split = HeadSplit(spec, load)
+        self._layers = [self._layer(load, i) for i in range(spec.num_layers)]
+        self.bytes = (self.outer.elements + load.elements - inside) * dtype.itemsize
+        """Bytes of weights that one pass over all layers and the head reads."""
+        self._passes = 0
+        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+
+    def begin(self, tokens: Tokens, kv: KVView) -> None:
+        self._passes += 1
+
+    def reads(self) -> Reads:
+        passes, self._passes = self._passes, 0
+        return Reads(bytes=passes * self.bytes)
+
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
-        weights = self._layers[layer]
-        fused = weights.qkv(x)
-        if self.spec.qkv_clip is not None:
-            fused = fused.clamp_(-self.spec.qkv_clip, self.spec.qkv_clip)
-        heads, kv_heads = self._heads
-        q, k, v = fused.view(x.shape[0], heads + 2 * kv_heads, self.spec.head_dim).split((heads, kv_heads, kv_heads), 1)  # type: ignore[no-untyped-call]
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = weights.q_norm(q), weights.k_norm(k)
-        return q, k, v
+        return self.split.apart(layer, self._layers[layer].qkv(x))
+
+    def heads(self, layer: int) -> Heads:
+        return ALL_HEADS
 
     def out(self, layer: int, heads: Tensor) -> Tensor:  # [T, H, d] -> [T, D]
         return self._layers[layer].out(heads.flatten(1))
@@ -153,137 +153,45 @@ class DenseWeights:
             return weights.down(act(gate) * up)
         return weights.down(act(hidden))
 
-    def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
-        if self._project_out is not None:
-            x = self._project_out(x)
-        logits = self._head(x)
-        missing = self._vocabulary_rows - logits.shape[1]
-        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
-
-
-class _Loader:
-    """Reads one rank's share of one checkpoint, tensor by tensor."""
-
-    def __init__(
-        self, spec: ModelSpec, source: Source, shard: Shard, dtype: torch.dtype, device: torch.device, progress: Progress | None
-    ) -> None:
-        self.names: Names = names_for(spec)
-        self._prefix = find_prefix(self.names, source.names())
-        self._spec, self._source, self._shard = spec, source, shard
-        self._dtype, self._device, self._progress = dtype, device, progress
-        self.elements = 0
-
-    def layer(self, index: int) -> Layer:
-        spec, names, shard = self._spec, self.names, self._shard
+    def _layer(self, load: Loader, index: int) -> _Layer:
+        spec, names, shard = self.spec, load.names, load.shard
         heads = shard.query_heads(spec)
         head_columns = slice(heads.start * spec.head_dim, heads.stop * spec.head_dim)
         neurons = shard.span(spec.intermediate_size)
         ups = [names.gate, names.up] if spec.gated else [names.up]
-        return Layer(
-            qkv=self._qkv(index),
-            out=self._row_parallel(names.out.format(index), head_columns, spec.num_heads * spec.head_dim, spec.out_bias),
-            up=self._stacked([stem.format(index) for stem in ups], neurons, spec.mlp_bias),
-            down=self._row_parallel(names.down.format(index), neurons, spec.intermediate_size, spec.mlp_bias),
-            q_norm=self.norm(names.q_norm.format(index), spec.head_dim) if spec.qk_norm == "head" else None,
-            k_norm=self.norm(names.k_norm.format(index), spec.head_dim) if spec.qk_norm == "head" else None,
+        return _Layer(
+            qkv=make_linear(*load.qkv(index)),
+            out=load.row_parallel(names.out.format(index), head_columns, spec.num_heads * spec.head_dim, spec.out_bias),
+            up=load.stacked([stem.format(index) for stem in ups], neurons, spec.mlp_bias),
+            down=load.row_parallel(names.down.format(index), neurons, spec.intermediate_size, spec.mlp_bias),
         )
 
-    def norm(self, stem: str, size: int | None = None) -> Norm:
-        spec, size = self._spec, size or self._spec.hidden_size
-        weight = self._vector(f"{stem}.weight", size) if spec.norm_affine else None
-        bias = self._vector(f"{stem}.bias", size) if spec.norm_affine and spec.norm_bias else None
-        return Norm(weight, bias, spec.norm_eps, spec.norm == "rms")
 
-    def projection(self, stem: str, shape: tuple[int, int]) -> Linear:
-        """A small product without bias that every rank holds whole (OPT-350m's projections)."""
-        name = self._name(f"{stem}.weight")
-        weight = self._empty(shape)
-        self._read(name, weight)
-        return make_linear(self._place(weight))
+class HeadSplit:
+    """From fused products to heads: clip, split, norms of q and k."""
 
-    def positions(self) -> Tensor:
-        spec = self._spec
-        table = self._empty((spec.max_context + spec.position_offset, spec.hidden_size))
-        self._read(self._name(f"{self.names.positions}.weight"), table)
-        return self._place(table)
+    def __init__(self, spec: ModelSpec, load: Loader) -> None:
+        self._spec = spec
+        heads, kv_heads = load.shard.query_heads(spec), load.shard.kv_heads(spec)
+        self.heads, self.kv_heads = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        normed = range(spec.num_layers) if spec.qk_norm == "head" else ()
+        self._q_norms = [load.norm(load.names.q_norm.format(i), spec.head_dim) for i in normed]
+        self._k_norms = [load.norm(load.names.k_norm.format(i), spec.head_dim) for i in normed]
 
-    def vocabulary_rows(self, stem: str, *, prefixed: bool = True) -> Tensor:
-        spec, rows = self._spec, self._shard.vocabulary(self._spec)
-        table = self._empty((rows.stop - rows.start, spec.embed_size))
-        name = f"{stem}.weight"
-        self._read(self._name(name) if prefixed else name, table, rows=rows, whole=(spec.vocab_size, spec.embed_size))
-        return self._place(table)
+    def apart(self, layer: int, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Products [T, (H + 2 K) d], which may be written to -> q [T, H, d], k [T, K, d], v [T, K, d]."""
+        sizes = tuple(count * self._spec.head_dim for count in (self.heads, self.kv_heads, self.kv_heads))
+        q, k, v = fused.split(sizes, 1)  # type: ignore[no-untyped-call]
+        return self.queries(layer, q), self.keys(layer, k), self.values(v)
 
-    def head(self) -> Linear:
-        return make_linear(self.vocabulary_rows(self.names.head, prefixed=False))
+    def queries(self, layer: int, q: Tensor) -> Tensor:  # [T, n d] -> [T, n, d]
+        q = self.values(q)
+        return self._q_norms[layer](q) if self._q_norms else q
 
-    def _qkv(self, index: int) -> Linear:
-        spec, shard = self._spec, self._shard
-        heads, kv_heads = shard.query_heads(spec), shard.kv_heads(spec)
-        rows = (heads.stop - heads.start + 2 * (kv_heads.stop - kv_heads.start)) * spec.head_dim
-        weight = self._empty((rows, spec.hidden_size))
-        bias = self._empty((rows,)) if spec.qkv_bias else None
-        for piece in qkv_pieces(spec, self.names, index, shard):
-            target = slice(piece.target, piece.target + piece.rows.stop - piece.rows.start)
-            whole = piece.whole_rows, spec.hidden_size
-            self._read(self._name(f"{piece.stem}.weight"), weight[target], rows=piece.rows, whole=whole)
-            if bias is not None:
-                self._read(self._name(f"{piece.stem}.bias"), bias[target], rows=piece.rows, whole=whole[:1])
-        return make_linear(self._place(weight), None if bias is None else self._place(bias))
+    def keys(self, layer: int, k: Tensor) -> Tensor:  # [T, n d] -> [T, n, d]
+        k = self.values(k)
+        return self._k_norms[layer](k) if self._k_norms else k
 
-    def _stacked(self, stems: list[str], rows: slice, with_bias: bool) -> Linear:
-        """The same rows of several matrices, one below the other: a column-parallel product."""
-        size, spec = rows.stop - rows.start, self._spec
-        whole = spec.intermediate_size, spec.hidden_size
-        weight = self._empty((len(stems) * size, spec.hidden_size))
-        bias = self._empty((len(stems) * size,)) if with_bias else None
-        for i, stem in enumerate(stems):
-            target = slice(i * size, (i + 1) * size)
-            self._read(self._name(f"{stem}.weight"), weight[target], rows=rows, whole=whole)
-            if bias is not None:
-                self._read(self._name(f"{stem}.bias"), bias[target], rows=rows, whole=whole[:1])
-        return make_linear(self._place(weight), None if bias is None else self._place(bias))
-
-    def _row_parallel(self, stem: str, columns: slice, whole_columns: int, with_bias: bool) -> Linear:
-        """Some columns of a matrix; the product is one part of a sum over ranks, to which rank 0 adds the bias."""
-        weight = self._empty((self._spec.hidden_size, columns.stop - columns.start))
-        self._read(self._name(f"{stem}.weight"), weight, cols=columns, whole=(self._spec.hidden_size, whole_columns))
-        bias = self._vector(f"{stem}.bias", self._spec.hidden_size) if with_bias and self._shard.rank == 0 else None
-        return make_linear(self._place(weight), bias)
-
-    def _vector(self, stem: str, size: int) -> Tensor:
-        vector = self._empty((size,))
-        self._read(self._name(stem), vector)
-        return self._place(vector)
-
-    def _name(self, name: str) -> str:
-        return self._prefix + name
-
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype)
-
-    def _place(self, staged: Tensor) -> Tensor:
-        self.elements += staged.numel()
-        return staged.to(self._device)
-
-    def _read(
-        self,
-        name: str,
-        out: Tensor,
-        *,
-        rows: slice | None = None,
-        cols: slice | None = None,
-        whole: tuple[int, ...] | None = None,
-    ) -> None:
-        """Fill `out` from a slice of a tensor of shape `whole` (that of `out` if not given)."""
-        if name not in self._source:
-            raise UserError(f"the checkpoint has no tensor {name}, which its config calls for: use a complete copy of the model")
-        shape, wanted = self._source.shape(name), whole or tuple(out.shape)
-        if shape != wanted:
-            raise UserError(
-                f"tensor {name} has shape {list(shape)}, but the model's config calls for {list(wanted)}: "
-                "take config.json and weights from the same copy of the model"
-            )
-        self._source.read(name, rows, cols, out=out)
-        if self._progress is not None:
-            self._progress(out.numel() * out.element_size())
+    def values(self, v: Tensor) -> Tensor:  # [T, n d] -> [T, n, d]
+        clip = self._spec.qkv_clip
+        return (v if clip is None else v.clamp_(-clip, clip)).view(v.shape[0], -1, self._spec.head_dim)

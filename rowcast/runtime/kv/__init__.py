@@ -1,8 +1,9 @@
-"""What a rung sees of the keys and values: all of them (paged), chosen ones of those, or the sinks and the recent ones of its own."""
+"""What a rung sees of the keys and values: all of them (paged, shared), chosen ones, or the sinks and the recent ones of its own."""
 
 from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.kv.selected import SelectedKV
 from rowcast.runtime.kv.selection import Choice, HeavyHitters, Policy, Retrieval, Streaming, choice_bytes
+from rowcast.runtime.kv.shared import SharedKV
 from rowcast.runtime.kv.streaming import StreamingKV, why_not_streaming
 from rowcast.runtime.kv.summaries import Summary
 
@@ -13,6 +14,7 @@ __all__ = [
     "Policy",
     "Retrieval",
     "SelectedKV",
+    "SharedKV",
     "Streaming",
     "StreamingKV",
     "Summary",

@@ -16,6 +16,7 @@ from torch import Tensor
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.places import places, take
 from rowcast.runtime.kv.summaries import Summaries, Summary
+from rowcast.runtime.protocols import Late
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
@@ -67,11 +68,15 @@ class PagedKV:
         device: torch.device,
         keep_queries: int = 0,
         summaries: Collection[Summary] = (),
+        lazy: bool = False,
     ) -> None:
         """`keep_queries`: of each sequence's last pass keep the queries of so many last tokens; those rejected are of no use, so it
-        should exceed the longest proposal. `summaries`: kinds of chunk summaries to keep. Raises UserError where a chunk does not
-        divide `block_size`.
+        should exceed the longest proposal. `summaries`: kinds of chunk summaries to keep. `lazy`: entries may be completed by later
+        passes; not where something else reads them, so without summaries and without views that copy from this one. Raises
+        UserError where a chunk does not divide `block_size`.
         """
+        assert not (lazy and summaries), "summaries are of complete entries"
+        self.lazy = lazy
         self.spec = spec
         self.device = device
         self.dtype = dtype
@@ -86,6 +91,8 @@ class PagedKV:
         self._summaries = {kind: Summaries(kind, self._keys) for kind in summaries}
         self._sequences: dict[int, _Sequence] = {}
         self._bound: list[_Bound] = []
+        self._tables: dict[int, list[int]] = {}
+        """The bound sequences' blocks."""
         self._keeps_all = False
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
 
@@ -127,21 +134,42 @@ class PagedKV:
         return found.rewinds if found else 0
 
     def bind(self, steps: Sequence[SeqStep]) -> None:
+        queries = []
+        for step in steps:
+            end = step.start + len(step.tokens)
+            seq = self._sequences.setdefault(step.seq_id, _Sequence())
+            assert seq.length <= step.start <= seq.end, f"sequence {step.seq_id}: {step.start} is outside {seq.length}..{seq.end}"
+            seq.end, seq.blocks = end, step.blocks[: -(-end // self._block_size)]
+            seq.queries = _Queries(max(step.start, end - self.keep_queries)) if self.keep_queries else None
+            queries.append(seq.queries)
+        self._place(steps, queries)
+
+    def lend(self, steps: Sequence[SeqStep]) -> None:
+        """Another view's pass: `append` and `attend` refer to its tokens until the next `bind`; nothing is noted of the sequences.
+
+        Precondition: as for `bind`, but the tokens lie behind the committed ones anywhere.
+        """
+        self._place(steps, [None] * len(steps))
+
+    def _slots_of(self, seq_id: int, positions: range) -> list[int]:
+        """Where entries of a bound sequence lie among those of a layer."""
+        blocks, size = self._tables[seq_id], self._block_size
+        return [blocks[p // size] * size + p % size for p in positions]
+
+    def _place(self, steps: Sequence[SeqStep], queries: Sequence[_Queries | None]) -> None:
+        """Where the tokens of a pass go, and what keeps their last queries."""
         size = self._block_size
         self._bound.clear()
+        self._tables = {step.seq_id: step.blocks for step in steps}
         slots: list[int] = []
         first = 0
-        for step in steps:
+        for step, kept in zip(steps, queries, strict=True):
             tokens = len(step.tokens)
             end = step.start + tokens
             used = step.blocks[: -(-end // size)]
-            seq = self._sequences.setdefault(step.seq_id, _Sequence())
-            assert seq.length <= step.start <= seq.end, f"sequence {step.seq_id}: {step.start} is outside {seq.length}..{seq.end}"
             assert len(used) * size >= end, f"sequence {step.seq_id}: {len(used)} blocks do not hold {end} tokens"
-            seq.end, seq.blocks = end, used
-            seq.queries = _Queries(max(step.start, end - self.keep_queries)) if self.keep_queries else None
-            self._bound.append(_Bound(first, tokens, end, places(used, self.device), seq.queries))
-            slots.extend(used[p // size] * size + p % size for p in range(step.start, end))
+            self._bound.append(_Bound(first, tokens, end, places(used, self.device), kept))
+            slots += self._slots_of(step.seq_id, range(step.start, end))
             first += tokens
         self._keeps_all = all(b.tokens <= self.keep_queries for b in self._bound)
         self._slots = torch.tensor(slots, device=self.device)
@@ -150,7 +178,17 @@ class PagedKV:
         self._keys[layer].flatten(0, 1).index_copy_(0, self._slots, k)
         self._values[layer].flatten(0, 1).index_copy_(0, self._slots, v)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
+    def late_from(self, seq_id: int) -> int | None:
+        """0, if entries may be late at all."""
+        return 0 if self.lazy else None
+
+    def fill(self, layer: int, late: Late) -> None:
+        slots = [slot for span in late.spans for slot in self._slots_of(span.seq_id, span.positions)]
+        at = torch.tensor(slots, device=self.device)
+        for store, entries in ((self._keys[layer], late.k), (self._values[layer], late.v)):
+            write_heads(store.flatten(0, 1), at, late.heads, entries)
+
+    def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, C, d]
         keys, values = self._keys[layer], self._values[layer]
         parts = []
         for seq in self._bound:
@@ -167,6 +205,7 @@ class PagedKV:
                     window=self.spec.windows[layer],
                     slopes=self.slopes,
                     absolute_bias_scale=self.absolute_bias_scale,
+                    heads=heads,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -244,6 +283,14 @@ def alibi(spec: ModelSpec, shard: Shard, device: torch.device) -> tuple[Tensor |
 def visible_bytes(spec: ModelSpec, kv_heads: int, dtype: torch.dtype, entries: int) -> int:
     """Bytes of keys and values that a token reads in all layers where a view shows it `entries` neighbouring ones."""
     return 2 * kv_heads * spec.head_dim * dtype.itemsize * sum(min(entries, window or entries) for window in spec.windows)
+
+
+def write_heads(store: Tensor, at: Tensor, heads: Tensor | None, entries: Tensor) -> None:
+    """Write entries [L, C, d] of the KV heads `heads` [C] (None: all) to the rows `at` [L] of a store [n, K, d]."""
+    if heads is None:
+        store.index_copy_(0, at, entries)
+    else:
+        store[at[:, None], heads] = entries
 
 
 def _rows(store: Tensor, rows: Tensor) -> Tensor:

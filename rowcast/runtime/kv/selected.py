@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels.attention import attend_entries
-from rowcast.runtime.kv.paged import PagedKV, visible_bytes
+from rowcast.runtime.kv.paged import PagedKV, visible_bytes, write_heads
 from rowcast.runtime.kv.selection import Policy, copy_bytes, head_groups
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
+from rowcast.runtime.protocols import Late
 from rowcast.runtime.step import SeqStep
 
 
@@ -74,6 +75,7 @@ class SelectedKV:
         everything. Precondition: the budget has room for a chunk wherever it starts (`Rung` sees to it).
         """
         self._sinks = -(-sinks // policy.chunk) * policy.chunk
+        assert not parent.lazy, "the parent's entries are not complete"
         # The recent window starts at a chunk's start, so it may be up to chunk - 1 entries longer.
         self._choice = (budget - self._sinks - recent - policy.chunk + 1) // policy.chunk
         assert self._choice >= 1, f"{budget} entries leave nothing to choose"
@@ -160,7 +162,20 @@ class SelectedKV:
             self._keys[seq.slot, layer, :, seq.own] = k[seq.rows].transpose(0, 1)
             self._values[seq.slot, layer, :, seq.own] = v[seq.rows].transpose(0, 1)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
+    def late_from(self, seq_id: int) -> int:
+        """Behind the parent's entries, which its own passes completed."""
+        return self.length(seq_id)
+
+    def fill(self, layer: int, late: Late) -> None:
+        done = 0
+        for span in late.spans:
+            slot, rows = self._slots[span.seq_id], slice(done, done + len(span.positions))
+            at = late.positions[rows] + (self._shown[span.seq_id].entries - self.length(span.seq_id))
+            for store, entries in ((self._keys, late.k), (self._values, late.v)):
+                write_heads(store[slot, layer].transpose(0, 1), at, late.heads, entries[rows])
+            done = rows.stop
+
+    def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, C, d]
         parts = [
             attend_entries(
                 q[seq.rows],
@@ -172,6 +187,7 @@ class SelectedKV:
                 window=self._parent.spec.windows[layer],
                 slopes=self._parent.slopes,
                 absolute_bias_scale=self._parent.absolute_bias_scale,
+                heads=heads,
             )
             for seq in self._bound
         ]

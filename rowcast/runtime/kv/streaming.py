@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rowcast.errors import UserError
 from rowcast.kernels.attention import attend
-from rowcast.runtime.kv.paged import alibi, visible_bytes
+from rowcast.runtime.kv.paged import alibi, visible_bytes, write_heads
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import SINKS, STREAMING_STRIDE
+from rowcast.runtime.protocols import Late
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -189,7 +190,21 @@ class StreamingKV:
                 self._beside[seq.slot] = beside
                 self._keep_last(layer, seq, *beside)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:  # [T, H, d] -> [T, H, d]
+    def late_from(self, seq_id: int) -> int:
+        """Behind the sinks, whose keys may be turned at any time, and behind what was evicted."""
+        slot = self._slots[seq_id]
+        return next(seq.base for seq in self._bound if seq.slot == slot)
+
+    def fill(self, layer: int, late: Late) -> None:
+        done = 0
+        for span in late.spans:
+            slot, rows = self._slots[span.seq_id], slice(done, done + len(span.positions))
+            at = late.positions[rows] + (self._sinks - self.late_from(span.seq_id))
+            for store, entries in ((self._keys, late.k), (self._values, late.v)):
+                write_heads(store[layer, slot].transpose(0, 1), at, late.heads, entries[rows])
+            done = rows.stop
+
+    def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, C, d]
         parts = []
         for seq in self._bound:
             if seq.kept is None:
@@ -209,6 +224,7 @@ class StreamingKV:
                         window=self._spec.windows[layer],
                         slopes=self._slopes,
                         absolute_bias_scale=self._absolute_bias_scale,
+                        heads=heads,
                     )
                 )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -18,6 +18,7 @@ from rowcast.errors import UserError
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Law, Proposal, Rule, Verdict
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
+from rowcast.runtime.protocols import Reads
 from rowcast.runtime.step import RungCounts
 
 
@@ -120,11 +121,25 @@ class Climb:
                 self._settle(rung, climbers[i], proposals[i], verdict)
                 yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
 
-    def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, started: float) -> None:
-        """Book a pass that started then, shared by its sequences as they had tokens in it."""
-        seconds, total = time.perf_counter() - started, sum(ran.tokens)
-        for found, tokens, bytes_read, refreshes in zip(counts, ran.tokens, ran.bytes_read, ran.refreshes, strict=True):
-            found.add(RungCounts(tokens=tokens, refreshes=refreshes, seconds=seconds * tokens / total, bytes_read=bytes_read))
+    def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, started: float) -> None:
+        """Book a pass that started then and read `reads` of the weights, shared by its sequences as they had tokens in it."""
+        seconds, total, generated = time.perf_counter() - started, sum(ran.tokens), max(1, sum(ran.generated))
+        for i, found in enumerate(counts):
+            tokens, own = ran.tokens[i], ran.generated[i]
+            found.add(
+                RungCounts(
+                    tokens=tokens,
+                    refreshes=ran.refreshes[i],
+                    neurons=reads.neurons * own // generated,
+                    neurons_of=reads.neurons_of * own // generated,
+                    heads=reads.heads * own // generated,
+                    heads_of=reads.heads_of * own // generated,
+                    overflows=reads.overflows if own else 0,
+                    fallbacks=reads.fallbacks if own else 0,
+                    seconds=seconds * tokens / total,
+                    bytes_read=reads.bytes // len(ran.tokens) + ran.kv_bytes[i],
+                )
+            )
         self.passes.append(Pass(rung, total, len(ran.tokens), seconds))
 
     def _extend(self, rung: int, wants: list[_Want]) -> None:
@@ -150,7 +165,7 @@ class Climb:
                 if verdict.token < 0:  # a rung that cannot count proposes nothing more
                     del want.laws[len(want.climber.path.ids) - want.start :]
                     want.count = len(want.climber.path.ids) - want.start
-            self.note(rung, [c.counts[runner.name] for c in climbers], ran, started)
+            self.note(rung, [c.counts[runner.name] for c in climbers], ran, runner.reads(), started)
 
     def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict) -> None:
         """Cut the path to what stands, append the verifier's token, drop K/V of what does not stand."""

@@ -229,8 +229,7 @@ class Controller:
             return True
         if spec.kind == "ngram":
             return sequence.match_class >= 0
-        assert spec.kv is not None
-        return sequence.length >= 2 * spec.kv
+        return sequence.length >= spec.pays_from
 
     def _gammas(
         self, group: int, usable: tuple[bool, ...], batch: int, left: int, sequence: _Sequence, lacks: dict[int, int]

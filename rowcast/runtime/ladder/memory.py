@@ -1,4 +1,4 @@
-"""What the rungs below the last take: weights, caches, work space.
+"""What a ladder takes beside the weights and the KV of a plain model: drafts, sparse rungs, caches, work space.
 
 The views allocate what is counted here, each once, when it is made.
 """
@@ -12,6 +12,9 @@ from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summa
 from rowcast.runtime.ladder.control import GAMMAS
 from rowcast.runtime.ladder.drafts import Draft
 from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder, Rung
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.lazy import late_bytes
+from rowcast.runtime.sparse.sizes import bank_bytes, expected_bytes, predictor_bytes, score_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 KEPT_QUERIES = 16
@@ -34,6 +37,11 @@ def summaries(ladder: Ladder) -> set[Summary]:
     return {Summary(rung.score, rung.chunk) for rung in ladder.lower if rung.retrieves}
 
 
+def lazy(ladder: Ladder, spec: ModelSpec) -> bool:
+    """Whether the full view's entries may be completed by later passes: its own rung skips heads, and no other rung reads them."""
+    return ladder.rungs[-1].heads is not None and spec.group_size == 1 and not any(rung.kind == "self" for rung in ladder.lower)
+
+
 def policy(rung: Rung) -> Policy:
     """By which a rung self chooses its entries."""
     if rung.view == "retrieval":
@@ -48,23 +56,26 @@ def ladder_needs(
     *,
     adaptive: bool,
     verification: str,
+    calibration: Calibration | None,
+    dense_copy: bool,
     width: int,
     block_size: int,
     max_context: int,
     head_copy_bytes: Callable[[ModelSpec], int],
 ) -> LadderNeeds:
-    """The bytes that a ladder takes beside its last rung, whose model is `spec`.
+    """The bytes that a ladder takes beside a plain model, `spec`.
 
-    `drafts`: the draft models of its rungs, by the names that these give them. `width`: bytes of an element of weights and KV.
-    `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM head takes. Raises
+    `drafts`: the draft models of its rungs, by the names that these give them. `calibration`: what its sparse rungs read.
+    `dense_copy`: plain passes take layers in a layout of their own, beside the one that sparse passes take. `width`: bytes of an
+    element of weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's
+    tied LM head takes. Raises
     UserError for a `chunk` that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
     models = [draft.spec for draft in drafts.values()]
     block_bytes = slot_bytes = work_bytes = 0
     for rung in ladder.lower:
-        if rung.kind == "self":
-            assert rung.kv is not None
+        if rung.kind == "self" and rung.kv is not None:
             slot_bytes += selected_bytes(spec, policy(rung), rung.kv, ahead, width)
             work_bytes = max(work_bytes, choice_bytes(policy(rung), spec, rung.kv, max_context, kept_queries(ladder), width))
         elif rung.kind == "draft":
@@ -76,20 +87,28 @@ def ladder_needs(
                 slot_bytes += streaming_bytes(model, rung.kv, rung.sinks, ahead, width)
     for summary in summaries(ladder):
         block_bytes += summary.per_block(block_size) * summary.parts * kv_bytes_per_token(spec, width) // 2
+    last, sparse = ladder.rungs[-1], {rung.sparsity for rung in ladder.rungs if rung.sparsity is not None}
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
+        mode="approximate" if ladder.approximate else "exact",
+        calibration=calibration.identity if sparse and calibration is not None else "",
         adaptive=adaptive,
         verification=verification,
         draft_fingerprints=tuple(draft.fingerprint for draft in drafts.values()),
         lookahead=ahead,
         models=tuple(models),
-        weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models),
+        weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models)
+        + (bank_bytes(spec, width if dense_copy and last.kind == "plain" else 0) if sparse else 0)
+        + sum(predictor_bytes(spec, rung, calibration) for rung in sparse),
+        pass_bytes=expected_bytes(spec, last, width, calibration),
+        token_bytes=score_bytes(spec) if sparse else 0,
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
-        query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width,
-        anyone=any(rung.kind == "draft" and rung.kv is None for rung in ladder.lower),
+        query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
+        + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),
+        anyone=any(rung.kind in ("draft", "self") and rung.kv is None for rung in ladder.lower),
         law_rows=running * (ahead + 1) if verification == "maximal" else 0,
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.runner import Ran
-from rowcast.runtime.protocols import KVView
+from rowcast.runtime.protocols import KVView, Reads
 from rowcast.runtime.step import SeqStep
 
 
@@ -27,16 +27,13 @@ class ModelRunner:
         decoder: Decoder,
         view: KVView,
         *,
-        pass_bytes: int,
         max_batch_tokens: int,
         max_position: int | None = None,
     ) -> None:
-        """`pass_bytes`: weights that one pass reads. `max_batch_tokens`: most tokens in one pass. `max_position`: where the model's
-        positions end, if they do."""
+        """`max_batch_tokens`: most tokens in one pass. `max_position`: where the model's positions end, if they do."""
         self.name = name
         self.view = view
         self._decoder = decoder
-        self._pass_bytes = pass_bytes
         self._max_batch_tokens = max_batch_tokens
         self._max_position = max_position
 
@@ -53,20 +50,24 @@ class ModelRunner:
         view = self.view
         before = [view.end(path.seq_id) for path in paths]
         chosen = [view.refreshes(path.seq_id) for path in paths]
-        passes = 1
         if sum(len(path.ids) for path in paths) - sum(before) > self._max_batch_tokens:
-            passes += sum(self._catch_up(path, len(path.ids) - want) for path, want in zip(paths, wanted, strict=True))
+            for path, want in zip(paths, wanted, strict=True):
+                self._catch_up(path, len(path.ids) - want)
         steps = [_step(path, view.end(path.seq_id), len(path.ids)) for path in paths]
         hidden = self._decoder.run(steps, view)
         return Ran(
             _last_rows(hidden, [len(step.tokens) for step in steps], wanted),
             tokens=[len(path.ids) - start for path, start in zip(paths, before, strict=True)],
-            bytes_read=[passes * self._pass_bytes // len(paths) + view.bytes_read(path.seq_id) for path in paths],
+            generated=[max(0, len(path.ids) - max(start, path.prompt_length)) for path, start in zip(paths, before, strict=True)],
+            kv_bytes=[view.bytes_read(path.seq_id) for path in paths],
             refreshes=[view.refreshes(path.seq_id) - count for path, count in zip(paths, chosen, strict=True)],
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._decoder.logits(hidden)
+
+    def reads(self) -> Reads:
+        return self._decoder.weights.reads()
 
     def truncate(self, seq_id: int, length: int) -> None:
         if self.view.end(seq_id) > length:
@@ -81,13 +82,10 @@ class ModelRunner:
     def free(self, seq_id: int) -> None:
         self.view.free(seq_id)
 
-    def _catch_up(self, path: Path, end: int) -> int:
-        """Run the path's tokens before `end`, in pieces; the number of passes."""
-        passes = 0
+    def _catch_up(self, path: Path, end: int) -> None:
+        """Run the path's tokens before `end`, in pieces."""
         while (start := self.view.end(path.seq_id)) < end:
             self._decoder.run([_step(path, start, min(end, start + self._max_batch_tokens))], self.view)
-            passes += 1
-        return passes
 
 
 def _step(path: Path, start: int, end: int) -> SeqStep:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from rowcast.runtime.ladder.path import Path
+from rowcast.runtime.protocols import Reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,10 @@ class Ran:
     """Of the wanted tokens, [sum(wanted), D]."""
     tokens: list[int]
     """Tokens run for each path."""
-    bytes_read: list[int]
-    """For each path: an even share of the weights, and its KV."""
+    generated: list[int]
+    """Those of them that lie behind their request's prompt."""
+    kv_bytes: list[int]
+    """Read for each path."""
     refreshes: list[int]
     """For each path: times that the view chose its entries anew."""
 
@@ -49,6 +52,10 @@ class Runner(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, V], the same on every rank."""
+        ...
+
+    def reads(self) -> Reads:
+        """What `forward` and `logits` read of the weights since the last call of this. May wait for the device."""
         ...
 
     def truncate(self, seq_id: int, length: int) -> None:

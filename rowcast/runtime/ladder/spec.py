@@ -1,4 +1,4 @@
-"""What a ladder is made of, as users write it: rungs by kind, KV view and gamma, and the presets. Torch-free.
+"""What a ladder is made of, as users write it: rungs by kind, KV view, sparsity and gamma. Torch-free.
 
 It does not know how a rung runs, nor whether its model exists.
 """
@@ -17,6 +17,13 @@ View = Literal["retrieval", "streaming", "eviction"]
 Score = Literal["mean", "bounds"]
 """A chunk's mean key (TriForce, arXiv 2404.11912, section 4.1), or its smallest and largest one by channel (Quest, arXiv 2406.10774,
 section 3.2)."""
+ScorerName = Literal[
+    "q2", "q3", "q4", "q8", "lowrank", "dejavu", "gate", "oracle",
+    "q2-ahead", "q3-ahead", "q4-ahead", "q8-ahead", "lowrank-ahead", "dejavu-ahead",
+]  # fmt: skip
+"""How a rung predicts which neurons matter (`sparse.build`); -ahead: from the attention's input instead of the MLP's."""
+Head = Literal["full", "hire"]
+"""All rows of the LM head; or a few bits of them and exact rows for the likeliest tokens (`sparse.lm_head`)."""
 
 MOST_GAMMA = 64
 MOST_LOWER_RUNGS = 4
@@ -25,18 +32,19 @@ SINKS, RECENT = 16, 64
 STREAMING_STRIDE = 32
 """Entries that a draft's streaming cache drops at a time: so many fewer than `kv` may be shown."""
 
-PRESETS = ("auto", "plain", "ngram", "triforce")
+PRESETS = ("auto", "plain", "ngram", "triforce", "dejavu", "hire")
 """Ladders by name."""
 
 _UNSET = -1
 _DRAFT_KV = 256  # TriForce, arXiv 2404.11912, section 5.1.
-_AUTO_KV = (256, 4096)
-_AUTO_KV_SHARE = 8
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
     "draft": ("model", "kv", "sinks", "gamma"),
-    "self": ("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
+    "self": (
+        *("mlp", "by", "over", "heads", "lm"),
+        *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
+    ),
     "plain": (),
 }
 _VIEW_KEYS = {
@@ -47,7 +55,9 @@ _VIEW_KEYS = {
 }
 _BOUNDS = {"kv": (1, 1 << 24), "chunk": (1, 1 << 10), "sinks": (0, 1 << 24), "recent": (1, 1 << 24), "refresh": (0, 1 << 24)}
 _BOUNDS["gamma"] = (1, MOST_GAMMA)
-_NAMES = {"view": get_args(View), "score": get_args(Score)}
+_SHARES = {"mlp": (0.0, 1.0), "heads": (0.0, 1.0), "over": (1.0, 8.0)}
+"""Bounds of numbers that need not be whole; 0 itself is not allowed."""
+_NAMES = {"view": get_args(View), "score": get_args(Score), "by": get_args(ScorerName), "lm": get_args(Head)}
 _SEPARATOR = re.compile(r"(?:^|(?<=\s))/(?=\s|$)")
 
 
@@ -56,11 +66,23 @@ class Rung:
     """One way to run a model. Every mistake raises UserError."""
 
     kind: Kind
-    """ngram: looks the context up. draft: another model. self: the model's own weights over a part of the KV. plain: all of both."""
+    """ngram: looks the context up. draft: another model. self: the model's own weights, a part of them or of the KV. plain: all of
+    both."""
+    mlp: float | None = None
+    """self: share of the neurons that a token uses, on average over layers. None: all."""
+    by: ScorerName | None = None
+    """self: what finds those neurons. None: chosen when the ladder is resolved."""
+    over: float = 1.0
+    """self: so many times more neurons are found first, computed exactly and ranked again (HiRE)."""
+    heads: float | None = None
+    """self: share of the query heads that a token uses, on average over layers. None: all."""
+    lm: Head = "full"
+    """self: full: all rows of the LM head. hire: a few bits of them, and the rows that may be among the largest exactly."""
     model: str | None = None
     """draft: a directory, GGUF file or hub id. None: the one that the caller of the ladder names."""
     kv: int | None = _UNSET
-    """Entries that the KV view shows. None: all (draft, plain), or it has no KV (ngram). Left out: 256 for a draft; self needs it."""
+    """Entries that the KV view shows. None: all, or it has no KV (ngram). Left out: 256 for a draft, all for a sparse self; any other
+    self needs it."""
     view: View | None = None
     """self: which entries. Left out: retrieval. A draft with `kv` is streaming. None: all of them, or no KV."""
     score: Score = "bounds"
@@ -104,21 +126,40 @@ class Rung:
                 f"{key.name}={getattr(self, key.name)!r:.60} is not a setting of a rung {self.kind}; {_settings(self.kind)}"
             )
         if self.kv == _UNSET:
-            if self.kind == "self":
-                raise UserError("a rung self needs kv, the KV entries that it sees; write for example self:kv=512")
+            if self.kind == "self" and not self.sparse:
+                raise UserError(
+                    "a rung self needs kv, the KV entries that it sees, or mlp, heads or lm=hire, the weights that it reads; write for "
+                    "example self:kv=512 or self:mlp=0.5"
+                )
             object.__setattr__(self, "kv", _DRAFT_KV if self.kind == "draft" else None)
         self._check_view()
         self._check_values()
+        self._check_sparsity()
 
     def __str__(self) -> str:
         """Canonical text: what differs from the defaults."""
         shown = []
         for key in _KEYS[self.kind]:
             value = getattr(self, key)
-            default = {"kv": _DRAFT_KV if self.kind == "draft" else _UNSET, "view": "retrieval"}.get(key, _DEFAULTS[key])
+            default = {"kv": self._default_kv, "view": None if self.kv is None else "retrieval"}.get(key, _DEFAULTS[key])
             if value != default:
-                shown.append(f"{key}={'full' if value is None else value}")
+                shown.append(f"{key}={'full' if value is None else _number(value) if isinstance(value, float) else value}")
         return f"{self.kind}:{','.join(shown)}" if shown else self.kind
+
+    @property
+    def sparse(self) -> bool:
+        """Whether it reads chosen weights only."""
+        return self.mlp is not None or self.heads is not None or self.lm == "hire"
+
+    @cached_property
+    def sparsity(self) -> Rung | None:
+        """The settings that say which weights it reads: rungs that are equal in them share their weights. None: all weights.
+
+        A rung that skips heads knows which entries of its own KV view lack them, so that it shares nothing with other views.
+        """
+        if not self.sparse or self.heads is not None:
+            return replace(self, gamma=None) if self.sparse else None
+        return Rung(kind="self", mlp=self.mlp, by=self.by, over=self.over, lm=self.lm)
 
     @property
     def retrieves(self) -> bool:
@@ -128,13 +169,24 @@ class Rung:
     @property
     def pays_from(self) -> int:
         """Committed tokens from which run-time control uses it, where gamma is not pinned."""
-        return 2 * (self.kv or 0) if self.kind == "self" else 0
+        return 2 * (self.kv or 0) if self.kind == "self" and not self.sparse else 0
+
+    @property
+    def _default_kv(self) -> int | None:
+        return _DRAFT_KV if self.kind == "draft" else None if self.sparse else _UNSET
 
     def _check_view(self) -> None:
         if self.kind != "self":
             if self.view not in (None, "streaming" if self.kind == "draft" else None):
                 raise UserError(f"view={self.view!r:.60} is not a setting of a rung {self.kind}; {_settings(self.kind)}")
             object.__setattr__(self, "view", "streaming" if self.kind == "draft" and self.kv is not None else None)
+            return
+        if self.kv is None and self.sparse:
+            idle = [key for key in ("view", *_VIEW_KEYS, "sinks") if getattr(self, key) != _DEFAULTS[key]]
+            if idle:
+                raise UserError(
+                    f"{idle[0]}={getattr(self, idle[0])!r:.60} is for a rung self that sees a part of the KV; add kv=..."
+                )
             return
         object.__setattr__(self, "view", self.view or "retrieval")
         for key, views in _VIEW_KEYS.items():
@@ -144,14 +196,22 @@ class Rung:
                 )
 
     def _check_values(self) -> None:
-        for key, (low, high) in _BOUNDS.items():
+        for key, (least, most) in _BOUNDS.items():
             value = getattr(self, key)
-            if (value is None and (key, self.kind) != ("kv", "self")) or key not in _KEYS[self.kind]:
+            if (value is None and ((key, self.kind) != ("kv", "self") or self.sparse)) or key not in _KEYS[self.kind]:
                 continue
-            if type(value) is not int or not low <= value <= high:
+            if type(value) is not int or not least <= value <= most:
                 raise UserError(
-                    f"{key}={value!r:.60} of the rung {self.kind} is not a whole number from {low} to {high}; correct it"
+                    f"{key}={value!r:.60} of the rung {self.kind} is not a whole number from {least} to {most}; correct it"
                 )
+        for key, (low, high) in _SHARES.items():
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not low <= value <= high or not value:
+                bounds = f"from {low:g} to {high:g}" if low else f"above 0 and up to {high:g}"
+                raise UserError(f"{key}={value!r:.60} of the rung {self.kind} is not a number {bounds}; correct it")
+            object.__setattr__(self, key, float(value))
         for key, names in _NAMES.items():
             value = getattr(self, key)
             if value is not None and value not in names:
@@ -177,13 +237,19 @@ class Rung:
                 f"kv={self.kv} of the rung {self.kind} is less than {needs} = {sum(parts.values())}; raise kv to that or more"
             )
 
+    def _check_sparsity(self) -> None:
+        for key in ("by", "over"):
+            if self.mlp is None and getattr(self, key) != _DEFAULTS[key]:
+                raise UserError(f"{key}={getattr(self, key)} chooses neurons, and the rung {self.kind} uses all; add mlp=0.5")
+
 
 _DEFAULTS = {key.name: key.default for key in fields(Rung)}
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Rungs, cheapest first; each proposes to the next, the last one, plain, decides. Every mistake raises UserError."""
+    """Rungs, cheapest first; each proposes to the next, the last one decides: plain, or a sparse self over all of the KV. Every
+    mistake raises UserError."""
 
     rungs: tuple[Rung, ...]
 
@@ -200,9 +266,14 @@ class Ladder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rungs", tuple(self.rungs))
         kinds = [rung.kind for rung in self.rungs]
-        if not kinds or kinds[-1] != "plain":
+        if not kinds or (kinds[-1] != "plain" and not self.approximate):
             raise UserError(
-                f"the ladder {str(self)!r:.80} ends in {kinds[-1] if kinds else 'nothing'}; its last rung has to be plain"
+                f"the ladder {str(self)!r:.80} ends in {kinds[-1] if kinds else 'nothing'}; its last rung has to be plain, or a sparse "
+                "self with kv=full"
+            )
+        if self.rungs[-1].gamma is not None:
+            raise UserError(
+                f"gamma={self.rungs[-1].gamma} is for rungs that draft, and {self.rungs[-1]} is the last; leave it out"
             )
         if "plain" in kinds[:-1]:
             raise UserError(f"the ladder {str(self)!r:.80} has plain below its last rung; keep the last plain only")
@@ -212,7 +283,7 @@ class Ladder:
             )
         if len(kinds) - 1 > MOST_LOWER_RUNGS:
             raise UserError(
-                f"the ladder {str(self)!r:.80} has {len(kinds) - 1} rungs below plain; use at most {MOST_LOWER_RUNGS}"
+                f"the ladder {str(self)!r:.80} has {len(kinds) - 1} rungs below the last; use at most {MOST_LOWER_RUNGS}"
             )
         twins = [name for i, name in enumerate(self.names) if name in self.names[:i]]
         if twins:
@@ -227,100 +298,17 @@ class Ladder:
         """All rungs but the last."""
         return self.rungs[:-1]
 
+    @property
+    def approximate(self) -> bool:
+        """Whether the last rung is not the whole model, so that the output's law is not the model's."""
+        last = self.rungs[-1]
+        return last.kind == "self" and last.sparse and last.kv is None
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The statistics' key of each rung: its kind or, where another rung is of that kind, its text without gamma."""
         kinds = [rung.kind for rung in self.rungs]
         return tuple(rung.kind if kinds.count(rung.kind) == 1 else str(replace(rung, gamma=None)) for rung in self.rungs)
-
-
-def resolve(
-    ladder: str | Ladder,
-    *,
-    draft: str | None,
-    kv_budget: int | None,
-    max_context: int,
-    kv_bytes_per_token: int,
-    pass_bytes: int,
-) -> tuple[Ladder, bool, list[str]]:
-    """The ladder that a preset's name, a text or a Ladder means, whether it is `auto`, and the reasons for automatic choices.
-
-    `draft`: a model for the rungs draft that name none, or "ngram" for an n-gram rung in their place. `kv_budget`: KV entries of the
-    rung self of `triforce` and `auto`. `pass_bytes`: weights that a pass of the last rung reads. Under `auto` any rung may be left out
-    at run time; the ladder is all that there is. Raises UserError where `draft` or `kv_budget` has no place.
-    """
-    reasons: list[str] = []
-    if ladder == "auto":
-        found = _auto_ladder(draft, kv_budget, max_context, kv_bytes_per_token, pass_bytes, reasons)
-        return found, True, reasons
-    if ladder == "triforce":
-        kv = kv_budget if kv_budget is not None else _kv_for(max_context)
-        if kv_budget is None:
-            reasons.append(
-                f"rung self:kv={kv}: an eighth of {max_context} tokens of context, within {_AUTO_KV[0]} and {_AUTO_KV[1]}"
-            )
-        found = Ladder((Rung(kind="draft"), Rung(kind="self", kv=kv), Rung(kind="plain")))
-    elif kv_budget is not None:
-        raise UserError(
-            f"kv_budget={kv_budget} has no place in the ladder {str(ladder)!r:.80}; leave it out, write self:kv=... in the ladder, or "
-            "use auto or triforce"
-        )
-    elif isinstance(ladder, Ladder):
-        found = ladder
-    else:
-        found = Ladder.parse("ngram / plain" if ladder.strip() == "ngram" else ladder)
-    return _with_draft(found, draft), False, reasons
-
-
-def _with_draft(ladder: Ladder, draft: str | None) -> Ladder:
-    """Fill the rungs draft that name no model."""
-    empty = [i for i, rung in enumerate(ladder.rungs) if rung.kind == "draft" and rung.model is None]
-    if draft is None:
-        if empty:
-            raise UserError(
-                f"the ladder {str(ladder)!r:.80} has a rung draft without a model; give draft=MODEL, or write draft:model=MODEL in it"
-            )
-        return ladder
-    if draft == "ngram":
-        if empty == [0]:
-            return Ladder((Rung(kind="ngram"), *ladder.rungs[1:]))
-        if ladder.rungs[0].kind == "ngram" and not empty:
-            return ladder
-    elif empty:
-        return Ladder(tuple(replace(rung, model=draft) if i in empty else rung for i, rung in enumerate(ladder.rungs)))
-    fix = "ngram" if draft == "ngram" else "triforce"
-    raise UserError(
-        f"draft={draft!r:.80} has no place in the ladder {str(ladder)!r:.80}; leave it out, or use the ladder auto or {fix}"
-    )
-
-
-def _auto_ladder(
-    draft: str | None, kv_budget: int | None, max_context: int, kv_bytes_per_token: int, pass_bytes: int, reasons: list[str]
-) -> Ladder:
-    rungs = [Rung(kind="ngram")]
-    reasons.append("rung ngram: it costs next to nothing")
-    if draft is None or draft == "ngram":
-        reasons.append("no rung draft: no draft model was given")
-    else:
-        rungs.append(Rung(kind="draft", model=draft))
-        reasons.append("rung draft: a draft model was given")
-    share = max_context * kv_bytes_per_token / max(pass_bytes, 1)
-    told = f"KV of {max_context} tokens is {share:.2f} of the weights that a pass reads"
-    if kv_budget is not None:
-        rungs.append(Rung(kind="self", kv=kv_budget))
-        reasons.append(f"rung self:kv={kv_budget}: a KV budget was given")
-    elif share >= 0.5 and max_context >= 2 * _AUTO_KV[0]:
-        rungs.append(Rung(kind="self", kv=_kv_for(max_context)))
-        reasons.append(f"rung {rungs[-1]}: {told}")
-    else:
-        reasons.append(f"no rung self: {told}")
-    return Ladder((*rungs, Rung(kind="plain")))
-
-
-def _kv_for(max_context: int) -> int:
-    """An eighth of the context in whole 64s, within `_AUTO_KV`."""
-    low, high = _AUTO_KV
-    return min(max(max_context // _AUTO_KV_SHARE // 64 * 64, low), high)
 
 
 def _check_kind(kind: str) -> None:
@@ -335,13 +323,20 @@ def _settings(kind: str) -> str:
     return f"its settings are {', '.join(_KEYS[kind])}" if _KEYS[kind] else "it has none"
 
 
-def _value(key: str, text: str) -> int | str | None:
+def _value(key: str, text: str) -> int | float | str | None:
     """A number where the key has bounds, else the text; what is out of bounds is refused later."""
     if key == "kv" and text == "full":
         return None
+    if key in _SHARES and re.fullmatch(r"\d{0,9}\.?\d{1,18}(e-?\d{1,2})?", text):
+        return float(text)
     if key in _BOUNDS and re.fullmatch(r"\d{1,9}", text):
         return int(text)
     return text
+
+
+def _number(value: float) -> str:
+    """The shortest text that gives the number back."""
+    return repr(value).removesuffix(".0")
 
 
 def _unwritable(model: str) -> bool:

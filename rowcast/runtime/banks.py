@@ -1,0 +1,222 @@
+"""The bank layout: a neuron's weights and a head's weights are rows, so that a few of them can be read alone.
+
+Neurons stand in an order of their own, a seeded permutation, which changes no output (DESIGN section 4 of DA-TOP-k: shards are then
+alike). `BankWeights` runs all rows; sparse views choose some.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowcast.kernels import rows
+from rowcast.runtime.loader import Loader, Progress
+from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.spec import Activation, ModelSpec
+from rowcast.runtime.weights import ACTIVATIONS, HeadSplit, Outer
+
+FEW_TOKENS = 16
+"""Up to so many tokens the row kernels run all rows, too; above, library products do."""
+
+
+def product(table: Tensor, x: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    """x [T, D] times the rows `ids` [C] (None: all) of table [R, D], plus their bias [R] -> [T, C]."""
+    if ids is None and x.shape[0] > FEW_TOKENS:
+        return F.linear(x, table, bias)
+    y = rows.rows_in(table, x, ids)
+    return y if bias is None else y.add_(bias if ids is None else bias[ids])
+
+
+@dataclass(frozen=True, slots=True)
+class FfnBank:
+    """One layer's MLP, one row or bundle of rows a neuron. N neurons of this rank."""
+
+    activation: Activation
+    gate: Tensor | None
+    """[N, D]; None where the MLP is not gated."""
+    up_down: Tensor
+    """[N, 2, D]: a neuron's row of the up projection, then its column of the down projection."""
+    gate_bias: Tensor | None
+    """[N]."""
+    up_bias: Tensor | None
+    """[N]."""
+    down_bias: Tensor | None
+    """[D]; on one rank only."""
+    order: Tensor
+    """[N] int64: the neuron of the checkpoint that each row is. On the CPU."""
+    norms: Tensor
+    """[N] float32: length of each neuron's column of the down projection."""
+
+    @property
+    def up(self) -> Tensor:
+        """[N, D], rows 2 D apart."""
+        return self.up_down[:, 0]
+
+    @property
+    def down(self) -> Tensor:
+        """[N, D], rows 2 D apart."""
+        return self.up_down[:, 1]
+
+    @property
+    def in_row_bytes(self) -> int:
+        """Read to find one neuron's activation."""
+        return self.up[0].nbytes + (0 if self.gate is None else self.gate[0].nbytes)
+
+    @property
+    def out_row_bytes(self) -> int:
+        """Read to add one neuron's output."""
+        return self.down[0].nbytes
+
+    def hidden(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Activations of the chosen neurons (None: all): x [T, D], ids [C] -> [T, C]."""
+        if (x.shape[0] <= FEW_TOKENS or ids is not None) and self.gate_bias is None:
+            return rows.ffn_hidden(self.gate, self.up, self.up_bias, x, ids, self.activation)
+        act = ACTIVATIONS[self.activation]
+        up = product(self.up, x, self.up_bias, ids)
+        return act(up) if self.gate is None else act(product(self.gate, x, self.gate_bias, ids)) * up
+
+    def score(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Length of what each activation [T, C] adds to the output, [T, C] float32."""
+        return hidden.float().abs().mul_(self.norms if ids is None else self.norms[ids])
+
+    def out(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Their part of the output: hidden [T, C] -> [T, D]. Rows that no token has a use for (all 0) need not be read."""
+        few = hidden.shape[0] <= FEW_TOKENS or ids is not None
+        y = rows.rows_out(self.down, hidden, ids) if few else hidden @ self.down
+        return y if self.down_bias is None else y.add_(self.down_bias)
+
+    def ffn(self, x: Tensor, ids: Tensor | None, own: Tensor | None = None) -> Tensor:
+        """`hidden` and `out` in one, each token by its own neurons: x [T, D], own [T, C] bool (None: all) -> [T, D]."""
+        if self.gate_bias is not None:
+            hidden = self.hidden(x, ids)
+            return self.out(hidden if own is None else hidden * own, ids)
+        y = rows.ffn(self.gate, self.up, self.up_bias, self.down, x, ids, own, self.activation)
+        return y if self.down_bias is None else y.add_(self.down_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBank:
+    """One layer's attention products, head-major: head h's rows are h d, h d + 1, ... of each table."""
+
+    q: Tensor
+    """[H d, D]."""
+    k: Tensor
+    """[K d, D]."""
+    v: Tensor
+    """[K d, D]."""
+    o: Tensor
+    """[H d, D]: row h d + i is the output projection's column for element i of head h."""
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o_bias: Tensor | None
+    """[D]; on one rank only."""
+
+    @property
+    def in_bytes(self) -> int:
+        """Of the tables for q, k and v."""
+        return self.q.nbytes + self.k.nbytes + self.v.nbytes
+
+    def out(self, heads: Tensor, ids: Tensor | None = None) -> Tensor:
+        """heads [T, C], as rows `ids` [C] (None: all) of `o` -> [T, D]."""
+        few = heads.shape[0] <= FEW_TOKENS or ids is not None
+        y = rows.rows_out(self.o, heads, ids) if few else heads @ self.o
+        return y if self.o_bias is None else y.add_(self.o_bias)
+
+
+class BankWeights:
+    """One rank's share of all weights in the bank layout; runs all rows. Implements `WeightView`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: Source,
+        comm: Comm,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        outer: Outer | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """`outer`: what another view of the same model has already loaded. `seed`: of the order of neurons. Raises UserError as
+        `DenseWeights` does."""
+        self.spec = spec
+        self.shard = shard = Shard(comm.rank, comm.world)
+        shard.check(spec)
+        load = Loader(spec, source, shard, dtype, device, progress)
+        self.outer = outer or Outer(spec, load, comm)
+        inside = load.elements
+        self.split = HeadSplit(spec, load)
+        self.attention = [_attention_bank(load, spec, i, self.split) for i in range(spec.num_layers)]
+        self.ffn = [_ffn_bank(load, spec, i, seed, device, dtype) for i in range(spec.num_layers)]
+        self.outer_bytes = self.outer.elements * dtype.itemsize
+        """Read by a pass beside the layers' products."""
+        self.bytes = self.outer_bytes + (load.elements - inside) * dtype.itemsize
+        """Bytes of weights that a pass over all rows reads."""
+        self._passes = 0
+        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+
+    def begin(self, tokens: Tokens, kv: KVView) -> None:
+        self._passes += 1
+
+    def reads(self) -> Reads:
+        passes, self._passes = self._passes, 0
+        return Reads(bytes=passes * self.bytes)
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
+        bank, split = self.attention[layer], self.split
+        q, k, v = (
+            product(table, x, bias) for table, bias in ((bank.q, bank.q_bias), (bank.k, bank.k_bias), (bank.v, bank.v_bias))
+        )
+        return split.queries(layer, q), split.keys(layer, k), split.values(v)
+
+    def heads(self, layer: int) -> Heads:
+        return ALL_HEADS
+
+    def out(self, layer: int, heads: Tensor) -> Tensor:  # [T, H, d] -> [T, D]
+        return self.attention[layer].out(heads.flatten(1))
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        bank = self.ffn[layer]
+        return bank.out(bank.hidden(x))
+
+
+def _attention_bank(load: Loader, spec: ModelSpec, index: int, split: HeadSplit) -> AttentionBank:
+    weight, bias = load.qkv(index)
+    sizes = tuple(count * spec.head_dim for count in (split.heads, split.kv_heads, split.kv_heads))
+    q, k, v = weight.split(sizes)  # type: ignore[no-untyped-call]
+    q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.split(sizes)  # type: ignore[no-untyped-call]
+    heads = load.shard.query_heads(spec)
+    columns = torch.arange(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+    stem = load.names.out.format(index)
+    out = weight.new_empty((len(columns), spec.hidden_size))
+    load.rows(stem, out, columns, (spec.hidden_size, spec.num_heads * spec.head_dim), columns=True)
+    return AttentionBank(q, k, v, out, q_bias, k_bias, v_bias, load.part_bias(stem) if spec.out_bias else None)
+
+
+def neuron_order(spec: ModelSpec, shard: Shard, layer: int, seed: int) -> Tensor:
+    """[N] int64: the neurons that are this rank's rows, in their order. The same for a layer and seed on every machine."""
+    generator = torch.Generator().manual_seed((seed << 20) + layer)
+    return torch.randperm(spec.intermediate_size, generator=generator)[shard.span(spec.intermediate_size)]
+
+
+def _ffn_bank(load: Loader, spec: ModelSpec, index: int, seed: int, device: torch.device, dtype: torch.dtype) -> FfnBank:
+    names, order = load.names, neuron_order(spec, load.shard, index, seed)
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    gate = None
+    if spec.gated:
+        gate = torch.empty((len(order), hidden), dtype=dtype, device=device)
+        load.rows(names.gate.format(index), gate, order, (inner, hidden))
+    up_down = torch.empty((len(order), 2, hidden), dtype=dtype, device=device)
+    load.rows(names.up.format(index), up_down[:, 0], order, (inner, hidden))
+    load.rows(names.down.format(index), up_down[:, 1], order, (hidden, inner), columns=True)
+    gate_bias = load.vector(f"{names.gate.format(index)}.bias", inner)[order.to(device)] if spec.mlp_bias and spec.gated else None
+    up_bias = load.vector(f"{names.up.format(index)}.bias", inner)[order.to(device)] if spec.mlp_bias else None
+    down_bias = load.part_bias(names.down.format(index)) if spec.mlp_bias else None
+    norms = torch.linalg.vector_norm(up_down[:, 1], dim=1, dtype=torch.float32)
+    return FfnBank(spec.activation, gate, up_down, gate_bias, up_bias, down_bias, order, norms)

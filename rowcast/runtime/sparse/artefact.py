@@ -1,0 +1,107 @@
+"""What a calibration leaves behind: a folder with tensors (safetensors) and their description (JSON), tied to one model's weights.
+
+Written by `rowcast.calibration`, read here. Neurons stand in the checkpoint's order, whatever order a bank holds them in.
+
+Tensors, for layer i, N neurons, H heads, D hidden (all float32 or float16, whole model, no shard):
+
+    layers.{i}.frequency            [N]       share of tokens that have the neuron among their most contributing half; ReLU: active
+    layers.{i}.lost                 [G]       mean share of |MLP output|^2 that the oracle loses at each density of `densities`
+    layers.{i}.ahead.matrix         [D, D]    least-squares map from the attention's input to the MLP's
+    layers.{i}.{name}.a             [r, D]    low-rank scorers, `name` as in `scorers`:
+    layers.{i}.{name}.b             [J N, r]  pre-activations are b (a x) + bias; gate rows first where the MLP is gated
+    layers.{i}.{name}.bias          [J N]
+    layers.{i}.heads.{reads}.weight [H, D]    heads' scores are weight x + bias; `reads` is own (the attention's input) or ahead
+    layers.{i}.heads.{reads}.bias   [H]
+    densities                       [G, L]    for each mean density of the grid, each layer's share of kept neurons
+    head.directions                 [m, E]    orthonormal rows: mean and main directions of the LM head's input
+
+`heads.ahead` reads the MLP's input of the layer before and is missing in layer 0.
+
+The description, beside format, fingerprint, model, texts, settings and tokens:
+
+    density         default share of kept neurons, on average over layers
+    densities       the grid G of curves by density
+    layer_densities the tensor `densities`
+    layerwise       the oracle's acceptance at `density` with layers that lose equally much at the margin (filled) and with layers that
+                    all keep the same share (alike): the better ones are `densities`
+    judged          densities J at which scorers were judged on held-out tokens
+    scorers         by name and for each of J: recall (mean), recall_p1 (1st percentile of tokens in the worst layer) and over, the
+                    candidates over kept neurons with which 99% of the tokens of each layer reach the settings' recall
+    layers          for each layer: lost, active, hot (share of contributions by share of the most frequent neurons), scorers (as above,
+                    its own), trained (lost output after and before training, by what is read), heads (recall by heads kept, 1..H)
+    quality         by a rung's text, and for "dense": perplexity, acceptance as a draft and share of the bytes, on held-out tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header
+
+FORMAT = 1
+"""Raised when a tensor or a field changes its meaning; folders of another format are refused."""
+
+TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """An opened calibration. Tensors are read when they are asked for."""
+
+    path: Path
+    fingerprint: str
+    """Of the model's weights (`Source.fingerprint`)."""
+    description: Mapping[str, Any]
+    """The JSON: format, fingerprint, model, texts, settings, densities, scorers, quality and what else the report shows."""
+    _source: SafetensorsSource
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: str) -> Calibration:
+        """Raises UserError where there is none, it is damaged, of another version, or of other weights than `fingerprint`'s."""
+        folder = Path(path)
+        again = "run rowcast calibrate again"
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{folder} holds no calibration ({DESCRIPTION}: {error.strerror}): {again} with -o {folder}"
+            ) from None
+        except ValueError:
+            raise UserError(f"{folder / DESCRIPTION} is damaged: {again}") from None
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            found = description.get("format") if isinstance(description, dict) else None
+            raise UserError(f"{folder} has calibration format {found!r:.20}, this version reads format {FORMAT}: {again}")
+        if description.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"the calibration {folder} was made for weights {description.get('fingerprint')!r:.20}, the model's are "
+                f"{fingerprint!r}: {again} for this model"
+            )
+        if not (folder / TENSORS).is_file():
+            raise UserError(f"{folder} lacks {TENSORS}: {again}")
+        return cls(folder, fingerprint, description, SafetensorsSource(read_header(folder / TENSORS)))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source
+
+    def tensor(self, name: str) -> Tensor:
+        """On the CPU. Raises UserError where the calibration has none of that name."""
+        if name not in self._source:
+            raise UserError(f"the calibration {self.path} has no {name}: run rowcast calibrate again")
+        return self._source.read(name)
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits that tell calibrations apart, as `Source.fingerprint` does."""
+        return self._source.fingerprint()
+
+    @property
+    def densities(self) -> list[float]:
+        """The grid that curves by density have, ascending, the last 1."""
+        return list(self.description["densities"])

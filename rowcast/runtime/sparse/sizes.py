@@ -1,0 +1,89 @@
+"""What a sparse rung takes beside the model's weights, and what a pass of it reads: sizes before anything is loaded."""
+
+from __future__ import annotations
+
+from rowcast.kernels.lowbit import BLOCK
+from rowcast.placement.resident import pass_bytes
+from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.build import AHEAD, BITS, DIRECTIONS, FITTED
+from rowcast.runtime.sparse.lm_head import BITS as HEAD_BITS
+from rowcast.runtime.spec import ModelSpec, layer_parameters
+
+_SCORE_BYTES = 20
+"""For each token and neuron while a selector works: estimates, scores, and what is kept of them."""
+
+
+def bank_bytes(spec: ModelSpec, width: int) -> int:
+    """The layers in the bank layout: their products' weights, and each neuron's place and column length."""
+    return spec.num_layers * (layer_parameters(spec) * width + 12 * spec.intermediate_size)
+
+
+def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
+    """Proxies and predictors of a rung: of its neurons, its heads and its LM head."""
+    found = _scorer_bytes(spec, rung, calibration)
+    if rung.heads is not None:
+        found += spec.num_layers * _head_selector_bytes(spec)
+    if rung.lm == "hire":
+        found += sum(_head_stage_bytes(spec, stage, calibration) for stage in range(len(HEAD_BITS)))
+    return found
+
+
+def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
+    """All layers'; a pass reads them all."""
+    name = (rung.by or "").removesuffix(AHEAD)
+    hidden, rows = spec.hidden_size, spec.intermediate_size * (2 if spec.gated else 1)
+    if rung.mlp is None or name not in (*BITS, *FITTED):
+        return 0
+    if name in BITS:
+        each = low_bit_bytes(rows, hidden, BITS[name]) + 4 * rows * spec.mlp_bias
+        if rung.by != name:
+            each += low_bit_bytes(hidden, hidden, 8)
+    else:
+        assert calibration is not None
+        rank = calibration.tensor(f"layers.0.{rung.by}.a").shape[0]
+        each = low_bit_bytes(rank, hidden, 8) + low_bit_bytes(rows, rank, 8) + 4 * rows
+    return spec.num_layers * each
+
+
+def low_bit_bytes(rows: int, columns: int, bits: int) -> int:
+    """Of codes, and a 16-bit scale for each group."""
+    groups = -(-columns // BLOCK)
+    return rows * groups * (BLOCK * bits // 8 + 2)
+
+
+def score_bytes(spec: ModelSpec) -> int:
+    """For each token of a pass: scores and choices."""
+    return _SCORE_BYTES * spec.intermediate_size
+
+
+def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None) -> int:
+    """Weights that a pass of a rung self or plain over one token reads."""
+    found = pass_bytes(spec, width) + _scorer_bytes(spec, rung, calibration)
+    row = spec.num_layers * spec.hidden_size * width
+    if rung.mlp is not None:
+        candidates = min(1.0, rung.mlp * rung.over)
+        exact = {"oracle": 2 if spec.gated else 1, "gate": 1}.get(rung.by or "", 0)
+        inner = exact + ((2 if spec.gated else 1) - exact) * candidates
+        dense = (2 if spec.gated else 1) + 1
+        found -= round(spec.intermediate_size * row * (dense - inner - rung.mlp))
+    if rung.heads is not None:
+        found += spec.num_layers * _head_selector_bytes(spec)
+        found -= round(2 * spec.num_heads * spec.head_dim * row * (1 - rung.heads))
+    if rung.lm == "hire":
+        found += _head_stage_bytes(spec, 0, calibration) - spec.vocab_size * spec.embed_size * width
+    return found
+
+
+def _head_selector_bytes(spec: ModelSpec) -> int:
+    """One layer's predictor of heads: a linear map in float32."""
+    return 4 * spec.num_heads * (spec.hidden_size + 1)
+
+
+def _head_stage_bytes(spec: ModelSpec, stage: int, calibration: Calibration | None) -> int:
+    """One of the LM head's proxies with its radii; the first has the directions and a correction along them."""
+    found = low_bit_bytes(spec.vocab_size, spec.embed_size, HEAD_BITS[stage]) + 8 * spec.vocab_size
+    if stage or calibration is None or DIRECTIONS not in calibration:
+        return found
+    count = len(calibration.tensor(DIRECTIONS))
+    return found + low_bit_bytes(spec.vocab_size, count, HEAD_BITS[0]) + 4 * count * spec.embed_size

@@ -1,0 +1,151 @@
+"""The sparse weight view: reads the neurons, heads and vocabulary rows that a token needs, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rowcast.kernels import lowbit
+from rowcast.runtime.banks import BankWeights, FfnBank, product
+from rowcast.runtime.protocols import KVView, Reads, Tokens
+from rowcast.runtime.sparse.attention import HeadObserver, SparseAttention
+from rowcast.runtime.sparse.heads import HeadOracle, HeadSelector
+from rowcast.runtime.sparse.lm_head import CertifiedHead
+from rowcast.runtime.sparse.scorers import Scored
+from rowcast.runtime.sparse.selection import SHARDS, Selection, Selector
+
+SPARSE_TOKENS = 8
+"""Up to so many tokens the union of their rows is read; above, all rows are, and each token still uses its own set."""
+
+Observer = Callable[[int, Selector, Tensor, Tensor], None]
+"""Called by passes that read all rows, with the layer, its selector, activations [T, N] and the tokens' sets [T, N] (prompts': all)."""
+
+
+class SparseWeights:
+    """Chosen rows of a model in the bank layout. Implements `WeightView`.
+
+    What a token's output is depends on the token alone: its own set. Unions over tokens, many tokens, and overflow decide only what
+    is read. Prompt tokens use all rows.
+    """
+
+    def __init__(
+        self,
+        banks: BankWeights,
+        neurons: Sequence[Selector | None],
+        *,
+        heads: Sequence[HeadSelector | HeadOracle | None] | None = None,
+        lm: CertifiedHead | None = None,
+        sparse_tokens: int = SPARSE_TOKENS,
+    ) -> None:
+        """`neurons`, `heads`: for each layer its selector, or None: all of them. `lm`: the LM head; None: all its rows."""
+        self.spec = banks.spec
+        self._banks = banks
+        self._neurons = list(neurons)
+        self._one_call = [s is not None and s.in_one_call is not None for s in neurons]
+        self._attention = SparseAttention(banks, heads or [None] * banks.spec.num_layers)
+        self._sparse_tokens = sparse_tokens
+        self._reads = Reads()
+        self._generated: list[bool] = []
+        self._ahead: Selection | None = None
+        """Of the layer that runs, where its selector reads the attention's input."""
+        self._observer: Observer | None = None
+        self._lm = lm
+        self._outer_bytes = banks.outer_bytes
+        if lm is not None:
+            assert banks.outer.head_rows is not None
+            self._outer_bytes -= banks.outer.head_rows.nbytes
+        self.embed, self.norm = banks.embed, banks.norm
+        self.heads, self.out = self._attention.heads, self._attention.out
+
+    def begin(self, tokens: Tokens, kv: KVView) -> None:
+        self._generated = tokens.generated
+        self._reads.bytes += self._outer_bytes
+        self._attention.begin(tokens, kv, self._few, self._reads)
+
+    def observe(self, neurons: Observer | None, heads: HeadObserver | None) -> None:
+        """From now on tell these of what tokens use; None: nobody."""
+        self._observer, self._attention.observer = neurons, heads
+
+    def reads(self) -> Reads:
+        reads, self._reads = self._reads, Reads()
+        if self._lm is not None:
+            head = self._lm.reads()
+            reads.bytes += head.bytes
+            reads.fallbacks += head.fallbacks
+        return reads
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
+        selector = self._neurons[layer]
+        if selector is not None and selector.scorer.reads == "ahead" and any(self._generated):
+            self._ahead = selector(x, self._few)
+        return self._attention.qkv(layer, x)
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+        self._attention.look_ahead(layer + 1, x)
+        bank, selector, generated = self._banks.ffn[layer], self._neurons[layer], sum(self._generated)
+        neurons, tokens = len(bank.order), x.shape[0]
+        self._reads.neurons_of += neurons * generated
+        if selector is None or not generated:
+            self._count(bank, neurons, neurons, neurons * generated)
+            return bank.out(bank.hidden(x))
+        self._reads.bytes += selector.scorer.bytes
+        if tokens == 1 and self._one_call[layer]:
+            self._count(bank, selector.keep, selector.keep, selector.keep)
+            return _in_one_call(bank, selector, x)
+        chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
+        assert chosen is not None
+        self._reads.overflows += chosen.overflow
+        ids, own = chosen.ids, chosen.own
+        rows = neurons if ids is None else len(ids)
+        if own is None and not selector.reranks and chosen.scored.proxy:
+            self._count(bank, rows, rows, rows)
+            return bank.ffn(x, ids)
+        hidden = _hidden(bank, x, ids, chosen.scored)
+        if selector.reranks:
+            score = bank.score(hidden, ids)
+            own = selector.rerank(score if own is None else score.masked_fill_(~own, float("-inf")), ids)
+        if generated < tokens:
+            assert own is not None
+            own = own | ~torch.tensor(self._generated, device=x.device)[:, None]
+        used = rows if own is None else int(own.sum()) - neurons * (tokens - generated)
+        out_rows = rows if ids is None or own is None else int(own.any(0).sum())
+        self._count(bank, rows, out_rows, used, chosen.scored)
+        if self._observer is not None and ids is None and own is not None:
+            self._observer(layer, selector, hidden, own)
+        return bank.out(hidden if own is None else hidden * own, ids)
+
+    def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
+        if self._lm is None:
+            return self._banks.head(x)
+        outer = self._banks.outer
+        return outer.pad(self._lm.logits(outer.head_input(x)))
+
+    @property
+    def _few(self) -> bool:
+        """Whether the pass is one that reads unions."""
+        return len(self._generated) <= self._sparse_tokens and all(self._generated)
+
+    def _count(self, bank: FfnBank, in_rows: int, out_rows: int, used: int, scored: Scored | None = None) -> None:
+        """What a scorer has found exactly it has read, and has counted among its own bytes."""
+        row_bytes = bank.in_row_bytes
+        if scored is not None and not scored.proxy:
+            row_bytes = bank.up[0].nbytes if scored.hidden is None else 0
+        self._reads.neurons += used
+        self._reads.bytes += in_rows * row_bytes + out_rows * bank.out_row_bytes
+
+
+def _in_one_call(bank: FfnBank, selector: Selector, x: Tensor) -> Tensor:  # [1, D] -> [1, D]
+    weight = selector.in_one_call
+    assert weight is not None and bank.gate is not None
+    return lowbit.gated_ffn(weight, bank.norms, selector.keep, bank.gate, bank.up, bank.down, x, bank.activation, SHARDS)
+
+
+def _hidden(bank: FfnBank, x: Tensor, ids: Tensor | None, scored: Scored) -> Tensor:
+    """Activations of the rows `ids` (None: all), [T, C]; what the scorer has found exactly is taken from it."""
+    if scored.hidden is not None:
+        return scored.hidden if ids is None else scored.hidden.index_select(1, ids)
+    if scored.gate is not None:
+        return (scored.gate if ids is None else scored.gate.index_select(1, ids)) * product(bank.up, x, bank.up_bias, ids)
+    return bank.hidden(x, ids)

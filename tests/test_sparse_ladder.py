@@ -1,0 +1,333 @@
+"""Ladders with sparse rungs on tiny models: as drafts they change no token, as last rungs each token's law is its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_speculation import GREEDY, PARAMS, SEEDED, ids, prompts
+from tiny import tiny_model
+
+from rowcast import LLM, RequestOutput, SamplingParams
+from rowcast.errors import UserError
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS
+
+VIEW = "chunk=4,sinks=4,recent=8"
+DRAFTS = {
+    "neurons": "self:mlp=0.5,gamma=3 / plain",
+    "neurons and KV": f"self:mlp=0.5,kv=24,{VIEW},gamma=3 / plain",
+    "re-ranked": "self:mlp=0.3,by=q2,over=1.5,gamma=4 / plain",
+    "oracle": "self:mlp=0.4,by=oracle,gamma=2 / plain",
+    "gate": "self:mlp=0.4,by=gate,gamma=2 / plain",
+    "head": "self:mlp=0.5,by=q8,lm=hire,gamma=3 / plain",
+    "only the head": "self:lm=hire,gamma=2 / plain",
+    "two sparse": "self:mlp=0.25,gamma=2 / self:mlp=0.6,gamma=4 / plain",
+    "sparse under retrieval": f"ngram:gamma=2 / self:mlp=0.5,gamma=3 / self:kv=24,{VIEW},gamma=5 / plain",
+    "hire": "hire",
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    tiny_model("llama-gqa", path)
+    return path
+
+
+def make(target: Path, ladder: str, **keywords: Any) -> LLM:
+    return LLM(target, ladder=ladder, dtype="float32", device="cpu", block_size=4, progress=False, **keywords)
+
+
+def approximate(target: Path, ladder: str, **keywords: Any) -> LLM:
+    return make(target, ladder, mode="approximate", **keywords)
+
+
+@pytest.fixture(scope="module")
+def plain(target: Path) -> dict[str, list[list[int]]]:
+    llm = make(target, "plain")
+    return {name: ids(llm.generate(prompts(6), params)) for name, params in PARAMS.items()}
+
+
+@pytest.mark.parametrize("ladder", DRAFTS)
+def test_sparse_drafts_change_no_token(target: Path, plain: dict[str, list[list[int]]], ladder: str) -> None:
+    llm = make(target, DRAFTS[ladder])
+    for name in ("greedy", "seeded", "penalised"):
+        outputs = llm.generate(prompts(6), PARAMS[name])
+        assert ids(outputs) == plain[name], name
+        llm.engine.check()
+    assert ids(llm.generate(prompts(6)[3], SEEDED)) == [plain["seeded"][3]]
+
+
+@pytest.mark.parametrize("verification", ["coupled", "maximal"])
+def test_several_views_share_the_store(target: Path, plain: dict[str, list[list[int]]], verification: str) -> None:
+    """Greedy output is the same under both rules."""
+    llm = make(target, DRAFTS["two sparse"], verification=verification)
+    outputs = llm.generate(prompts(6), GREEDY)
+    assert ids(outputs) == plain["greedy"]
+    for name in llm.engine._ladder.names[:-1]:
+        assert all(output.metrics.rungs[name].tokens > 0 for output in outputs)
+
+
+def density(outputs: list[RequestOutput], name: str) -> float:
+    counts = [output.metrics.rungs[name] for output in outputs]
+    return sum(c.neurons for c in counts) / sum(c.neurons_of for c in counts)
+
+
+@pytest.mark.parametrize(("by", "share"), [("q4", 0.5), ("oracle", 0.25), ("gate", 0.7), ("q2,over=1.5", 0.4)])
+def test_density_is_reached_and_told(target: Path, by: str, share: float) -> None:
+    llm = make(target, f"self:mlp={share},by={by},gamma=3 / plain")
+    outputs = llm.generate(prompts(4), GREEDY)
+    assert density(outputs, "self") == pytest.approx(share, abs=0.01)
+    for output in outputs:
+        told = output.to_json()["stats"]
+        assert told["density"]["plain"] == 1.0 and told["density"]["self"] == pytest.approx(share, abs=0.01)
+        json.dumps(told)
+
+
+def test_fewer_neurons_are_fewer_bytes(target: Path) -> None:
+    """Of single sequences, whose passes read their own rows only."""
+    read = []
+    for ladder in ("self:mlp=1,by=q8", "self:mlp=0.5,by=q8", "self:mlp=0.25,by=q8"):
+        [output] = approximate(target, ladder).generate([[1, 2, 3]], GREEDY)
+        read.append(output.metrics.rungs["self"].bytes_read)
+    row = 3 * 64 * 4 * 2 * (24 - 1)  # rows of a neuron, hidden size, bytes, layers, tokens; the first comes of the prefill
+    assert read[0] - read[1] == 45 * row and read[0] - read[2] == (90 - 22) * row
+
+
+@pytest.mark.parametrize("ladder", ["self:mlp=0.5,by=q4", "self:mlp=0.3,by=q2,over=2", "self:mlp=1,by=q8"])
+def test_a_pass_reads_what_was_expected(target: Path, ladder: str) -> None:
+    llm = approximate(target, ladder)
+    [output] = llm.generate([[1, 2, 3]], GREEDY)
+    entries = sum(range(4, 4 + 23))
+    assert output.metrics.rungs["self"].bytes_read == 23 * llm.plan.pass_bytes + entries * llm.plan.kv_token_bytes
+
+
+APPROXIMATE = {
+    "neurons": "self:mlp=0.5",
+    "re-ranked": "self:mlp=0.3,by=q2,over=1.5",
+    "head": "self:mlp=0.4,by=q8,lm=hire",
+    "oracle": "self:mlp=0.2,by=oracle",
+}
+
+
+@pytest.mark.parametrize("ladder", APPROXIMATE.values(), ids=APPROXIMATE)
+def test_approximate_output_depends_on_the_request_alone(target: Path, plain: dict[str, list[list[int]]], ladder: str) -> None:
+    """In a batch, preempted, and with rungs below that draft."""
+    for params in (GREEDY, SEEDED):
+        llm = approximate(target, ladder)
+        alone = [ids(llm.generate(prompt, params))[0] for prompt in prompts(6)]
+        assert ids(llm.generate(prompts(6), params)) == alone
+        assert alone != plain["greedy" if params is GREEDY else "seeded"]
+        for below in ("ngram:gamma=4", f"self:kv=24,{VIEW},gamma=3", "self:mlp=0.25,by=q4,gamma=3"):
+            assert ids(approximate(target, f"{below} / {ladder}").generate(prompts(6), params)) == alone, below
+
+
+def test_preempted_sequences_run_through_the_same_rung(target: Path) -> None:
+    llm = approximate(target, "ngram:gamma=2 / self:mlp=0.3,by=q4")
+    params = replace(SEEDED, max_tokens=40)
+    undisturbed = ids(llm.generate(prompts(6, 20, 60), params))
+    tight = replace(llm.plan, num_blocks=60, max_context=128)
+    squeezed = LLM(target, plan=tight, progress=False)
+    outputs = squeezed.generate(prompts(6, 20, 60), params)
+    assert sum(output.metrics.preemptions for output in outputs) > 0
+    assert ids(outputs) == undisturbed
+    squeezed.engine.check()
+
+
+def test_all_neurons_are_the_whole_model(target: Path, plain: dict[str, list[list[int]]]) -> None:
+    for name, params in (("greedy", GREEDY), ("seeded", SEEDED)):
+        assert ids(approximate(target, "self:mlp=1").generate(prompts(6), params)) == plain[name]
+
+
+def test_auto_takes_a_sparse_rung_where_a_density_is_given(target: Path, plain: dict[str, list[list[int]]]) -> None:
+    llm = make(target, "auto", density=0.4)
+    assert llm.plan.ladder == ["ngram", "self:mlp=0.4,by=q4", "plain"]
+    assert ids(llm.generate(prompts(6), SEEDED)) == plain["seeded"]
+    assert "self" not in make(target, "auto").plan.ladder_text
+
+
+def test_what_the_plan_counts_is_what_is_allocated(target: Path) -> None:
+    whole = make(target, "plain").plan
+    for ladder in (
+        "self:mlp=0.5,by=q4 / plain",
+        "self:mlp=0.5,by=q3,lm=hire / plain",
+        "self:mlp=0.5 / self:mlp=0.2,by=q2 / plain",
+    ):
+        llm = make(target, ladder)
+        assert llm.plan.weight_bytes == whole.weight_bytes
+        assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=True), ladder
+    llm = approximate(target, "self:mlp=0.5,by=q4")
+    assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=False)
+    assert llm.plan.pass_bytes < whole.pass_bytes
+
+
+def added_bytes(llm: LLM, *, banks: bool) -> int:
+    """Of tensors that hang on sparse views and on no dense one: `banks`: with the layers' rows."""
+    executor = llm.engine._executor
+    rungs = [executor._top, *executor._lower]  # type: ignore[attr-defined]
+    views = [rung._decoder.weights for rung in rungs]
+    seen = tensors([view for view in views if type(view).__name__ == "DenseWeights"])
+    if not banks:
+        rows = views[0]._banks
+        seen = tensors([rows.outer, rows.attention, [(bank.gate, bank.up_down) for bank in rows.ffn]])
+    found = tensors([view for view in views if type(view).__name__ == "SparseWeights"])
+    return sum(tensor.nbytes for key, tensor in found.items() if key not in seen)
+
+
+def tensors(root: object) -> dict[int, torch.Tensor]:
+    """All storages reachable from an object of ours, by address."""
+    found: dict[int, torch.Tensor] = {}
+    visited: set[int] = set()
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in visited:
+            continue
+        visited.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if not item.is_mkldnn and item.untyped_storage().nbytes():
+                found[item.untyped_storage().data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(item.untyped_storage())
+        elif isinstance(item, (list, tuple, set)):
+            todo += item
+        elif isinstance(item, dict):
+            todo += item.values()
+        elif type(item).__module__.startswith("rowcast"):
+            slots = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+            todo += [getattr(item, name) for name in slots if hasattr(item, name)] + list(getattr(item, "__dict__", {}).values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ladder", "keywords", "said"),
+    [
+        ("self:mlp=0.5", {}, "mode=approximate"),
+        ("plain", {"mode": "approximate"}, "ends in plain"),
+        ("auto", {"mode": "approximate"}, "'auto' ends in plain"),
+        ("hire", {"mode": "sloppy"}, "mode='sloppy'"),
+        ("dejavu", {}, "needs a calibration"),
+        ("self:mlp=0.5,by=dejavu / plain", {}, "needs a calibration"),
+        ("self:mlp=0.5 / plain", {"density": 0.3}, "density=0.3 has no place"),
+        ("hire", {"density": 1.5}, "density=1.5"),
+        ("hire", {"calibration": "no-such-folder"}, "no-such-folder holds no calibration"),
+        ("self:mlp=0.5,kv=128 / plain", {}, "kv=128"),
+    ],
+)
+def test_mistakes_are_one_sentence(target: Path, ladder: str, keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        make(target, ladder, **keywords)
+    assert "\n" not in str(error.value)
+
+
+def test_quality_is_told_before_anything_is_generated(target: Path, caplog: pytest.LogCaptureFixture) -> None:
+    approximate(target, "self:mlp=0.5,by=q4")
+    assert "the quality of self:mlp=0.5,by=q4 was not measured: run rowcast eval" in caplog.text
+    caplog.clear()
+    make(target, "self:mlp=0.5,by=q4 / plain")
+    assert not caplog.text
+
+
+def test_parameters_reach_sparse_rungs(target: Path) -> None:
+    """Log-probabilities of an approximate rung are its own."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=2)
+    entries = [
+        approximate(target, ladder).generate([[5, 6, 7]], params)[0].outputs[0].logprobs
+        for ladder in ("self:mlp=1", "self:mlp=0.3")
+    ]
+    first, second = entries
+    assert first is not None and second is not None and first[0] == second[0]  # the prompt runs dense
+    assert first[1] != second[1]
+
+
+def calibrate(model: Path, path: Path, seed: int = 0) -> Path:
+    """A calibration that knows nothing, but has all that rungs read."""
+    from safetensors.torch import save_file
+
+    llm = LLM(model, ladder="plain", progress=False)
+    spec, generator = llm.spec, torch.Generator().manual_seed(seed)
+    rows = spec.intermediate_size * (2 if spec.gated else 1)
+    tensors = {"densities": torch.tensor([[0.3] * spec.num_layers, [1.0] * spec.num_layers])}
+    for layer in range(spec.num_layers):
+        shapes = {"dejavu.a": (16, spec.hidden_size), "dejavu.b": (rows, 16), "dejavu.bias": (rows,)}
+        shapes |= {"heads.own.weight": (spec.num_heads, spec.hidden_size), "heads.own.bias": (spec.num_heads,)}
+        tensors |= {f"layers.{layer}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / TENSORS)
+    quality = {
+        "dense": {"perplexity": 10.0, "acceptance": 1.0, "bytes": 1.0},
+        "self:mlp=0.6,by=dejavu,heads=0.67": {"perplexity": 12.5, "acceptance": 0.9, "bytes": 0.7},
+    }
+    description = {
+        "format": FORMAT,
+        "fingerprint": llm.plan.fingerprint,
+        "densities": [0.3, 1.0],
+        "density": 0.6,
+        "quality": quality,
+    }
+    (path / DESCRIPTION).write_text(json.dumps(description))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibration(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(target, tmp_path_factory.mktemp("calibration"))
+
+
+def test_deja_vu_drafts_and_decides(
+    target: Path, calibration: Path, plain: dict[str, list[list[int]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = make(target, "dejavu", calibration=calibration)
+    assert llm.plan.ladder == ["self:mlp=0.6,by=dejavu,heads=0.67", "plain"]
+    assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=True)
+    outputs = llm.generate(prompts(6), SEEDED)
+    assert ids(outputs) == plain["seeded"]
+    caplog.clear()
+    last = approximate(target, "dejavu", calibration=calibration)
+    assert "perplexity 12.50, with all weights 10.00, and acceptance as a draft 0.900" in caplog.text
+    assert last.plan.rung_weight_bytes == added_bytes(last, banks=False)
+    alone = [last.generate(prompt, SEEDED)[0] for prompt in prompts(6)]
+    assert ids(last.generate(prompts(6), SEEDED)) == ids(alone) != plain["seeded"]
+    for output in alone:
+        assert output.metrics.density["self"] == pytest.approx(0.6, abs=0.01)
+        assert output.metrics.head_density["self"] == pytest.approx(0.67, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "ladder", ["dejavu", "self:heads=0.5,gamma=3 / self:mlp=0.5,by=q4,heads=0.5,kv=24,recent=8,sinks=4,gamma=5"]
+)
+def test_skipped_heads_of_ungrouped_attention(tmp_path: Path, ladder: str) -> None:
+    """Their K/V are late; as a last rung they depend on the request alone, as drafts they change nothing."""
+    tiny_model("opt", tmp_path / "opt")
+    found = calibrate(tmp_path / "opt", tmp_path / "calibration")
+    asked = [prompt[:20] for prompt in prompts(4)]
+    exact = make(tmp_path / "opt", ladder if ladder == "dejavu" else f"{ladder},chunk=4 / plain", calibration=found)
+    assert ids(exact.generate(asked, SEEDED)) == ids(make(tmp_path / "opt", "plain").generate(asked, SEEDED))
+    if ladder == "dejavu":
+        last = approximate(tmp_path / "opt", ladder, calibration=found)
+        alone = [ids(last.generate(prompt, SEEDED))[0] for prompt in asked]
+        assert ids(last.generate(asked, SEEDED)) == alone
+        last.engine.check()
+
+
+def test_a_plan_knows_its_calibration(target: Path, calibration: Path, tmp_path: Path) -> None:
+    llm = make(target, "dejavu", calibration=calibration)
+    llm.plan.save(tmp_path / "plan")
+    again = LLM(target, plan=tmp_path / "plan", calibration=calibration, progress=False)
+    assert ids(again.generate([[1, 2, 3]], GREEDY)) == ids(llm.generate([[1, 2, 3]], GREEDY))
+    other = calibrate(target, tmp_path / "other", seed=1)
+    bare = make(target, "hire").plan
+    for plan, given, said in (
+        (llm.plan, None, "made with a calibration"),
+        (llm.plan, other, "made with another calibration"),
+        (bare, other, "made with no calibration"),
+    ):
+        with pytest.raises(UserError, match=said):
+            LLM(target, plan=plan, calibration=given, progress=False)
+    with pytest.raises(UserError, match="has no place in the ladder 'ngram / plain'"):
+        make(target, "ngram", calibration=calibration)
+    plan = make(target, "auto", calibration=calibration).plan
+    assert (plan.ladder, plan.calibration) == (["ngram", "plain"], "")
+    assert any(note.startswith("no rung self:mlp=0.6,by=dejavu: it reads") for note in plan.notes)  # so small are the matrices
