@@ -1,0 +1,251 @@
+"""`calibrate`: one pass over text, layer by layer, then what the layers need to know of each other, then the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from rowcast.calibration.densities import water_fill
+from rowcast.calibration.fitting import DENSITIES, JUDGED, Wish, default_rank, fit_layer
+from rowcast.calibration.mlp import Mlp
+from rowcast.calibration.moments import Moments
+from rowcast.calibration.progress import CalibrationProgress
+from rowcast.calibration.recording import RecordingWeights
+from rowcast.calibration.report import report
+from rowcast.calibration.state import REPORT, State, write, write_text
+from rowcast.calibration.stream import BATCH_TOKENS, FIT_BYTES, Stream
+from rowcast.calibration.targets import Judge, choose_density, shown_rungs
+from rowcast.calibration.text import Windows, read_windows
+from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.placement.units import format_bytes
+from rowcast.runtime import device as devices
+from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.ladder.spec import ScorerName
+from rowcast.runtime.progress import LoadProgress
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
+from rowcast.runtime.sparse.lm_head import directions
+from rowcast.runtime.spec import ModelSpec, parameter_count
+from rowcast.runtime.tokenizer import load_tokenizer
+
+HEAD_DIRECTIONS = 64
+LOST_AT_MOST = 0.01
+"""Of the MLPs' outputs at the default density of ReLU models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a calibration is made with. The same settings and text make the same files."""
+
+    tokens: int = 200_000
+    """Most tokens of the text that are run."""
+    window: int = 1024
+    """Tokens that see each other."""
+    recall: float = 0.99
+    """That over-selection reaches for all but 1% of the tokens."""
+    accept: float | None = None
+    """The default density is the smallest with this acceptance as a draft, ..."""
+    bytes_share: float | None = None
+    """... or the one at which a token reads this share of the dense model's bytes."""
+    by: ScorerName = "q4"
+    """The scorer that these two are reached with."""
+    rank: int | None = None
+    """Of low-rank scorers; None: half of the hidden size, a quarter within 128..256 for ReLU models."""
+    train_steps: int = 32
+    """Gradient steps of each predictor; 0: the closed-form fit stands."""
+    measured_tokens: int = 2048
+    """Held-out tokens that perplexity and acceptance are measured on."""
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be."""
+        if self.accept is not None and self.bytes_share is not None:
+            raise UserError(f"--accept {self.accept} and --bytes {self.bytes_share} both choose the density: give one of them")
+        if self.by not in get_args(ScorerName):
+            raise UserError(f"--by {self.by!r:.60} is not a scorer: choose one of {', '.join(get_args(ScorerName))}")
+        for name, value in (("recall", self.recall), ("accept", self.accept), ("bytes", self.bytes_share)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"--{name} {value} is not a share: give a number above 0 and up to 1")
+        for name, count, least in (("rank", self.rank, 1), ("train-steps", self.train_steps, 0), ("seed", self.seed, 0)):
+            if count is not None and count < least:
+                raise UserError(f"--{name} {count} is too low: give {least} or more")
+
+
+def calibrate(
+    model: str | Path | Checkpoint,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    restart: bool = False,
+    progress: bool | None = None,
+) -> Calibration:
+    """Calibrate a model on text files and write the folder `output`: tensors, description and report.html.
+
+    Killed and called again in the same way it goes on at the layer where it was; `restart` begins anew. `progress`: show a bar on
+    standard error; None: if that is a terminal. Raises UserError for bad input, OutOfMemoryError where memory is short.
+    """
+    settings = settings or Settings()
+    settings.check()
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(str(model))
+    spec = spec_from_config(checkpoint.config)
+    if settings.window > spec.max_context:
+        raise UserError(f"--window {settings.window} is longer than the model's context of {spec.max_context}: lower it")
+    windows = read_windows(
+        [Path(text) for text in texts], load_tokenizer(checkpoint), tokens=settings.tokens, window=settings.window
+    )
+    chosen_device, _ = devices.choose_device(device)
+    dtype_name, _ = devices.choose_dtype(dtype, checkpoint.stored_dtype, chosen_device)
+    _check_memory(spec, devices.DTYPES[dtype_name], chosen_device)
+    fingerprint = checkpoint.source.fingerprint()
+    begun_with = {
+        "format": FORMAT, "fingerprint": fingerprint, "texts": windows.texts, "dtype": dtype_name, "device": chosen_device.type,
+        **asdict(settings),
+    }  # fmt: skip
+    state = State(Path(output), begun_with, restart=restart)
+    job = _Job(checkpoint, spec, windows, settings, state, chosen_device, devices.DTYPES[dtype_name])
+    return job.run(Path(output), fingerprint, begun_with, progress)
+
+
+@dataclass(slots=True)
+class _Job:
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    windows: Windows
+    settings: Settings
+    state: State
+    device: torch.device
+    dtype: torch.dtype
+    weights: RecordingWeights = field(init=False)
+
+    def run(self, output: Path, fingerprint: str, begun_with: dict[str, Any], show: bool | None) -> Calibration:
+        total = parameter_count(self.spec) * self.dtype.itemsize
+        with LoadProgress(self.checkpoint.path.name, total, show) as bar:
+            self.weights = RecordingWeights(
+                self.spec, self.checkpoint.source, SoloComm(), dtype=self.dtype, device=self.device, progress=bar.advance
+            )
+        stream = Stream(self.weights, self.windows, self.device, self.dtype, self.settings.seed)
+        with CalibrationProgress(stream.tokens * self.spec.num_layers, show) as bar:
+            self._layers(stream, bar)
+            bar.say("LM head")
+            tensors = {"head.directions": self._head_directions(stream)}
+            figures = [self.state.figures(layer) for layer in range(self.spec.num_layers)]
+            lost = [layer["lost"] for layer in figures]
+            layer_densities = [water_fill(DENSITIES, lost, mean) for mean in DENSITIES]
+            tensors["densities"] = torch.tensor(layer_densities)
+            for layer in range(self.spec.num_layers):
+                tensors |= self.state.tensors(layer)
+            write(output / TENSORS, tensors)
+            description: dict[str, Any] = {
+                "format": FORMAT,
+                "fingerprint": fingerprint,
+                "model": {"name": self.checkpoint.path.name, "family": self.spec.family, "layers": self.spec.num_layers},
+                "texts": self.windows.texts,
+                "settings": begun_with,
+                "tokens": stream.tokens,
+                "densities": list(DENSITIES),
+                "layer_densities": layer_densities,
+                "judged": list(JUDGED),
+                "density": _default_density(self.spec, lost),
+                "scorers": _scorers(figures),
+                "layers": figures,
+                "quality": {},
+            }
+            write_text(output / DESCRIPTION, json.dumps(description))
+            bar.say("quality")
+            filled, alike = self._judged_by(Calibration.open(output, fingerprint)).layerwise(description["density"])
+            description["layerwise"] = {"filled": filled, "alike": alike}
+            if filled <= alike:
+                description["layer_densities"] = [[mean] * self.spec.num_layers for mean in DENSITIES]
+                tensors["densities"] = torch.tensor(description["layer_densities"])
+                write(output / TENSORS, tensors)
+            self._judge(description, self._judged_by(Calibration.open(output, fingerprint)))
+        write_text(output / DESCRIPTION, json.dumps(description))
+        write_text(output / REPORT, report(description))
+        self.state.remove()
+        return Calibration.open(output, fingerprint)
+
+    def _layers(self, stream: Stream, bar: CalibrationProgress) -> None:
+        spec, state = self.spec, self.state
+        bar.advance(stream.tokens * state.layers_done)
+        for layer in range(state.layers_done, spec.num_layers):
+            bar.say(f"layer {layer}")
+            collected = stream.run(layer, self._residual(stream, layer), self._residual(stream, layer + 1), bar.advance)
+            before = {name: tensor.to(self.device) for name, tensor in state.carried(layer - 1).items()} if layer else None
+            mlp = Mlp.of(self.weights.ffn[layer])
+            result = fit_layer(mlp, collected.moments, collected.rows, before, self._wish(mlp, layer))
+            carried = {"fit": collected.rows.fit.mlp, "held": collected.rows.held.mlp}
+            state.save(layer, result.tensors, result.figures, {name: tensor.cpu() for name, tensor in carried.items()})
+
+    def _wish(self, mlp: Mlp, layer: int) -> Wish:
+        rank = self.settings.rank or default_rank(self.spec.hidden_size, mlp.signed)
+        seed = self.settings.seed + layer
+        return Wish(rank=rank, recall=self.settings.recall, train_steps=self.settings.train_steps, seed=seed)
+
+    def _residual(self, stream: Stream, layer: int) -> Tensor:
+        return self.state.residual(layer, stream.tokens, self.spec.hidden_size, self.dtype)
+
+    @torch.inference_mode()
+    def _head_directions(self, stream: Stream) -> Tensor:
+        size = self.spec.embed_size
+        moments = Moments.zero(size, 0, self.device)
+        for rows in torch.split(self._residual(stream, self.spec.num_layers)[: stream.fit_tokens], BATCH_TOKENS):
+            x = rows.to(self.device)
+            x = self.weights.outer.head_input(self.weights.norm(0, "final", x) if self.spec.final_norm else x)
+            moments.add(x, x[:, :0])
+        return directions((moments.xx / moments.count).float(), moments.x_mean.float(), min(HEAD_DIRECTIONS, size)).cpu()
+
+    def _judged_by(self, calibration: Calibration) -> Judge:
+        count = max(1, self.settings.measured_tokens // self.settings.window)
+        return Judge(self.weights, calibration, self.windows.held[:count], self.dtype, self.device)
+
+    def _judge(self, description: dict[str, Any], judge: Judge) -> None:
+        """Choose the default density, then measure; what is found goes into the description."""
+        if self.settings.accept is not None or self.settings.bytes_share is not None:
+            description["density"] = choose_density(
+                judge, self.settings.by, accept=self.settings.accept, bytes_share=self.settings.bytes_share
+            )
+        description["quality"] = judge.quality(shown_rungs(judge, description["density"]))
+
+
+def _default_density(spec: ModelSpec, lost: list[list[float]]) -> float:
+    """Half; for ReLU models the first of the grid at which the MLPs lose little on average."""
+    if spec.gated or spec.activation != "relu":
+        return 0.5
+    means = [sum(values) / len(lost) for values in zip(*lost, strict=True)]
+    return next(density for density, mean in zip(DENSITIES, means, strict=True) if mean <= LOST_AT_MOST)
+
+
+def _scorers(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over layers of each scorer's figures, by judged density; over-selection is what the worst layer needs."""
+    scorers = {}
+    for name in figures[0]["scorers"]:
+        of_layers = [layer["scorers"][name] for layer in figures]
+        scorers[name] = {
+            "recall": [sum(values) / len(values) for values in zip(*(f["recall"] for f in of_layers), strict=True)],
+            "recall_p1": [min(values) for values in zip(*(f["recall_p1"] for f in of_layers), strict=True)],
+            "over": [max(values) for values in zip(*(f["over"] for f in of_layers), strict=True)],
+        }
+    return scorers
+
+
+def _check_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise OutOfMemoryError where weights, a layer's moments and fits, and the rows that they read do not fit."""
+    layer = 4 * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    moments = 8 * 16 * spec.hidden_size**2
+    needed = parameter_count(spec) * dtype.itemsize + 4 * layer + moments + 6 * FIT_BYTES
+    free = devices.available_bytes(device)
+    if needed > free:
+        raise OutOfMemoryError(
+            f"calibrating takes about {format_bytes(needed)} on {device}, {format_bytes(free)} are free: free memory, use a 16-bit "
+            "--dtype or a smaller model"
+        )

@@ -1,0 +1,123 @@
+"""What a calibration under way keeps on disk, so that it can be killed and go on: a folder inside the one that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header
+from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
+
+STATE, SETTINGS, REPORT = "state", "settings.json", "report.html"
+OURS = {STATE, TENSORS, DESCRIPTION, REPORT}
+
+
+class State:
+    """Results of the layers that are done, and the residual stream behind the last of them.
+
+    The residual stream lies in two files that take turns, read before a layer and written behind it: one of them is always whole.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool) -> None:
+        """Go on where the same settings were left, or begin.
+
+        Raises UserError where `output` holds other things, cannot be written, or was left with other settings without `restart`.
+        """
+        self._folder = output / STATE
+        try:
+            if output.exists() and (foreign := sorted({path.name for path in output.iterdir()} - OURS)):
+                raise UserError(f"{output} holds other files ({foreign[0]}): give a folder of its own with -o")
+            if restart:
+                self.remove()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._check(output, json.loads(json.dumps(settings)))
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror}): give another folder with -o") from None
+
+    def _check(self, output: Path, settings: dict[str, Any]) -> None:
+        path = self._folder / SETTINGS
+        if not path.exists():
+            _replace(path, json.dumps(settings).encode())
+            return
+        try:
+            left = json.loads(path.read_bytes())
+        except ValueError:
+            left = {}
+        if changed := [name for name in settings if left.get(name) != settings[name]]:
+            raise UserError(
+                f"{output} holds a calibration that was begun with other settings ({', '.join(changed)}): add --restart to begin anew, "
+                "or give the same settings to go on"
+            )
+
+    @property
+    def layers_done(self) -> int:
+        count = 0
+        while self._layer(count).exists():
+            count += 1
+        return count
+
+    def residual(self, layer: int, tokens: int, hidden: int, dtype: torch.dtype) -> Tensor:
+        """What enters `layer`, [tokens, hidden], mapped from disk: what is written to it stays."""
+        path = self._folder / f"residual-{layer % 2}.bin"
+        return torch.from_file(str(path), shared=True, size=tokens * hidden, dtype=dtype).view(tokens, hidden)
+
+    def save(self, layer: int, tensors: Mapping[str, Tensor], figures: Mapping[str, Any], carried: Mapping[str, Tensor]) -> None:
+        """`layer` is done. `carried`: what the next one reads of it."""
+        _save(self._folder / f"carried-{layer % 2}.safetensors", carried)
+        _save(self._layer(layer), {f"layers.{layer}.{name}": tensor for name, tensor in tensors.items()}, figures)
+
+    def carried(self, layer: int) -> dict[str, Tensor]:
+        """What `layer` left for the next one."""
+        return _load(self._folder / f"carried-{layer % 2}.safetensors")
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """By their full names."""
+        return _load(self._layer(layer))
+
+    def figures(self, layer: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._layer(layer).with_suffix(".json").read_bytes())
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _layer(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer}.safetensors"
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all; the same tensors make the same bytes."""
+    _save(path, tensors)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    _replace(path, text.encode())
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], figures: Mapping[str, Any] | None = None) -> None:
+    if figures is not None:
+        _replace(path.with_suffix(".json"), json.dumps(figures).encode())
+    part = path.with_suffix(".part")
+    save_file(dict(tensors), part)
+    os.replace(part, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    source = SafetensorsSource(read_header(path))
+    return {name: source.read(name) for name in source.names()}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(data)
+    os.replace(part, path)

@@ -1,0 +1,103 @@
+"""From a target to a density, and the quality that some rungs have on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rowcast.calibration.drafting import DENSE, measure
+from rowcast.calibration.metrics import Laws
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.ladder.presets import Circumstances, resolve
+from rowcast.runtime.ladder.spec import Rung, ScorerName
+from rowcast.runtime.planning import offered
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.build import build_view, check_rung
+from rowcast.runtime.sparse.sizes import expected_bytes
+
+STEP = 0.01
+"""Of chosen densities."""
+SHOWN = (0.25, 0.5, 0.7)
+SHOWN_BY: tuple[ScorerName, ...] = ("oracle", "q4", "dejavu", "dejavu-ahead")
+TOGETHER = 4
+"""Rungs whose views, with their proxies, are in memory at the same time."""
+
+Figures = dict[str, float]
+"""perplexity, acceptance and bytes, the share of the dense model's that a token reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A model, its calibration and held-out windows [W, n]."""
+
+    banks: BankWeights
+    calibration: Calibration
+    windows: Tensor
+    dtype: torch.dtype
+    device: torch.device
+
+    def quality(self, rungs: Sequence[Rung]) -> dict[str, Figures]:
+        """Figures of each rung by its text, behind those of the dense model. Raises UserError for one that cannot be had."""
+        for rung in rungs:
+            check_rung(rung, self.banks.spec, self.calibration)
+        found: dict[str, Figures] = {}
+        for start in range(0, len(rungs), TOGETHER):
+            some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
+            views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
+            laws = measure(self.banks, views, self.windows, dtype=self.dtype, device=self.device)
+            found.setdefault(DENSE, _figures(laws[DENSE], 1.0))
+            found |= {name: _figures(laws[name], self.bytes_share(rung)) for name, rung in some.items()}
+        return found
+
+    def layerwise(self, density: float) -> tuple[float, float]:
+        """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
+        rung = Rung(kind="self", mlp=density, by="oracle")
+        views = {"filled": build_view(self.banks, rung, self.calibration), "alike": build_view(self.banks, rung, None)}
+        laws = measure(self.banks, views, self.windows, dtype=self.dtype, device=self.device)
+        return laws["filled"].acceptance, laws["alike"].acceptance
+
+    def bytes_share(self, rung: Rung) -> float:
+        """Of the dense model's bytes, what a token reads."""
+        spec, width = self.banks.spec, self.dtype.itemsize
+        return expected_bytes(spec, rung, width, self.calibration) / expected_bytes(spec, Rung(kind="plain"), width, None)
+
+
+def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_share: float | None) -> float:
+    """The smallest mean density, in steps of `STEP`, that reaches an acceptance, or the largest that reads at most a share of the
+    bytes.
+
+    1 where no smaller one reaches the acceptance; the smallest step where even that reads more.
+    """
+    low, high = 0, round(1 / STEP)  # of the acceptance: what is too low, and what is enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        rung = Rung(kind="self", mlp=middle * STEP, by=by)
+        if accept is not None:
+            enough = judge.quality([rung])[str(rung)]["acceptance"] >= accept
+        else:
+            assert bytes_share is not None
+            enough = judge.bytes_share(rung) > bytes_share
+        low, high = (low, middle) if enough else (middle, high)
+    return round((high if accept is not None else max(1, low)) * STEP, 4)
+
+
+def shown_rungs(judge: Judge, density: float) -> list[Rung]:
+    """Some scorers at some densities and at `density`, and what the presets make of the calibration."""
+    rungs = [Rung(kind="self", mlp=share, by=by) for by in SHOWN_BY for share in sorted({*SHOWN, density})]
+    here = Circumstances(
+        max_context=judge.banks.spec.max_context,
+        kv_bytes_per_token=0,
+        pass_bytes=lambda _: 1,
+        calibrated=offered(judge.calibration),
+    )
+    for name in ("dejavu", "hire"):
+        ladder, *_ = resolve(name, here, mode="approximate")
+        rungs += [rung for rung in ladder.rungs if rung not in rungs]
+    return rungs
+
+
+def _figures(laws: Laws, share: float) -> Figures:
+    return {"perplexity": laws.perplexity, "acceptance": laws.acceptance, "bytes": share}

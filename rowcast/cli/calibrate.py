@@ -1,0 +1,54 @@
+"""`rowcast calibrate`: a model and text in, a calibration out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rowcast.cli import options
+from rowcast.cli.output import print_json
+from rowcast.runtime.ladder.spec import ScorerName
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A directory, a GGUF file or a hub id.")],
+    text: Annotated[list[Path], typer.Option("--text", help="A text file to calibrate on; repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens of the text to run.")] = 200_000,
+    window: Annotated[int, typer.Option("--window", help="Tokens that see each other.")] = 1024,
+    recall: Annotated[float, typer.Option("--recall", help="That over-selection reaches for all but 1% of the tokens.")] = 0.99,
+    accept: Annotated[
+        float | None, typer.Option("--accept", help="Default density: the smallest with this acceptance as a draft.")
+    ] = None,
+    bytes_share: Annotated[
+        float | None, typer.Option("--bytes", help="Default density: where a token reads this share of the dense bytes.")
+    ] = None,
+    by: Annotated[ScorerName, typer.Option("--by", help="The scorer that --accept and --bytes are about.")] = "q4",
+    rank: Annotated[int | None, typer.Option("--rank", help="Of the low-rank predictors.")] = None,
+    train_steps: Annotated[int, typer.Option("--train-steps", help="Gradient steps of each predictor; 0: closed form.")] = 32,
+    measured_tokens: Annotated[int, typer.Option("--measure", help="Held-out tokens that quality is measured on.")] = 2048,
+    seed: Annotated[int, typer.Option("--seed", help="Of samples and training.")] = 0,
+    dtype: options.DType = "auto",
+    device: options.Device = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where another calibration was left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="No text, only the JSON line.")] = False,
+) -> None:
+    """Learn from text which neurons and heads tokens need. Killed and started again in the same way, it goes on where it was."""
+    from rowcast.calibration import Settings
+    from rowcast.calibration import calibrate as run
+
+    settings = Settings(
+        tokens=tokens, window=window, recall=recall, accept=accept, bytes_share=bytes_share, by=by, rank=rank,
+        train_steps=train_steps, measured_tokens=measured_tokens, seed=seed,
+    )  # fmt: skip
+    found = run(model, text, output, settings, dtype=dtype, device=device, restart=restart).description
+    if not as_json:
+        print(f"{found['tokens']} tokens; default density {found['density']:.2f}; {output / 'report.html'} shows the rest")
+        for rung, figures in found["quality"].items():
+            print(
+                f"{rung}: perplexity {figures['perplexity']:.2f}, acceptance {figures['acceptance']:.3f}, "
+                f"{figures['bytes']:.2f} of the bytes"
+            )
+    print_json({name: found[name] for name in ("model", "fingerprint", "tokens", "density", "scorers", "quality")})

@@ -1,0 +1,411 @@
+"""Calibration: what is collected, what is fitted to it, that a run can be cut off, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tiny import VOCAB, tiny_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from rowcast.calibration import Settings, calibrate, fitting, run
+from rowcast.calibration.curves import Rows, found, lost_curve
+from rowcast.calibration.densities import water_fill
+from rowcast.calibration.fits import Factors, least_squares, linear_map, low_rank
+from rowcast.calibration.mlp import Mlp
+from rowcast.calibration.moments import Moments
+from rowcast.calibration.recording import RecordingWeights
+from rowcast.calibration.stream import Collected, Stream
+from rowcast.calibration.targets import Judge, choose_density
+from rowcast.calibration.text import Windows, read_windows
+from rowcast.calibration.training import train
+from rowcast.cli import main
+from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.runtime import device as devices
+from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.build import build_neurons
+from rowcast.runtime.sparse.scorers import contribution
+from rowcast.runtime.step import SeqStep
+from rowcast.runtime.weights import DenseWeights
+
+CPU = torch.device("cpu")
+WINDOW = 16
+SMALL = Settings(tokens=40 * WINDOW, window=WINDOW, train_steps=4, measured_tokens=2 * WINDOW)
+FAMILIES = (
+    "opt", "opt-350m", "llama-gqa", "llama-dynamic", "mistral-window", "qwen3", "bloom-residual", "mpt", "falcon-7b", "falcon-40b",
+    "falcon-alibi-12-heads",
+)  # fmt: skip
+
+
+class Letters:
+    """A token for each character."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) % VOCAB for letter in text]
+
+
+class Spy(DenseWeights):
+    """Keeps what the products of each layer are given."""
+
+    seen: dict[tuple[str, int], list[Tensor]]
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.seen.setdefault(("attention", layer), []).append(x)
+        return super().qkv(layer, x)
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        self.seen.setdefault(("mlp", layer), []).append(x)
+        return super().mlp(layer, x)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer."""
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama-gqa", path)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    ids = torch.randint(VOCAB, (60 * WINDOW,), generator=torch.Generator().manual_seed(1))
+    path.write_text(" ".join(f"w{i}" for i in ids.tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    return calibrate(model, [text], tmp_path_factory.mktemp("out"), SMALL)
+
+
+def random_mlp(neurons: int, hidden: int, *, gated: bool) -> Mlp:
+    generator = torch.Generator().manual_seed(0)
+    rows = neurons * (2 if gated else 1)
+    weight = torch.randn(rows, hidden, generator=generator) * hidden**-0.5
+    down = torch.randn(neurons, hidden, generator=generator)
+    bias = 0.1 * torch.randn(rows, generator=generator)
+    return Mlp(weight, bias, down, down.norm(dim=1), "silu" if gated else "relu", gated)
+
+
+def correlated(tokens: int, hidden: int) -> Tensor:
+    """States [T, D] with a mean and a decaying spectrum."""
+    generator = torch.Generator().manual_seed(2)
+    mixing = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator)).Q * torch.logspace(0.5, -1.5, hidden)
+    states: Tensor = torch.randn(tokens, hidden, generator=generator) @ mixing.T + torch.randn(hidden, generator=generator)
+    return states
+
+
+def moments_of(x: Tensor, y: Tensor) -> Moments:
+    moments = Moments.zero(x.shape[1], y.shape[1], CPU)
+    for rows in torch.split(torch.arange(len(x)), 100):
+        moments.add(x[rows], y[rows])
+    return moments
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_collected_is_what_a_decoder_run_reads(name: str, tmp_path: Path) -> None:
+    tiny_model(name, tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    spec = spec_from_config(checkpoint.config)
+    ids = torch.randint(VOCAB, (9, WINDOW), generator=torch.Generator().manual_seed(3))
+    weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    stream = Stream(weights, Windows(ids[:7], ids[7:], []), CPU, torch.float32, seed=0)
+    residual = [torch.zeros(ids.numel(), spec.hidden_size) for _ in range(spec.num_layers + 1)]
+    told: list[int] = []
+    collected = [stream.run(i, residual[i], residual[i + 1], told.append) for i in range(spec.num_layers)]
+
+    spy = Spy(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    spy.seen = {}
+    decoder = Decoder(spy, SoloComm(), CPU)
+    kv = PagedKV(spec, Shard(), num_blocks=4 * len(ids), block_size=WINDOW // 4, dtype=torch.float32, device=CPU)
+    tables = [list(range(4 * i, 4 * i + 4)) for i in range(len(ids))]
+    steps = [
+        SeqStep(i, row, 0, table, WINDOW, sample=False) for i, (row, table) in enumerate(zip(ids.tolist(), tables, strict=True))
+    ]
+    final = torch.cat([decoder.run([step], kv) for step in steps])
+
+    torch.testing.assert_close(residual[-1], final, atol=1e-4, rtol=1e-4)
+    assert sum(told) == ids.numel() * spec.num_layers
+    for layer, found_there in enumerate(collected):
+        attention, mlp = (torch.cat(spy.seen[kind, layer])[: 7 * WINDOW].double() for kind in ("attention", "mlp"))
+        torch.testing.assert_close(found_there.moments.xx, attention.T @ attention, atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(found_there.moments.yx, mlp.T @ attention, atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(found_there.moments.y_mean, mlp.mean(0), atol=1e-4, rtol=1e-3)
+        assert found_there.moments.count == 7 * WINDOW
+        held = torch.cat(spy.seen["mlp", layer])[7 * WINDOW :]
+        torch.testing.assert_close(found_there.rows.held.mlp, held, atol=1e-4, rtol=1e-3)
+        assert found_there.rows.fit.heads.shape == (7 * WINDOW, spec.num_heads)
+
+
+def test_a_heads_contribution_is_what_its_rows_of_the_output_projection_add(model: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    spec = spec_from_config(checkpoint.config)
+    weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    stream = Stream(weights, Windows(torch.arange(WINDOW)[None], torch.arange(WINDOW)[None], []), CPU, torch.float32, seed=0)
+    residual = torch.zeros(2 * WINDOW, spec.hidden_size)
+    rows = stream.run(0, residual, residual, lambda _: None).rows
+    alone = torch.eye(spec.num_heads)[:, None, :, None] * weights.head_outputs[WINDOW:, None].transpose(0, 1)  # [H, T, H, d]
+    added = torch.stack([weights.attention[0].out(heads) for heads in alone])
+    torch.testing.assert_close(rows.held.heads, added.norm(dim=2).T, atol=1e-5, rtol=1e-4)
+
+
+def test_full_rank_finds_every_neuron() -> None:
+    mlp, h = random_mlp(90, 32, gated=True), correlated(600, 32)
+    moments = moments_of(h, h)
+    factors = low_rank(mlp.weight, mlp.bias, moments.y_covariance, moments.y_mean, rank=32)
+    torch.testing.assert_close(factors.b @ factors.a, mlp.weight, atol=1e-4, rtol=1e-4)
+    rows = Rows(h, h, h)
+    result = found({"all": scores_of(mlp, factors)}, mlp, rows, [0.1, 0.5], recall=0.99)["all"]
+    assert min(result.recall) > 0.999 and max(result.over) == 1.0
+
+
+def scores_of(mlp: Mlp, factors: Factors) -> Callable[[Rows], Tensor]:
+    def scores(rows: Rows) -> Tensor:
+        pre = rows.mlp @ factors.a.T @ factors.b.T + factors.bias
+        return contribution(pre, mlp.norms, mlp.activation, mlp.gated)
+
+    return scores
+
+
+def test_low_rank_is_fitted_to_the_states_and_finds_more_the_higher_its_rank() -> None:
+    mlp, h = random_mlp(90, 32, gated=False), correlated(2000, 32)
+    moments = moments_of(h, h)
+    exact = mlp.pre(h)
+    errors, recalls = [], []
+    for rank in (4, 8, 16):
+        factors = low_rank(mlp.weight, mlp.bias, moments.y_covariance, moments.y_mean, rank)
+        assert factors.a.shape == (rank, 32)
+        errors.append(float((h @ factors.a.T @ factors.b.T + factors.bias - exact).square().mean()))
+        recalls += found({"low": scores_of(mlp, factors)}, mlp, Rows(h, h, h), [0.25], recall=0.99)["low"].recall
+    best = torch.linalg.svdvals(exact - exact.mean(0)).square()
+    for rank, error in zip((4, 8, 16), errors, strict=True):
+        assert error * exact.numel() == pytest.approx(float(best[rank:].sum()), rel=0.02)
+    assert recalls == sorted(recalls) and recalls[0] < 0.95 < recalls[-1]
+
+
+def test_linear_maps_recover_a_planted_relation() -> None:
+    x = correlated(3000, 24)
+    planted, offset = torch.randn(24, 24, generator=torch.Generator().manual_seed(5)), torch.arange(24.0)
+    torch.testing.assert_close(linear_map(moments_of(x, x @ planted.T)), planted, atol=0.05, rtol=0)
+    found_there = least_squares(moments_of(x, x @ planted.T + offset))
+    torch.testing.assert_close(found_there.weight, planted, atol=0.05, rtol=0)
+    torch.testing.assert_close(found_there.bias, offset, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_training_never_ends_below_where_it_began_and_mends_a_bad_beginning(gated: bool) -> None:
+    mlp, h = random_mlp(64, 32, gated=gated), correlated(4000, 32)
+    moments = moments_of(h, h)
+    start = low_rank(mlp.weight, mlp.bias, moments.y_covariance, moments.y_mean, rank=16)
+    noise = torch.randn(start.b.shape, generator=torch.Generator().manual_seed(6)) * start.b.std()
+    worse = Factors(start.a, start.b + noise, start.bias)
+    _, kept, initial = train(start, mlp, h, h, density=0.4, steps=8, seed=0)
+    assert kept <= initial
+    _, mended, initial = train(worse, mlp, h, h, density=0.4, steps=80, seed=0)
+    assert mended < 0.9 * initial
+    assert train(start, mlp, h, h, density=0.4, steps=0, seed=0)[0] is start
+
+
+def test_lost_output_falls_to_nothing() -> None:
+    lost = lost_curve(random_mlp(90, 32, gated=True), correlated(50, 32), [0.05, 0.3, 0.6, 1.0])
+    assert lost == sorted(lost, reverse=True) and lost[0] < 1.5 and lost[-1] == 0
+
+
+def test_layers_that_lose_alike_keep_alike_and_those_that_need_more_get_it() -> None:
+    grid = [0.1, 0.25, 0.5, 1.0]
+    easy, hard = [0.1, 0.02, 0.01, 0.0], [0.8, 0.6, 0.3, 0.0]
+    assert water_fill(grid, [hard] * 3, 0.4) == pytest.approx([0.4] * 3)
+    few, many = water_fill(grid, [easy, hard], 0.4)
+    assert few < 0.2 < 0.6 < many and few + many == pytest.approx(0.8)
+    assert water_fill(grid, [easy, hard], 1.0) == pytest.approx([1.0, 1.0])
+
+
+def test_held_out_windows_are_the_last_of_each_text(tmp_path: Path) -> None:
+    for name, letter in (("a", 10), ("b", 60)):
+        (tmp_path / name).write_text("".join(chr(letter + i // WINDOW) for i in range(40 * WINDOW + 5)))
+    windows = read_windows([tmp_path / "a", tmp_path / "b"], Letters(), tokens=10**6, window=WINDOW)
+    assert windows.fit.shape == (76, WINDOW)
+    assert windows.held[:, 0].tolist() == [48, 49, 98, 99]
+    half = read_windows([tmp_path / "a", tmp_path / "b"], Letters(), tokens=40 * WINDOW, window=WINDOW)
+    assert half.fit[:19, 0].tolist() == list(range(10, 48, 2)) and half.held.shape == (2, WINDOW)
+    assert [text["tokens"] for text in windows.texts] == [40 * WINDOW + 5] * 2
+
+
+def test_a_calibration_opens_and_its_scorers_run(calibrated: Calibration, model: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    spec = spec_from_config(checkpoint.config)
+    weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    h = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(7))
+    exact = build_neurons(weights, mlp=0.5, by="oracle", calibration=calibrated)[0].scorer(h).values
+    for by, least in (
+        ("q8", 0.99),
+        ("lowrank", 0.6),
+        ("dejavu", 0.6),
+        ("q8-ahead", -1),
+        ("lowrank-ahead", -1),
+        ("dejavu-ahead", -1),
+    ):
+        values = build_neurons(weights, mlp=0.5, by=by, calibration=calibrated)[0].scorer(h).values
+        assert torch.corrcoef(torch.stack([exact.flatten(), values.flatten()]))[0, 1] > least
+    description = calibrated.description
+    assert description["density"] == 0.5 and set(description["quality"]) >= {"dense", "self:mlp=0.5,by=q4"}
+    assert {"q2", "q4-ahead", "lowrank", "dejavu-ahead"} <= set(description["scorers"])
+    table = calibrated.tensor("densities")
+    alike = torch.tensor(calibrated.densities)[:, None].expand_as(table)
+    layerwise = description["layerwise"]
+    assert torch.equal(table, alike) == (layerwise["filled"] <= layerwise["alike"])
+    torch.testing.assert_close(table.mean(1), torch.tensor(calibrated.densities))
+    directions = calibrated.tensor("head.directions")
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)), atol=1e-5, rtol=0)
+    assert calibrated.tensor("layers.1.heads.ahead.weight").shape == (spec.num_heads, spec.hidden_size)
+    assert "layers.0.heads.ahead.weight" not in calibrated
+    assert not (calibrated.path / "state").exists()
+
+
+def test_the_report_stands_alone(calibrated: Calibration) -> None:
+    page = (calibrated.path / "report.html").read_text()
+    assert page.count("<svg") == 4 and "llama" in page
+    assert not any(foreign in page for foreign in ("http", "<script", "src=", "nan"))
+
+
+@pytest.mark.parametrize("where", ["fit", "stream", "end"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
+    where: str, calibrated: Calibration, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    original = Stream.run
+
+    def counted(self: Stream, layer: int, entering: Tensor, leaving: Tensor, progress: Callable[[int], None]) -> Collected:
+        runs.append(layer)
+        if where == "stream" and layer == 1 and len(runs) == 2:
+            leaving.fill_(7)
+            raise KeyboardInterrupt
+        return original(self, layer, entering, leaving, progress)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stream, "run", counted)
+    with monkeypatch.context() as patch:
+        if where == "fit":
+            patch.setattr(run, "fit_layer", lambda *args: killed() if len(runs) == 2 else fitting.fit_layer(*args))
+        elif where == "end":
+            patch.setattr(run, "directions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, [text], tmp_path, SMALL)
+    again = calibrate(model, [text], tmp_path, SMALL)
+    assert runs == ([0, 1] if where == "end" else [0, 1, 1])
+    for name in ("calibration.safetensors", "calibration.json", "report.html"):
+        assert (again.path / name).read_bytes() == (calibrated.path / name).read_bytes()
+
+
+def test_other_settings_do_not_go_on_where_others_stopped(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit_layer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, [text], tmp_path, SMALL)
+    other = Settings(tokens=SMALL.tokens, window=WINDOW, train_steps=0, measured_tokens=WINDOW, rank=8)
+    with pytest.raises(UserError, match=r"rank.*--restart"):
+        calibrate(model, [text], tmp_path, other)
+    assert calibrate(model, [text], tmp_path, other, restart=True).tensor("layers.0.lowrank.a").shape[0] == 8
+
+
+def test_a_foreign_or_stale_calibration_is_refused(calibrated: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was made for weights"):
+        Calibration.open(calibrated.path, "0" * 16)
+    description = dict(calibrated.description) | {"format": 0}
+    (tmp_path / "calibration.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="calibration format 0"):
+        Calibration.open(tmp_path, calibrated.fingerprint)
+
+
+def test_targets_choose_the_density(calibrated: Calibration, model: Path, text: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    weights = RecordingWeights(
+        spec_from_config(checkpoint.config), checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU
+    )
+    windows = torch.randint(VOCAB, (2, WINDOW), generator=torch.Generator().manual_seed(8))
+    judge = Judge(weights, calibrated, windows, torch.float32, CPU)
+
+    def acceptance(density: float) -> float:
+        rung = Rung(kind="self", mlp=density, by="oracle")
+        return judge.quality([rung])[str(rung)]["acceptance"]
+
+    assert acceptance(1.0) == pytest.approx(1.0, abs=1e-5)
+    density = choose_density(judge, "oracle", accept=0.9, bytes_share=None)
+    assert 0 < density < 1 and acceptance(density) >= 0.9 > acceptance(density / 2)
+    smaller = choose_density(judge, "q4", accept=None, bytes_share=0.75)
+    shares = [judge.bytes_share(Rung(kind="self", mlp=share, by="q4")) for share in (smaller, smaller + 0.01)]
+    assert shares[0] <= 0.75 < shares[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text", "{empty}"], "is empty"),
+        (["--text", "{short}"], "two windows of 16 are needed"),
+        (["--text", "{missing}"], "cannot be read"),
+        (["--text", "{latin}"], "is not UTF-8 at byte 1"),
+        (["--text", "{text}", "--accept", "0.9", "--bytes", "0.5"], "give one of them"),
+        (["--text", "{text}", "--recall", "1.5"], "--recall 1.5 is not a share"),
+        (["--text", "{text}", "--rank", "0"], "--rank 0 is too low"),
+        (["--text", "{text}", "--window", "4096"], "longer than the model's context of 128"),
+        (["--text", "{text}", "--tokens", "20"], "fewer than two windows"),
+        (["--text", "{text}", "-o", "{full}"], "holds other files"),
+        (["--text", "{text}", "-o", "{text}"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(
+    options: Sequence[str], said: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {name: tmp_path / name for name in ("empty", "short", "latin", "missing", "full", "out")} | {"text": text}
+    names["empty"].write_text(" \n")
+    names["short"].write_text("w1 w2 w3")
+    names["latin"].write_bytes(b"w\xe9")
+    names["full"].mkdir()
+    (names["full"] / "thesis.tex").write_text("")
+    given = [option.format(**names) for option in options]
+    output = [] if "-o" in given else ["-o", str(names["out"])]
+    window = [] if "--window" in given else ["--window", str(WINDOW)]
+    assert main(["calibrate", str(model), *given, *output, *window]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_too_little_memory_is_said_before_anything_is_read(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "available_bytes", lambda device: 1000)
+    with pytest.raises(OutOfMemoryError, match="1000 B are free"):
+        calibrate(model, [text], tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_in_one_json_object(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--window", str(WINDOW), "--tokens", "320", "--train-steps", "0", "--measure", "32", "--bytes", "0.7"]
+    assert main(["calibrate", str(model), "--text", str(text), "-o", str(tmp_path), *options, "--json"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told["tokens"] == 320 and told["density"] != 0.5 and told["quality"]["dense"]["acceptance"] == pytest.approx(1.0)
