@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, chat, env, generate, options
+from rowcast.cli import bench, calibrate, chat, env, eval, generate, options
 from rowcast.errors import UserError
 from rowcast.settings import configure_logging
 
@@ -19,6 +19,8 @@ app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.add_typer(bench.app, name="bench")
+app.command()(calibrate.calibrate)
+app.command("eval")(eval.evaluate)
 app.command()(env.env)
 
 

@@ -1,0 +1,168 @@
+"""Quality of sparse views beside the dense model, teacher-forced over windows of real text.
+
+A window runs in one pass, its first token as the prompt, so that all others count as generated. Such a pass reads all rows, and each
+token still uses its own set: the law is that of decoding token by token, and many tokens at once are fast. Bytes are those of
+decoding one token at a time, measured by doing so for a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowcast.calibration.metrics import Laws, Sets
+from rowcast.calibration.recording import OneLayerKV, window_steps
+from rowcast.kernels import select
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse.attention import HeadObserver
+from rowcast.runtime.sparse.heads import contributions, top_heads
+from rowcast.runtime.sparse.selection import SHARDS, Selector
+from rowcast.runtime.sparse.weights import Observer, SparseWeights
+from rowcast.runtime.step import SeqStep
+
+LOGIT_ROWS = 128
+"""Rows of logits that are held at a time, of the dense model and of one view."""
+DECODED_PROMPT, DECODED_TOKENS = 8, 8
+"""Of the text that bytes are measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One sparse view."""
+
+    laws: Laws
+    neurons: Sets
+    heads: Sets
+    bytes_per_token: float
+    """Weights that a token reads when it is decoded alone, proxies included."""
+
+    def to_json(self, dense: Laws, dense_bytes: int, layers: bool) -> dict[str, Any]:
+        """`layers`: with what was chosen by layer."""
+        laws = self.laws
+        chosen = {kind: sets for kind, sets in (("neurons", self.neurons), ("heads", self.heads)) if sets.layers()}
+        return {
+            "perplexity": laws.perplexity,
+            "perplexity_over_dense": laws.perplexity - dense.perplexity,
+            "kl": laws.kl,
+            "acceptance": laws.acceptance,
+            "greedy": laws.greedy,
+            **{kind: sets.overall().to_json() for kind, sets in chosen.items()},
+            "bytes_per_token": self.bytes_per_token,
+            "bytes_share": self.bytes_per_token / dense_bytes,
+            **({f"{kind}_by_layer": sets.by_layer() for kind, sets in chosen.items()} if layers else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    dense: Laws
+    dense_bytes: int
+    views: Mapping[str, Measured]
+
+    def to_json(self, layers: bool = False) -> dict[str, Any]:
+        """`layers`: with what was chosen by layer."""
+        return {
+            "tokens": self.dense.tokens,
+            "dense": {"perplexity": self.dense.perplexity, "bytes_per_token": self.dense_bytes},
+            "views": {name: one.to_json(self.dense, self.dense_bytes, layers) for name, one in self.views.items()},
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    banks: BankWeights,
+    views: Mapping[str, SparseWeights],
+    windows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    advance: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measure `views` over `banks` by name, beside `banks` itself.
+
+    `windows`: token ids, at least 3 each; every token behind the second is predicted. `advance` is called after each pass. Memory
+    beside the models: hidden states of one window for each view, and `LOGIT_ROWS` rows of logits.
+    """
+    kv = OneLayerKV(banks.spec, 1, max(map(len, windows)), dtype=dtype, device=device)
+    dense, dense_laws = Decoder(banks, SoloComm(), device), Laws()
+    decoders = {name: Decoder(view, SoloComm(), device) for name, view in views.items()}
+    laws, sets = {name: Laws() for name in views}, {name: Sets() for name in views}
+    head_sets = {name: Sets() for name in views}
+    for name, view in views.items():
+        view.observe(_neurons_into(sets[name], banks), _heads_into(head_sets[name], banks))
+    for window in windows:
+        ids = torch.tensor(window, device=device)
+
+        def hidden(decoder: Decoder, ids: Tensor = ids) -> Tensor:
+            # Of all tokens but the prompt, which is dense, and the last, which has no successor: [T - 2, D].
+            found = decoder.run(window_steps(ids[None], prompt_length=1), kv)[1:-1]
+            kv.free(0)
+            advance()
+            return found
+
+        expected, found = hidden(dense), {name: hidden(decoder) for name, decoder in decoders.items()}
+        for start in range(0, len(expected), LOGIT_ROWS):
+            rows = slice(start, start + LOGIT_ROWS)
+            targets = ids[2:][rows]
+            log_p = _log_softmax(dense, expected[rows])
+            dense_laws.add(log_p, log_p, targets)
+            for name, decoder in decoders.items():
+                laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), targets)
+    for view in views.values():
+        view.observe(None, None)
+    read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
+    measured = {name: Measured(laws[name], sets[name], head_sets[name], read[name]) for name in views}
+    return Evaluation(dense_laws, banks.bytes, measured)
+
+
+@torch.inference_mode()
+def bytes_per_token(view: WeightView, ids: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> float:
+    """Weights that `view` reads for each token that it decodes alone, on average over a few tokens behind a prompt."""
+    ids = ids[: DECODED_PROMPT + DECODED_TOKENS]
+    prompt = min(DECODED_PROMPT, len(ids) - 1)
+    kv = PagedKV(view.spec, Shard(), num_blocks=1, block_size=len(ids), dtype=dtype, device=device)
+    decoder = Decoder(view, SoloComm(), device)
+    for step in _one_by_one(ids, prompt):
+        if step.start == prompt:
+            view.reads()
+        decoder.logits(decoder.run([step], kv))
+        kv.commit(0, len(step.tokens))
+    return view.reads().bytes / (len(ids) - prompt)
+
+
+def _one_by_one(ids: Sequence[int], prompt: int) -> Iterator[SeqStep]:
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(ids)))]:
+        yield SeqStep(seq_id=0, tokens=list(ids[start:end]), start=start, blocks=[0], prompt_length=prompt, sample=True)
+
+
+def _neurons_into(sets: Sets, banks: BankWeights) -> Observer:
+    def observe(layer: int, selector: Selector, hidden: Tensor, own: Tensor) -> None:
+        # hidden, own [T, N], the first token's set being all neurons
+        score = banks.ffn[layer].score(hidden[1:])
+        sets.add(layer, own[1:], select.top_mask(score, selector.keep, SHARDS), score)
+
+    return observe
+
+
+def _heads_into(sets: Sets, banks: BankWeights) -> HeadObserver:
+    def observe(layer: int, outputs: Tensor, own: Tensor) -> None:
+        # outputs [T, H, d], own [T, H], the first token's set being all heads
+        score = contributions(outputs[1:], banks.attention[layer].o)
+        sets.add(layer, own[1:], top_heads(score, int(own[1].sum())), score)
+
+    return observe
+
+
+def _log_softmax(decoder: Decoder, hidden: Tensor) -> Tensor:  # [T, D] -> [T, V] float32
+    return decoder.logits(hidden).float().log_softmax(-1)
