@@ -81,3 +81,10 @@ def packed_copy_bytes(device: torch.device, dtype: torch.dtype, elements: int) -
     if dtype == torch.float32 or backend(device, dtype) == "torch":
         return 0
     return elements * dtype.itemsize
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # [T, K], [N, K], [N] -> [T, N]
+    """x W^T + b for many tokens, with a weight that lies anyhow: for oneDNN, twice as fast as torch's, it is made contiguous."""
+    if backend(weight.device, weight.dtype) == "torch":
+        return F.linear(x, weight, bias)
+    return OneDnnLinear(weight.contiguous(), bias, pack=False)(x)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels import rows
+from rowcast.kernels.linear import linear
 from rowcast.runtime.loader import Loader, Progress
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
@@ -26,7 +26,7 @@ FEW_TOKENS = 16
 def product(table: Tensor, x: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
     """x [T, D] times the rows `ids` [C] (None: all) of table [R, D], plus their bias [R] -> [T, C]."""
     if ids is None and x.shape[0] > FEW_TOKENS:
-        return F.linear(x, table, bias)
+        return linear(x, table, bias)
     y = rows.rows_in(table, x, ids)
     return y if bias is None else y.add_(bias if ids is None else bias[ids])
 
@@ -86,7 +86,7 @@ class FfnBank:
     def out(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """Their part of the output: hidden [T, C] -> [T, D]. Rows that no token has a use for (all 0) need not be read."""
         few = hidden.shape[0] <= FEW_TOKENS or ids is not None
-        y = rows.rows_out(self.down, hidden, ids) if few else hidden @ self.down
+        y = rows.rows_out(self.down, hidden, ids) if few else linear(hidden, self.down.T)
         return y if self.down_bias is None else y.add_(self.down_bias)
 
     def ffn(self, x: Tensor, ids: Tensor | None, own: Tensor | None = None) -> Tensor:
@@ -124,7 +124,7 @@ class AttentionBank:
     def out(self, heads: Tensor, ids: Tensor | None = None) -> Tensor:
         """heads [T, C], as rows `ids` [C] (None: all) of `o` -> [T, D]."""
         few = heads.shape[0] <= FEW_TOKENS or ids is not None
-        y = rows.rows_out(self.o, heads, ids) if few else heads @ self.o
+        y = rows.rows_out(self.o, heads, ids) if few else linear(heads, self.o.T)
         return y if self.o_bias is None else y.add_(self.o_bias)
 
 
