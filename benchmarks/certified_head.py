@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowcast.errors import UserError
+from rowcast.kernels import lowbit
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
@@ -91,17 +93,31 @@ def measure(head: CertifiedHead, dense: Callable[[Tensor], Tensor], hidden: Tens
     return found
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """Such as "4,3"."""
+    found = tuple(int(part) for part in text.split(",") if part.isdigit())
+    if len(found) != text.count(",") + 1 or not set(found) <= set(lowbit.BITS):
+        raise argparse.ArgumentTypeError(f"{text} is not made of {', '.join(map(str, lowbit.BITS))}, such as 4,3")
+    return found
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
-    parser.add_argument("--tokens", type=int, default=10_000)
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--tokens", type=positive, default=10_000)
+    parser.add_argument("--window", type=positive, default=512)
     parser.add_argument("--calibrate", type=Path, metavar="FILE2")
-    parser.add_argument("--calibrate-tokens", type=int, default=4096)
-    parser.add_argument("--bits", nargs="+", default=["4,3", "4", "8"], help="of each proxy, such as 4,3")
+    parser.add_argument("--calibrate-tokens", type=positive, default=4096)
+    parser.add_argument("--bits", type=widths, nargs="+", default=[(4, 3), (4,), (8,)], help="of each proxy, such as 4,3")
     parser.add_argument("--directions", type=int, nargs="+", default=[0, 64])
-    parser.add_argument("--top", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--top", type=positive, nargs="+", default=[1, 64])
     parser.add_argument(
         "--choose", action="store_true", help="by FILE2, for the first of --top, in place of --bits and --directions"
     )
@@ -109,19 +125,31 @@ def main() -> None:
     args = parser.parse_args()
     if args.choose and args.calibrate is None:
         parser.error("--choose needs --calibrate FILE2")
+    if min(args.directions) < 0:
+        parser.error(f"--directions {min(args.directions)} is less than 0")
+    for file in (args.file, args.calibrate):
+        if file is not None and not file.is_file():
+            parser.error(f"{file} is not a file")
 
-    checkpoint = open_checkpoint(args.model)
+    try:
+        checkpoint = open_checkpoint(args.model)
+    except UserError as error:
+        parser.error(str(error))
     weights = DenseWeights(spec_from_config(checkpoint.config), checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
     rows = weights.outer.head_rows
     if rows is None:
         parser.error(f"{args.model} has no LM head in rows")
+    if max(args.top) > len(rows):
+        parser.error(f"--top {max(args.top)} is more than the {len(rows)} rows of the LM head")
+    if args.window > weights.spec.max_context:
+        parser.error(f"--window {args.window} is more than the model's context of {weights.spec.max_context}")
     tokenizer = load_tokenizer(checkpoint)
 
     def states(file: Path, tokens: int) -> Tensor:
         return head_inputs(weights, tokenizer.encode(file.read_text(encoding="utf-8"))[:tokens], args.window)
 
     basis = torch.empty(0, rows.shape[1])
-    settings = [(tuple(map(int, bits.split(","))), count) for bits in args.bits for count in args.directions]
+    settings = [(bits, count) for bits in args.bits for count in args.directions]
     if args.calibrate is not None:
         sample = states(args.calibrate, args.calibrate_tokens)
         most = min(rows.shape[1], max(128, *args.directions) if args.choose else max(args.directions, default=0))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from rowcast.calibration.text import read_text
 from rowcast.errors import UserError
 from rowcast.runtime.device import choose_device
 
@@ -292,7 +294,7 @@ def main() -> None:
 
     device, _ = choose_device(args.device)
     torch.manual_seed(args.seed)
-    texts = [path.read_text(encoding="utf-8") for path in args.text]
+    texts = [read_text(path)[0] for path in args.text]
     cuts = [round(len(text) * (1 - HELD_OUT)) for text in texts]
     first, last = [t[:cut] for t, cut in zip(texts, cuts, strict=True)], [t[cut:] for t, cut in zip(texts, cuts, strict=True)]
     tokenizer = train_tokenizer(first, args.vocab)
@@ -300,7 +302,7 @@ def main() -> None:
     held_out = windows_of(encode(tokenizer, last).to(device), args.context, "the held-out text")
     windows = held_out
     if args.report:
-        told = encode(tokenizer, [args.report.read_text(encoding="utf-8")]).to(device)
+        told = encode(tokenizer, [read_text(args.report)[0]]).to(device)
         windows = windows_of(told, args.context, str(args.report))
     model = new_model(tokenizer, args).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -315,4 +317,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"relu_opt.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -3,8 +3,8 @@
     python benchmarks/sparse_ffn.py [--width 576] [--neurons 1536] [--layers 30] [--passes 20] [--threads N]
 
 Dense is two oneDNN-packed products (kernels/linear.py). Sparse is scores of all neurons by a proxy of few bits, selection by shards,
-and the products with the chosen rows: as one call, and as three, whose shares of their time are given. All variants take turns, layer
-after layer; the table has medians a layer, the last line is JSON.
+and the products with the chosen rows: as one call, and as three, whose shares of their time are given. In each pass every
+variant in turn runs through all layers; the table has medians a layer, the last line is JSON.
 """
 
 from __future__ import annotations
@@ -100,14 +100,20 @@ def measure(layers: list[Layer], x: Tensor, passes: int) -> tuple[float, dict[tu
     return median(dense), {setting: [median(part) for part in zip(*found, strict=True)] for setting, found in sparse.items()}
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return int(text)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--neurons", type=int, default=1536)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--passes", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--width", type=positive, default=576)
+    parser.add_argument("--neurons", type=positive, default=1536)
+    parser.add_argument("--layers", type=positive, default=30)
+    parser.add_argument("--passes", type=positive, default=20)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

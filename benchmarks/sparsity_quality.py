@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rowcast.calibration.evaluate import evaluate
-from rowcast.calibration.quality import cut
+from rowcast.calibration.quality import LEAST_WINDOW, cut
 from rowcast.calibration.quality_report import table
 from rowcast.calibration.text import read_text
 from rowcast.errors import UserError
@@ -43,7 +43,7 @@ from rowcast.runtime.tokenizer import load_tokenizer
 
 FEW_BITS = ("q2", "q3", "q4", "q8")
 FITTED = ("lowrank", "dejavu")
-RERANKED = ("q2", "q4", "lowrank")
+RERANKED = ("q2", "q3", "q4", "lowrank", "q2-ahead", "q3-ahead", "q4-ahead", "lowrank-ahead", "untrained-ahead")
 OVER = 1.5
 CHECKED = 0.5
 """The density that the check lines are about."""
@@ -155,13 +155,15 @@ def head_views(banks: BankWeights, calibration: Calibration, args: argparse.Name
 def checks(views: dict[str, Any]) -> dict[str, float]:
     """What the lookahead gains by being trained, and what it loses in recall beside the predictor from the MLP's own input."""
     found = {}
-    plain = views.get(label("untrained-ahead", CHECKED))
-    for by in (*FEW_BITS, *FITTED):
-        own, ahead = views.get(label(by, CHECKED)), views.get(label(f"{by}-ahead", CHECKED))
-        if ahead is not None and plain is not None:
-            found[f"acceptance at {CHECKED}: {by}-ahead - untrained lookahead"] = ahead["acceptance"] - plain["acceptance"]
-        if ahead is not None and own is not None:
-            found[f"recall at {CHECKED}: {by} - {by}-ahead"] = own["neurons"]["recall"] - ahead["neurons"]["recall"]
+    for over in (1.0, OVER):
+        plain = views.get(label("untrained-ahead", CHECKED, over))
+        for by in (*FEW_BITS, *FITTED):
+            own, ahead = views.get(label(by, CHECKED, over)), views.get(label(f"{by}-ahead", CHECKED, over))
+            name = label(f"{by}-ahead", CHECKED, over)
+            if ahead is not None and plain is not None:
+                found[f"acceptance: {name} - untrained"] = ahead["acceptance"] - plain["acceptance"]
+            if ahead is not None and own is not None:
+                found[f"recall: own - {name}"] = own["neurons"]["recall"] - ahead["neurons"]["recall"]
     return found
 
 
@@ -174,24 +176,39 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.7, 0.5, 0.35, 0.25])
-    parser.add_argument("--heads", type=int, nargs="*", default=[6, 5, 4])
+    parser.add_argument(
+        "--heads", type=int, nargs="*", help="query heads that are kept; left out: 6, 5 and 4 where the model has more"
+    )
     parser.add_argument("--only", nargs="*", help="these selectors of neurons")
     args = parser.parse_args()
+    try:
+        measure(args)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
 
+
+def measure(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.model)
     calibration = Calibration.open(args.calibration, checkpoint.source.fingerprint())
     spec, encoder = spec_from_config(checkpoint.config), load_tokenizer(checkpoint)
+    if args.heads is None:
+        args.heads = [keep for keep in (6, 5, 4) if keep < spec.num_heads]
+    if wrong := [keep for keep in args.heads if not 0 < keep <= spec.num_heads]:
+        raise UserError(f"--heads {wrong[0]} is not a number of heads: give 1 to {spec.num_heads}")
+    if args.window < LEAST_WINDOW:
+        raise UserError(f"--window {args.window} is too short: give {LEAST_WINDOW} or more")
+    window = min(args.window, spec.max_context)
+    texts = {path: cut(read_text(path)[0], encoder, args.tokens, window, str(path)) for path in args.text}
     device, _ = choose_device(args.device)
     banks = BankWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=device)
     views = neuron_views(banks, calibration, args) | head_views(banks, calibration, args)
-    report: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "window": args.window, "texts": {}}
-    for path in args.text:
+    report: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "window": window, "texts": {}}
+    for path, windows in texts.items():
         started = time.perf_counter()
-        windows = cut(read_text(path)[0], encoder, args.tokens, args.window, path.name)
         found = evaluate(banks, views, windows, device=device).to_json()
         found |= {"checks": checks(found["views"]), "seconds": time.perf_counter() - started}
-        report["texts"][path.name] = found
-        print(f"{path.name}: {found['tokens']} tokens, {found['seconds']:.0f} s")
+        report["texts"][str(path)] = found
+        print(f"{path}: {found['tokens']} tokens, {found['seconds']:.0f} s")
         print("\n".join(table(found)))
         for name, difference in found["checks"].items():
             print(f"{name}: {difference:+.3f}")

@@ -51,7 +51,7 @@ class Table:
             ends = range(len(path.ids) - count + 1, len(path.ids) + 1)
             numbers += [self._number(tuple(path.ids[:end])) for end in ends]
         none = [0] * len(paths)
-        return Ran(torch.tensor(numbers)[:, None], list(wanted), list(wanted), none, none)
+        return Ran(torch.tensor(numbers)[:, None], list(wanted), list(wanted), list(wanted), none, none)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.stack(self._rows)[hidden[:, 0]]

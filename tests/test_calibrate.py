@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,27 +17,30 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rowcast.calibration import Settings, calibrate, fitting, run
-from rowcast.calibration.curves import Rows, found, lost_curve
+from rowcast.calibration.curves import Rows, found, lost_curve, thresholds
 from rowcast.calibration.densities import water_fill
 from rowcast.calibration.fits import Factors, least_squares, linear_map, low_rank
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
 from rowcast.calibration.recording import RecordingWeights
 from rowcast.calibration.stream import Collected, Stream
-from rowcast.calibration.targets import Judge, choose_density
-from rowcast.calibration.text import Windows, read_windows
+from rowcast.calibration.targets import SHOWN, Judge, choose_density
+from rowcast.calibration.text import Windows, read_text, read_windows
 from rowcast.calibration.training import train
 from rowcast.cli import main
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast.runtime.checkpoint.safetensors_file import read_metadata
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.planning import offered
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.artefact import TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.scorers import contribution
 from rowcast.runtime.step import SeqStep
@@ -72,9 +78,11 @@ class Spy(DenseWeights):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer."""
-    path = tmp_path_factory.mktemp("llama")
-    tiny_model("llama-gqa", path)
+    return model_with_tokenizer(tmp_path_factory.mktemp("llama"), "llama-gqa")
+
+
+def model_with_tokenizer(path: Path, family: str) -> Path:
+    tiny_model(family, path)
     words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -162,7 +170,7 @@ def test_a_heads_contribution_is_what_its_rows_of_the_output_projection_add(mode
     residual = torch.zeros(2 * WINDOW, spec.hidden_size)
     rows = stream.run(0, residual, residual, lambda _: None).rows
     alone = torch.eye(spec.num_heads)[:, None, :, None] * weights.head_outputs[WINDOW:, None].transpose(0, 1)  # [H, T, H, d]
-    added = torch.stack([weights.attention[0].out(heads) for heads in alone])
+    added = torch.stack([weights.attention[0].out(heads.flatten(1)) for heads in alone])
     torch.testing.assert_close(rows.held.heads, added.norm(dim=2).T, atol=1e-5, rtol=1e-4)
 
 
@@ -285,7 +293,7 @@ def test_the_report_stands_alone(calibrated: Calibration) -> None:
     assert not any(foreign in page for foreign in ("http", "<script", "src=", "nan"))
 
 
-@pytest.mark.parametrize("where", ["fit", "stream", "end"])
+@pytest.mark.parametrize("where", ["fit", "stream", "end", "quality"])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
     where: str, calibrated: Calibration, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,10 +316,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(
             patch.setattr(run, "fit_layer", lambda *args: killed() if len(runs) == 2 else fitting.fit_layer(*args))
         elif where == "end":
             patch.setattr(run, "directions", killed)
+        elif where == "quality":
+            patch.setattr(Judge, "quality", killed)
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, [text], tmp_path, SMALL)
+    with pytest.raises(UserError, match="holds no calibration"):
+        Calibration.open(tmp_path, calibrated.fingerprint)
     again = calibrate(model, [text], tmp_path, SMALL)
-    assert runs == ([0, 1] if where == "end" else [0, 1, 1])
+    assert runs == ([0, 1] if where in ("end", "quality") else [0, 1, 1])
     for name in ("calibration.safetensors", "calibration.json", "report.html"):
         assert (again.path / name).read_bytes() == (calibrated.path / name).read_bytes()
 
@@ -330,6 +342,90 @@ def test_other_settings_do_not_go_on_where_others_stopped(
     with pytest.raises(UserError, match=r"rank.*--restart"):
         calibrate(model, [text], tmp_path, other)
     assert calibrate(model, [text], tmp_path, other, restart=True).tensor("layers.0.lowrank.a").shape[0] == 8
+    with pytest.raises(UserError, match=r"rank.*--restart"):
+        calibrate(model, [text], tmp_path, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "fit_layer", killed)
+        assert calibrate(model, [text], tmp_path, other).tensor("layers.0.lowrank.a").shape[0] == 8
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, [text], tmp_path, SMALL, restart=True)
+    with pytest.raises(UserError, match="holds no calibration"):
+        Calibration.open(tmp_path, "")
+
+
+def test_a_finished_calibration_of_another_model_is_not_overwritten(calibrated: Calibration, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(calibrated.path, output)
+    model_with_tokenizer(tmp_path / "opt", "opt")
+    with pytest.raises(UserError, match=r"fingerprint.*--restart"):
+        calibrate(tmp_path / "opt", [text], output, SMALL)
+    assert Calibration.open(output, calibrated.fingerprint).identity == calibrated.identity
+
+
+def test_presets_are_judged_as_they_will_run(model: Path, text: Path, tmp_path: Path) -> None:
+    """At the density that --bytes chose; in 16 bits on a CPU, whose LM head is not held in rows, with all of it."""
+    for dtype, lm in (("float32", "lm=hire"), ("bfloat16", "by=q4")):
+        made = calibrate(model, [text], tmp_path / dtype, replace(SMALL, bytes_share=0.7, train_steps=0), dtype=dtype)
+        density = made.description["density"]
+        assert density not in (0.5, *SHOWN)
+        here = Circumstances(max_context=128, kv_bytes_per_token=0, pass_bytes=lambda _: 1, calibrated=offered(made))
+        for name in ("hire", "dejavu"):
+            [rung] = resolve(name, here, mode="approximate")[0].rungs
+            had = str(rung if dtype == "float32" else replace(rung, lm="full"))
+            assert f"mlp={density}" in had and had in made.description["quality"]
+        assert any(lm in rung for rung in made.description["quality"])
+        assert ("lm_head_share" in made.description) == (dtype == "float32")
+
+
+def test_a_fixed_density_is_judged_by_other_windows_than_it_is_chosen_by(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: dict[str, Tensor] = {}
+
+    def noted(name: str) -> Callable[..., Any]:
+        original = getattr(Judge, name)
+
+        def method(self: Judge, *args: Any) -> Any:
+            windows[name] = self.windows
+            return original(self, *args)
+
+        return method
+
+    for name in ("layerwise", "quality"):
+        monkeypatch.setattr(Judge, name, noted(name))
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join("w5" for _ in range(60 * WINDOW)))
+    settings = replace(SMALL, tokens=120 * WINDOW, train_steps=0)
+    made = calibrate(model, [text, other], tmp_path / "out", settings)
+    assert made.description["held_out"] == {"choosing": 2, "reporting": 2, "disjoint": True}
+    chosen, reported = windows["layerwise"].tolist(), windows["quality"].tolist()
+    assert not any(window in reported for window in chosen if set(window) != {5})
+    assert [5] * WINDOW in reported and any(set(window) != {5} for window in reported)
+
+
+def test_thresholds_are_exceeded_by_their_densities(calibrated: Calibration, model: Path) -> None:
+    assert read_metadata(calibrated.path / TENSORS)["fingerprint"] == calibrated.fingerprint
+    assert 0 < calibrated.description["lm_head_share"] < 2
+    for name in calibrated.description["scorers"]:
+        table = calibrated.tensor(f"layers.1.{name}.thresholds", (len(calibrated.densities),))
+        assert table.dtype == torch.float32 and (table.diff() <= 0).all()
+    scores = torch.randn(300, 40, generator=torch.Generator().manual_seed(9))
+    shares = [float((scores > value).float().mean()) for value in thresholds(scores, [0.02, 0.5, 0.9, 1.0])]
+    assert shares == pytest.approx([0.02, 0.5, 0.9, 1.0], abs=1e-3)
+
+
+def test_line_breaks_are_those_of_text_mode(tmp_path: Path) -> None:
+    for name, data in (("unix", b"a\nb\n\nc"), ("windows", b"a\r\nb\r\n\r\nc"), ("mac", b"a\rb\r\rc")):
+        (tmp_path / name).write_bytes(data)
+        assert read_text(tmp_path / name)[0] == (tmp_path / name).read_text() == "a\nb\n\nc"
+
+
+def test_few_windows_are_shared_out_over_many_texts(tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) for i in range(10)]
+    for path in paths:
+        path.write_text("x" * WINDOW)
+    windows = read_windows(paths, Letters(), tokens=4 * WINDOW, window=WINDOW)
+    assert (len(windows.fit), len(windows.held)) == (2, 2)
 
 
 def test_a_foreign_or_stale_calibration_is_refused(calibrated: Calibration, tmp_path: Path) -> None:
@@ -373,6 +469,10 @@ def test_targets_choose_the_density(calibrated: Calibration, model: Path, text: 
         (["--text", "{text}", "--rank", "0"], "--rank 0 is too low"),
         (["--text", "{text}", "--window", "4096"], "longer than the model's context of 128"),
         (["--text", "{text}", "--tokens", "20"], "fewer than two windows"),
+        (["--text", "{text}", "--window", "2"], "use 3 or more"),
+        (["--text", "{text}", "--seed", "99999999999999999999"], "is too high"),
+        (["--text", "{text}", "--measure", "0"], "--measure 0 is too low"),
+        (["--text", "{text}", "--by", "q4"], "give one of them, or leave --by out"),
         (["--text", "{text}", "-o", "{full}"], "holds other files"),
         (["--text", "{text}", "-o", "{text}"], "cannot be written"),
     ],
@@ -392,6 +492,17 @@ def test_what_cannot_be_is_refused_in_one_sentence(
     assert main(["calibrate", str(model), *given, *output, *window]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["--accept", "--bytes"])
+def test_a_scorer_that_the_model_cannot_have_is_refused_before_the_pass(
+    target: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "State", None)
+    path = str(model_with_tokenizer(tmp_path / "opt", "opt"))
+    options = ["--text", str(text), "-o", str(tmp_path / "out"), "--window", str(WINDOW), "--by", "gate", target, "0.8"]
+    assert main(["calibrate", path, *options]) == 2
+    assert "by=gate needs a gated MLP" in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_anything_is_read(

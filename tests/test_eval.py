@@ -232,7 +232,7 @@ def test_bytes_are_those_of_single_tokens(banks: BankWeights) -> None:
     sparse, bank = view(banks, "q2", 0.25), banks.ffn[0]
     assert bytes_per_token(banks, ids, device=CPU, dtype=torch.float32) == banks.bytes
     dropped = NEURONS * 3 // 4 * (bank.in_row_bytes + bank.out_row_bytes)
-    proxy = NEURONS * 2 * banks.spec.hidden_size * (2 / 8 + 2 / 64)
+    proxy = NEURONS * (2 * banks.spec.hidden_size * (2 / 8 + 2 / 64) + 4)
     saved = len(banks.ffn) * (dropped - proxy)
     assert bytes_per_token(sparse, ids, device=CPU, dtype=torch.float32) == banks.bytes - saved
 
@@ -269,10 +269,11 @@ def test_windows_spread_over_the_text() -> None:
 
 def test_tasks_can_be_answered_from_their_prompts() -> None:
     encoder = Words()
-    made = make_tasks(NOVEL, encoder, items=12, seed=3)
+    made = make_tasks(NOVEL, encoder, items=12, context=200, seed=3)
     assert list(made) == ["cloze", "copy", "repeat", "induction", "sequence"]
     assert all(len(items) == 12 for items in made.values())
-    assert made == make_tasks(NOVEL, encoder, items=12, seed=3) != make_tasks(NOVEL, encoder, items=12, seed=4)
+    again, other = (make_tasks(NOVEL, encoder, items=12, context=200, seed=seed) for seed in (3, 4))
+    assert made == again != other
 
     def words(ids: Sequence[int]) -> list[str]:
         return [encoder.words[i] for i in ids]
@@ -293,7 +294,12 @@ def test_tasks_can_be_answered_from_their_prompts() -> None:
         if shown[0].isdigit():
             assert int(words(item.answer)[0]) - int(shown[-1]) == int(shown[-1]) - int(shown[-2])
     with pytest.raises(UserError, match="different words"):
-        make_tasks("Too few words here.", encoder, items=1)
+        make_tasks("Too few words here.", encoder, items=1, context=200)
+    short = make_tasks(NOVEL, encoder, items=12, context=20, seed=3)
+    longest = max(len(item.prompt) + len(item.answer) for items in short.values() for item in items)
+    assert longest <= 20 and not short["copy"] and len(short["induction"]) == 12
+    with pytest.raises(UserError, match="no task fits the model's context of 2 tokens"):
+        make_tasks(NOVEL, encoder, items=12, context=2, seed=3)
 
 
 def greedy(view: WeightView, prompt: list[int], count: int, generated_from: int) -> list[int]:
@@ -371,6 +377,21 @@ def test_the_report(run: Run) -> None:
     assert "price of sparsity" in out and f"of prediction {predicted['perplexity_over_oracle']:+.3f}" in out
 
 
+def test_texts_of_one_name_are_told_apart(run: Run, directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "text.txt"
+    other.write_text(" ".join(f"w{i}" for i in tokens(200, 8)))
+    code, out, _ = run("--text", other, "--window", 64, "--json")
+    assert code == 0
+    found = json.loads(out)["texts"]
+    assert {name: text["tokens"] for name, text in found.items()} == {str(directory / "text.txt"): 372, str(other): 186}
+
+
+def test_a_ladders_draft_is_not_needed(run: Run) -> None:
+    code, out, _ = run("--ladder", "draft / self:mlp=0.5,by=q2 / plain", "--window", 64, "--json")
+    [text] = json.loads(out)["texts"].values()
+    assert code == 0 and list(text["views"]) == ["mlp=0.5,by=oracle", "mlp=0.5,by=q2"]
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "words"),
     [
@@ -386,6 +407,9 @@ def test_the_report(run: Run) -> None:
         ("text.txt", ("--ladder", "self:mlp=0.5 / plain", "--density", "0.5"), ["names its own density"]),
         ("text.txt", ("--calibration", "nowhere"), ["nowhere holds no calibration"]),
         ("text.txt", ("--tasks",), ["different words"]),
+        ("text.txt", ("--ladder", "self:mlp=0.5 / plain", "--over", "3"), ["--over 3", "over=3"]),
+        ("text.txt", ("--selector", "oracle", "--over", "3"), ["--over 3", "oracle"]),
+        ("text.txt", ("--window", "5000"), ["--window 5000", "context of 128"]),
     ],
 )
 def test_what_is_refused(run: Run, text: str, arguments: tuple[str, ...], words: list[str]) -> None:

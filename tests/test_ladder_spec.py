@@ -25,6 +25,9 @@ from rowcast.runtime.ladder.spec import Ladder, Rung
         ("draft:model=hub/id / self:kv=256,view=streaming / self:kv=1024 / plain", None),
         ("self:mlp=0.5,by=q4,over=1.5,heads=0.67,lm=hire,kv=512 / plain", None),
         ("self:mlp=.50,kv=full,over=1 / plain", "self:mlp=0.5 / plain"),
+        ("self:mlp=0.5,by=q4,cut=threshold,kv=512 / self:mlp=0.5,group=8 / plain", None),
+        ("self:mlp=0.5,over=2,common=0.2", None),
+        ("self:mlp=.5,common=0.20,cut=top,group=1", "self:mlp=0.5,common=0.2"),
         ("self:heads=1 / self:lm=hire,gamma=2 / plain", None),
         ("ngram / self:mlp=1e-3,by=q4-ahead", "ngram / self:mlp=0.001,by=q4-ahead"),
         ("self:mlp=0.30000000000000004", None),
@@ -58,6 +61,8 @@ def test_sparsity_is_what_weights_are_shared_by() -> None:
     )
     assert one.sparsity == other.sparsity == one and thin.sparsity != one.sparsity and whole.sparsity is None
     assert [rung.pays_from for rung in (one, other, whole)] == [0, 0, 1024]
+    for text in ("self:mlp=0.5,cut=threshold", "self:mlp=0.5,common=0.2", "self:mlp=0.5,group=8"):
+        assert str(Rung.parse(f"{text},kv=512,gamma=3").sparsity) == text
     assert [Ladder.parse(text).approximate for text in ("self:mlp=0.5", "self:mlp=0.5 / plain")] == [True, False]
 
 
@@ -92,6 +97,17 @@ def test_names_tell_rungs_of_a_kind_apart() -> None:
         ("self:heads=0.5,over=2 / plain", "over=2.0 .* add mlp"),
         ("self:lm=hire,by=q4 / plain", "by=q4 .* add mlp"),
         ("self:mlp=0.5,by=q5 / plain", "q2, q3, q4, q8"),
+        ("self:mlp=0.5,cut=bottom / plain", "cut='bottom' .* top, threshold"),
+        ("self:mlp=0.5,group=65 / plain", "group=65 .* from 1 to 64"),
+        ("self:mlp=0.5,group=0 / plain", "group=0 .* from 1 to 64"),
+        ("self:mlp=0.5,common=0 / plain", "common=0.0 .* above 0 and up to 1"),
+        ("self:mlp=0.5,common=0.6 / plain", "common=0.6 .* more than mlp=0.5"),
+        ("self:mlp=0.5,over=2,group=4 / plain", "group=4 and over=2.0 .* leave one out"),
+        ("self:mlp=0.5,common=0.2,group=4 / plain", "group=4 and common=0.2 .* leave one out"),
+        ("self:mlp=0.5,cut=threshold,over=2 / plain", "cut=threshold and over=2.0 .* leave one out"),
+        ("self:mlp=0.5,cut=threshold,common=0.1 / plain", "cut=threshold and common=0.1 .* leave one out"),
+        ("self:heads=0.5,cut=threshold / plain", "cut=threshold .* add mlp"),
+        ("self:heads=0.5,group=2 / plain", "group=2 .* add mlp"),
         ("self:mlp=0.5,view=streaming / plain", "view='streaming' .* add kv"),
         ("self:mlp=0.5,sinks=4 / plain", "sinks=4 .* add kv"),
         ("self:mlp=0.5,kv=512", "ends in self.* kv=full"),

@@ -215,16 +215,17 @@ def test_rungs_may_share_a_weight_view(llama: HeadModel) -> None:
         torch.testing.assert_close(torch.cat(rows), eager, atol=2e-5, rtol=1e-5)
 
 
-def test_a_failed_pass_is_run_again(llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error between layers, in a pass that fills in everything: the layers behind it have still to."""
+@pytest.mark.parametrize("before", [PROMPT + 3, PROMPT + LATE_TOKENS - 1])
+@pytest.mark.parametrize("fails", ["mlp", "fill", "append"])
+def test_a_failed_pass_is_run_again(fails: str, before: int, llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error between layers, or before a layer's K/V are written, in a pass that fills in everything and in one that does not."""
     tokens = llama.tokens(PROMPT + 2 * LATE_TOKENS)
     cuts = [PROMPT, *range(PROMPT + 1, len(tokens) + 1)]
     expected = Run(EagerReference(llama, 2), llama.paged()).alone(tokens, cuts, PROMPT)
     run = Run(llama.view(2), llama.paged())
-    before = PROMPT + LATE_TOKENS - 1
     found = [run.alone(tokens, cuts[: cuts.index(before) + 1], PROMPT)]
     with monkeypatch.context() as patch:
-        patch.setattr(run.view, "mlp", lambda layer, x: 1 / 0)
+        patch.setattr(run.view if fails == "mlp" else run.kv, fails, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run((0, tokens[before : before + 1], before), prompt=PROMPT)
     for at in range(before, len(tokens)):

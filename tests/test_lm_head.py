@@ -55,7 +55,7 @@ def test_top_is_the_dense_top(bits: tuple[int, ...], generator: torch.Generator)
             assert torch.equal(top.ids, ids)
             torch.testing.assert_close(top.values, values)
             assert (top.rescored[top.fallback] == V).all()
-            assert (top.rescored[~top.fallback] <= capacity * V).all()
+            assert (top.rescored[~top.fallback] <= max(capacity * V, 2 * k)).all()
             assert top.fallback.all() or capacity > 0
 
 
@@ -230,6 +230,28 @@ def test_a_hidden_state_that_is_not_a_number_reaches_the_dense_product(generator
     assert top.fallback[1:3].all()
     assert torch.equal(top.ids[3:], dense_top(rows, h[3:], 1)[1])
     torch.testing.assert_close(logits[1:3], F.linear(h, rows)[1:3], equal_nan=True)
+
+
+def test_hidden_states_out_of_the_bounds_range_reach_the_dense_product(generator: torch.Generator) -> None:
+    rows, h = torch.randn(V, E, generator=generator), torch.randn(T, E, generator=generator)
+    for size in (1e-15, 1e-25, 5e-35, 1e-40):
+        head = CertifiedHead(rows, bits=(4, 3))
+        estimate, radius = head.bounds(h * size)
+        exact = F.linear(h * size, rows)
+        assert ((estimate - exact).abs() <= radius).all()
+        top = head.top(h * size)
+        assert top.fallback.all() and torch.equal(top.ids[:, 0], exact.argmax(1))
+    h[:, 64:] *= 5e-35
+    estimate, radius = CertifiedHead(rows, bits=(8,)).bounds(h)
+    assert radius.isfinite().all() and ((estimate - F.linear(h, rows)).abs() <= radius).all()
+
+
+def test_a_small_vocabulary_is_not_read_whole(generator: torch.Generator) -> None:
+    """An eighth of its rows were fewer than the 64 that are wanted."""
+    rows, _, h = structured(generator, 1)
+    head = CertifiedHead(rows[:400], bits=(8,))
+    head.logits(h)
+    assert head.reads().fallbacks == 0
 
 
 def test_the_setting_that_reads_least_is_chosen(generator: torch.Generator) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rowcast.errors import UserError
 from rowcast.kernels import lowbit, rows, select
-from rowcast.kernels.lowbit import LowBit, dequantise, quantise
+from rowcast.kernels.lowbit import dequantise, quantise
 
 BITS = (2, 3, 4, 8)
 CORRELATION = {2: 0.93, 3: 0.98, 4: 0.994, 8: 0.9999}
@@ -38,16 +38,6 @@ def test_what_can_be_represented_comes_back(bits: int) -> None:
 def test_correlation_with_gaussian_weights(bits: int) -> None:
     weight = torch.randn(500, 576)
     assert correlation(weight, dequantise(quantise(weight, bits))) > CORRELATION[bits]
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_importance_lowers_the_error_that_it_weighs(bits: int) -> None:
-    weight, importance = torch.randn(300, 576), torch.rand(576) ** 8 + 1e-3
-
-    def error(q: LowBit) -> float:
-        return float(((dequantise(q) - weight).square() * importance).sum())
-
-    assert error(quantise(weight, bits, importance=importance)) < 0.97 * error(quantise(weight, bits))
 
 
 @pytest.mark.parametrize("columns", [37, 64, 200])
@@ -103,6 +93,31 @@ def test_gated_ffn_is_its_three_parts(dtype: torch.dtype) -> None:
     ids, own = select.top_union(lowbit.gated_scores(q, x, norms, "silu"), 77)
     expected = rows.ffn(gate, up, None, down, x, ids, own, "silu")
     assert torch.equal(lowbit.gated_ffn(q, norms, 77, gate, up, down, x, "silu"), expected)
+
+
+@pytest.mark.usefixtures("level")
+def test_tiny_inputs_stay_tiny() -> None:
+    q, x = quantise(torch.randn(64, 128), 4), torch.randn(1, 128)
+    for size in (1e-30, 5e-35, 1e-40):
+        assert (lowbit.product(q, x * size) - (x * size) @ dequantise(q).T).abs().max() < 1e-4 * size + 1e-31
+    x[:, 64:] *= 5e-35
+    torch.testing.assert_close(lowbit.product(q, x), x @ dequantise(q).T, atol=1e-3, rtol=1e-4)
+
+
+def test_shapes_that_do_not_belong_together() -> None:
+    gate, up, down = (torch.randn(10, 64) for _ in range(3))
+    q, norms, x = quantise(torch.cat([gate, up]), 4), torch.rand(10), torch.randn(1, 64)
+    whole = lowbit.gated_ffn(q, norms.repeat(2)[:10], 5, gate, up, down, x, "silu")
+    assert torch.equal(lowbit.gated_ffn(q, torch.stack([norms, -norms], 1)[:, 0], 5, gate, up, down, x, "silu"), whole)
+    for wrong in (
+        partial(lowbit.gated_ffn, q, norms, 5, gate, up, down, torch.randn(1, 32), "silu"),
+        partial(lowbit.gated_ffn, q, norms[:8], 5, gate, up, down, x, "silu"),
+        partial(lowbit.gated_ffn, q, norms, 5, gate[:5], up, down, x, "silu"),
+        partial(lowbit.gated_scores, q, x, norms[:8], "silu"),
+        partial(lowbit.product, q, torch.randn(2, 32)),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)):
+            wrong()
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -24,7 +24,7 @@ TOKENS = (1, 3, 16)
 WIDTHS = (576, 37, 64)
 DTYPES = (torch.float32, torch.bfloat16)
 
-needs_native = pytest.mark.skipif(not native.available(), reason="the native part was not built")
+needs_native = pytest.mark.skipif(native.library() is None, reason="the native part was not built")
 
 
 @pytest.fixture(params=range(len(native.LEVELS)), ids=native.LEVELS)
@@ -130,6 +130,33 @@ def test_rows_of_zero_coefficients_are_not_read() -> None:
     assert torch.equal(rows.rows_out(spoilt, hidden, ids), expected)
 
 
+def test_what_would_be_read_out_of_bounds_is_refused() -> None:
+    gate, up, down, ids = tables(64, torch.float32)
+    x, hidden = torch.randn(2, 64), torch.randn(2, CHOSEN)
+    for outside in (-1, NEURONS, 10**6):
+        with pytest.raises(IndexError):
+            rows.rows_in(up, x, torch.tensor([0, outside + (outside < 0) * -NEURONS]))
+    own, short = torch.ones(2, CHOSEN), torch.zeros(CHOSEN)
+    wrong: list[Callable[[], Tensor]] = [
+        lambda: rows.rows_in(up, x[:, :32]),
+        lambda: rows.rows_out(down, hidden[:, :3], ids),
+        lambda: rows.rows_out(down, hidden),
+        lambda: rows.ffn_hidden(gate[:10], up, None, x, ids, "silu"),
+        lambda: rows.ffn_hidden(None, up, short[None].expand(2, -1), x, ids, "silu"),
+        lambda: rows.ffn(gate, up, None, down, x, ids, own[:, :3] > 0, "silu"),
+    ]
+    for run in wrong:
+        with pytest.raises((AssertionError, RuntimeError)):
+            run()
+    if native.library() is not None:
+        for run in (
+            lambda: rows.ffn(gate, up, None, down, x, ids, own, "silu"),
+            lambda: rows.ffn_hidden(None, up, short, x, ids, "silu"),
+        ):
+            with pytest.raises(AssertionError):
+                run()
+
+
 def test_no_rows_and_many_tokens() -> None:
     gate, up, down, ids = tables(64, torch.float32)
     none = torch.empty(0, dtype=torch.int64)
@@ -165,7 +192,7 @@ def test_one_openmp_runtime_is_loaded() -> None:
     code = """
 import torch
 from rowcast.kernels import native, rows
-assert native.available()
+assert native.library() is not None
 rows.rows_in(torch.randn(64, 64), torch.randn(1, 64))
 torch.randn(999, 999) @ torch.randn(999, 999)
 print({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.split("/")[-1]})

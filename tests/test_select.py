@@ -69,6 +69,12 @@ def test_shards_are_the_ranks_shares() -> None:
         assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
+def test_nothing_to_choose_from() -> None:
+    assert select.top_mask(torch.zeros(2, 0), 0).shape == (2, 0)
+    ids, own = select.top_union(torch.zeros(1, 0), 0)
+    assert len(ids) == 0 and own is None
+
+
 def test_above() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
     assert select.above(scores, 1.0).tolist() == [[False, False, True], [True, False, False]]

@@ -127,7 +127,10 @@ def test_heads_and_bytes_are_counted(model: HeadModel) -> None:
     kv = 0 if spec.group_size == 1 else 2 * spec.num_kv_heads
     heads = spec.num_layers * row * (per_head * keep + kv)
     scorers = sum(selector.bytes for selector in model.selectors(keep))
-    assert found == model.banks.outer_bytes + mlps * spec.intermediate_size + heads + scorers
+    attention = [bias for b in model.banks.attention for bias in (b.q_bias, b.k_bias, b.v_bias, b.o_bias)]
+    biases = sum(bias.nbytes for bias in [*attention, *(b.down_bias for b in model.banks.ffn)] if bias is not None)
+    biases += 2 * spec.num_layers * spec.head_dim * 4 * (spec.qk_norm == "head")
+    assert found == model.banks.outer_bytes + mlps * spec.intermediate_size + biases + heads + scorers
 
 
 def test_kept_queries_have_all_heads(opt: HeadModel) -> None:
@@ -189,8 +192,14 @@ def test_a_calibrations_selector(opt: HeadModel, tmp_path: Path) -> None:
     """Layer 0 has no layer before it, so it reads its own input whatever is asked for."""
     weight, bias = opt.predictor(1, "own")
     names = ["layers.0.heads.own", "layers.1.heads.ahead"]
-    save_file({f"{n}.weight": weight.clone() for n in names} | {f"{n}.bias": bias.clone() for n in names}, tmp_path / TENSORS)
-    (tmp_path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "fingerprint": "f"}))
+    save_file(
+        {f"{n}.weight": weight.clone() for n in names} | {f"{n}.bias": bias.clone() for n in names},
+        tmp_path / TENSORS,
+        {"fingerprint": "f"},
+    )
+    (tmp_path / DESCRIPTION).write_text(
+        json.dumps({"format": FORMAT, "fingerprint": "f", "density": 1, "densities": [1], "quality": {}, "scorers": {}})
+    )
     found = Calibration.open(tmp_path, "f")
     x = torch.randn(3, opt.spec.hidden_size, generator=torch.Generator().manual_seed(1))
     expected = HeadSelector(weight, bias, keep=2)(x, False).own

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_speculation import GREEDY, PARAMS, SEEDED, ids, prompts
 from tiny import tiny_model
 
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.errors import UserError
-from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS
+from rowcast.runtime.banks import copied_bytes
+from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
+from rowcast.runtime.sparse.sizes import expected_bytes
+from rowcast.runtime.spec import layer_parameters
 
 VIEW = "chunk=4,sinks=4,recent=8"
 DRAFTS = {
@@ -156,6 +162,7 @@ def test_what_the_plan_counts_is_what_is_allocated(target: Path) -> None:
         "self:mlp=0.5,by=q4 / plain",
         "self:mlp=0.5,by=q3,lm=hire / plain",
         "self:mlp=0.5 / self:mlp=0.2,by=q2 / plain",
+        f"self:kv=24,{VIEW} / self:mlp=0.5,by=q4 / plain",
     ):
         llm = make(target, ladder)
         assert llm.plan.weight_bytes == whole.weight_bytes
@@ -163,6 +170,25 @@ def test_what_the_plan_counts_is_what_is_allocated(target: Path) -> None:
     llm = approximate(target, "self:mlp=0.5,by=q4")
     assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=False)
     assert llm.plan.pass_bytes < whole.pass_bytes
+    both = approximate(target, f"self:kv=24,{VIEW} / self:mlp=0.5,by=q4")
+    views = [rung._decoder.weights for rung in (both.engine._executor._top, *both.engine._executor._lower)]  # type: ignore[attr-defined]
+    assert {type(view).__name__ for view in views} == {"SparseWeights", "DenseWeights"}
+    assert both.plan.rung_weight_bytes - llm.plan.rung_weight_bytes == both.spec.num_layers * layer_parameters(both.spec) * 4
+    assert both.plan.work_bytes - make(target, "plain").plan.work_bytes >= copied_bytes(both.spec, 4) > 0
+
+
+def test_fallbacks_are_counted_once(target: Path) -> None:
+    """Each row of logits is one of one sequence's, the prompt's last included, alone or in a batch."""
+
+    def fallbacks(outputs: list[RequestOutput]) -> list[int]:
+        return [output.metrics.rungs["self"].fallbacks + output.metrics.rungs["prefill"].fallbacks for output in outputs]
+
+    llm = approximate(target, "self:mlp=0.5,by=q4,lm=hire")
+    llm.engine._executor._top._decoder.weights._lm._capacity = 0  # type: ignore[attr-defined]
+    params = replace(GREEDY, max_tokens=5)
+    alone = [fallbacks(llm.generate([prompt], params))[0] for prompt in prompts(4)]
+    assert alone == [5] * 4
+    assert sum(fallbacks(llm.generate(prompts(4), params))) == 20
 
 
 def added_bytes(llm: LLM, *, banks: bool) -> int:
@@ -224,7 +250,8 @@ def test_mistakes_are_one_sentence(target: Path, ladder: str, keywords: dict[str
 
 def test_quality_is_told_before_anything_is_generated(target: Path, caplog: pytest.LogCaptureFixture) -> None:
     approximate(target, "self:mlp=0.5,by=q4")
-    assert "the quality of self:mlp=0.5,by=q4 was not measured: run rowcast eval" in caplog.text
+    run = f"run rowcast eval {target} --text FILE --ladder self:mlp=0.5,by=q4"
+    assert f"the quality of self:mlp=0.5,by=q4 was not measured: {run}" in caplog.text
     caplog.clear()
     make(target, "self:mlp=0.5,by=q4 / plain")
     assert not caplog.text
@@ -244,18 +271,18 @@ def test_parameters_reach_sparse_rungs(target: Path) -> None:
 
 def calibrate(model: Path, path: Path, seed: int = 0) -> Path:
     """A calibration that knows nothing, but has all that rungs read."""
-    from safetensors.torch import save_file
-
     llm = LLM(model, ladder="plain", progress=False)
     spec, generator = llm.spec, torch.Generator().manual_seed(seed)
     rows = spec.intermediate_size * (2 if spec.gated else 1)
     tensors = {"densities": torch.tensor([[0.3] * spec.num_layers, [1.0] * spec.num_layers])}
     for layer in range(spec.num_layers):
         shapes = {"dejavu.a": (16, spec.hidden_size), "dejavu.b": (rows, 16), "dejavu.bias": (rows,)}
+        shapes |= {"frequency": (spec.intermediate_size,)}
         shapes |= {"heads.own.weight": (spec.num_heads, spec.hidden_size), "heads.own.bias": (spec.num_heads,)}
         tensors |= {f"layers.{layer}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors[f"layers.{layer}.q4.thresholds"] = torch.tensor([0.05, 0.0])
     path.mkdir(exist_ok=True)
-    save_file(tensors, path / TENSORS)
+    save_file(tensors, path / TENSORS, metadata={"fingerprint": llm.plan.fingerprint})
     quality = {
         "dense": {"perplexity": 10.0, "acceptance": 1.0, "bytes": 1.0},
         "self:mlp=0.6,by=dejavu,heads=0.67": {"perplexity": 12.5, "acceptance": 0.9, "bytes": 0.7},
@@ -266,6 +293,7 @@ def calibrate(model: Path, path: Path, seed: int = 0) -> Path:
         "densities": [0.3, 1.0],
         "density": 0.6,
         "quality": quality,
+        "scorers": {},
     }
     (path / DESCRIPTION).write_text(json.dumps(description))
     return path
@@ -293,6 +321,138 @@ def test_deja_vu_drafts_and_decides(
     for output in alone:
         assert output.metrics.density["self"] == pytest.approx(0.6, abs=0.01)
         assert output.metrics.head_density["self"] == pytest.approx(0.67, abs=0.1)
+
+
+def test_a_calibration_decides_what_was_left_open(target: Path, tmp_path: Path) -> None:
+    """The scorer by what was measured nearest to its density, and how many candidates hire ranks again, up to twice as many."""
+    path = calibrate(target, tmp_path / "calibration")
+    description = json.loads((path / DESCRIPTION).read_text())
+    quality = {
+        "self:mlp=0.5,by=q4": 0.8,
+        "self:mlp=0.5,by=dejavu": 0.7,
+        "self:mlp=0.5,by=oracle": 0.95,
+        "self:mlp=0.9,by=dejavu": 0.99,
+        "self:mlp=0.6,by=dejavu,over=1.5": 0.99,
+    }
+    fitted = {"self:mlp=0.5,by=q4": 0.6, "self:mlp=0.5,by=dejavu": 0.7}
+    for measured, over, expected in (
+        ({}, 1.204, ("q4", 1.21)),
+        (quality, 1.2, ("q4", 1.2)),
+        (fitted, 2.5, ("dejavu", 1.5)),
+    ):
+        description |= {
+            "quality": {rung: {"perplexity": 1.0, "acceptance": figure, "bytes": 1.0} for rung, figure in measured.items()},
+            "judged": [0.1, 0.5],
+            "scorers": {"q4": {"over": [3.0, over]}},
+        }
+        (path / DESCRIPTION).write_text(json.dumps(description))
+        by, hire = expected
+        assert make(target, "self:mlp=0.5 / plain", calibration=path).plan.ladder[0] == f"self:mlp=0.5,by={by}"
+        assert make(target, "hire", calibration=path).plan.ladder[0] == f"self:mlp=0.6,by=q4,over={hire:g},lm=hire"
+
+
+def test_shares_that_are_not_reached_are_told(target: Path, calibration: Path) -> None:
+    plan = make(target, "self:mlp=0.001,heads=0.6,by=q4 / plain", calibration=calibration).plan
+    told = [note for note in plan.notes if note.startswith("rung self:mlp=0.001")]
+    spec = make(target, "plain").spec
+    heads = round(0.6 * spec.num_heads)
+    assert any(f"heads=0.6 of {spec.num_heads} is {heads}, a share of {heads / spec.num_heads:.3g}" in note for note in told)
+    assert any("mlp=0.001 of" in note and "is 1, a share of" in note for note in told)
+
+
+CUTS = {
+    "threshold": "self:mlp=0.4,by=q4,cut=threshold",
+    "common": "self:mlp=0.4,by=q4,common=0.2",
+    "common, re-ranked": "self:mlp=0.4,by=q2,over=1.5,common=0.2",
+    "groups": "self:mlp=0.4,by=q4,group=4",
+}
+
+
+@pytest.mark.parametrize("ladder", CUTS.values(), ids=CUTS)
+def test_other_cuts_depend_on_the_request_alone(
+    target: Path, calibration: Path, plain: dict[str, list[list[int]]], ladder: str
+) -> None:
+    keywords = {} if "group" in ladder else {"calibration": calibration}
+    drafting = make(target, f"{ladder},gamma=3 / plain", **keywords).generate(prompts(6), SEEDED)
+    assert ids(drafting) == plain["seeded"]
+    llm = approximate(target, ladder, **keywords)
+    alone = [llm.generate(prompt, SEEDED)[0] for prompt in prompts(6)]
+    assert ids(llm.generate(prompts(6), SEEDED)) == ids(alone) != plain["seeded"]
+    assert ids(alone) != ids(approximate(target, ladder.split(",")[0], **keywords).generate(prompts(6), SEEDED))
+    density = [output.metrics.density["self"] for output in alone]
+    assert len(set(density)) > 1 if "threshold" in ladder else density == pytest.approx([0.4] * 6, abs=0.07)
+
+
+def test_cuts_need_what_a_calibration_has(target: Path, calibration: Path) -> None:
+    for ladder, given, said in (
+        ("self:mlp=0.4,cut=threshold / plain", None, "cut=threshold needs a calibration"),
+        ("self:mlp=0.4,common=0.2 / plain", None, "common=0.2 needs a calibration"),
+        ("self:mlp=0.4,by=q3,cut=threshold / plain", calibration, "no thresholds of q3"),
+        ("self:mlp=0.2,by=q4,cut=threshold / plain", calibration, "mlp=0.2 is below 0.3"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            make(target, ladder, calibration=given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("densities", None),
+        ("densities", "x"),
+        ("densities", [0.25, 0.5]),
+        ("densities", [0.5, 0.25, 1.0]),
+        ("densities", [0.5, "a", 1.0]),
+        ("quality", None),
+        ("quality", {"dense": {"perplexity": 3.0}}),
+        ("scorers", []),
+        ("density", 0.0),
+        ("density", True),
+        ("lm_head_share", "much"),
+    ],
+)
+def test_a_damaged_calibration_is_one_sentence(target: Path, calibration: Path, tmp_path: Path, key: str, value: object) -> None:
+    folder = Path(shutil.copytree(calibration, tmp_path / "damaged"))
+    description = json.loads((folder / DESCRIPTION).read_text())
+    (folder / DESCRIPTION).write_text(json.dumps(description | {key: value}))
+    with pytest.raises(UserError, match=f"is damaged, its {key} is .* run rowcast calibrate again") as error:
+        Calibration.open(folder, description["fingerprint"])
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_another_calibration_are_refused(target: Path, calibration: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(calibration, tmp_path / "mixed"))
+    tables = load_file(folder / TENSORS)
+    fingerprint = json.loads((folder / DESCRIPTION).read_text())["fingerprint"]
+    for metadata in (None, {"fingerprint": "other"}):
+        save_file(tables, folder / TENSORS, metadata)
+        with pytest.raises(UserError, match="was made for other weights"):
+            Calibration.open(folder, fingerprint)
+    for name, ladder in (
+        ("densities", "self:mlp=0.5,by=q4"),
+        ("layers.1.dejavu.b", "self:mlp=0.5,by=dejavu"),
+        ("layers.0.frequency", "self:mlp=0.5,by=q4,common=0.2"),
+        ("layers.0.q4.thresholds", "self:mlp=0.5,by=q4,cut=threshold"),
+        ("layers.0.heads.own.bias", "self:heads=0.5"),
+    ):
+        save_file(tables | {name: tables[name][1:]}, folder / TENSORS, {"fingerprint": fingerprint})
+        with pytest.raises(UserError, match=f"{name} of the calibration .* has the shape"):
+            make(target, f"{ladder} / plain", calibration=folder)
+
+
+def test_the_heads_share_is_the_measured_one(target: Path, calibration: Path, tmp_path: Path) -> None:
+    """Of lm=hire a pass reads more than the first stage; what it reads is measured by a calibration."""
+    folder = Path(shutil.copytree(calibration, tmp_path / "measured"))
+    description = json.loads((folder / DESCRIPTION).read_text())
+    spec = LLM(target, ladder="plain", progress=False).spec
+    expected = {}
+    for share in (0.4, 0.6):
+        (folder / DESCRIPTION).write_text(json.dumps(description | {"lm_head_share": share}))
+        found = Calibration.open(folder, description["fingerprint"])
+        expected[share] = expected_bytes(spec, Rung(kind="self", lm="hire"), 4, found)
+    whole = expected_bytes(spec, Rung(kind="plain"), 4, None)
+    rows = spec.vocab_size * spec.embed_size * 4
+    assert [whole - expected[share] for share in (0.4, 0.6)] == pytest.approx([0.6 * rows, 0.4 * rows], abs=1)
 
 
 @pytest.mark.parametrize(
@@ -330,4 +490,4 @@ def test_a_plan_knows_its_calibration(target: Path, calibration: Path, tmp_path:
         make(target, "ngram", calibration=calibration)
     plan = make(target, "auto", calibration=calibration).plan
     assert (plan.ladder, plan.calibration) == (["ngram", "plain"], "")
-    assert any(note.startswith("no rung self:mlp=0.6,by=dejavu: it reads") for note in plan.notes)  # so small are the matrices
+    assert any(note.startswith("no rung self:mlp=0.6,by=q4: it reads") for note in plan.notes)  # so small are the matrices

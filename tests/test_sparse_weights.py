@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 
-from rowcast.kernels import lowbit, select
+from rowcast.kernels import lowbit, native, select
+from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.scorers import FewBits, Oracle, Proxy, Scorer
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
+from rowcast.runtime.sparse.build import build_neurons, layer_threshold
+from rowcast.runtime.sparse.scorers import FewBits, Gate, Oracle, Proxy, Reads, Scored, Scorer
 from rowcast.runtime.sparse.selection import SHARDS, Selector
+from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
@@ -66,6 +75,25 @@ def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+class Rank(SoloComm):
+    """One of two, whose parts of sums stay apart."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.world = rank, 2
+
+
+@dataclass
+class Given:
+    """Scores that are there already."""
+
+    values: Tensor
+    reads: Reads = "own"
+    bytes: int = 0
+
+    def __call__(self, x: Tensor) -> Scored:
+        return Scored(self.values)
 
 
 ONE_BY_ONE = [PROMPT, *range(PROMPT + 1, PROMPT + NEW + 1)]
@@ -147,10 +175,12 @@ def test_a_union_beyond_its_buffer_is_counted_and_reads_all(model: Model) -> Non
     neurons = len(bank.order)
     x = torch.randn(6, model.spec.hidden_size, generator=torch.Generator().manual_seed(4))
     keep = neurons // 3
-    view = model.view(lambda b: Selector(Oracle(b), neurons, keep=keep, capacity=keep))
-    view._generated = [True] * 6
-    torch.testing.assert_close(view.mlp(0, x), reference_mlp(bank, x, keep), atol=1e-5, rtol=1e-4)
-    assert view.reads().overflows == 1
+    for tokens, capacity in ((6, keep // 6), (1, keep - 1)):
+        view = model.view(lambda b, rows=capacity: Selector(Oracle(b), neurons, keep=keep, capacity=rows))  # type: ignore[misc]
+        view._generated = [True] * tokens
+        torch.testing.assert_close(view.mlp(0, x[:tokens]), reference_mlp(bank, x[:tokens], keep), atol=1e-5, rtol=1e-4)
+        reads = view.reads()
+        assert reads.overflows == 1 and reads.neurons == tokens * keep
 
 
 def test_fewer_rows_are_fewer_bytes(model: Model) -> None:
@@ -168,7 +198,7 @@ def test_fewer_rows_are_fewer_bytes(model: Model) -> None:
     assert read[0] - read[2] == (neurons - round(0.25 * neurons)) * row
 
 
-def test_threshold_common_path_and_groups(model: Model) -> None:
+def test_a_threshold_takes_all_above_it(model: Model) -> None:
     bank = model.banks.ffn[0]
     neurons = len(bank.order)
     x = torch.randn(7, model.spec.hidden_size, generator=torch.Generator().manual_seed(6))
@@ -176,23 +206,177 @@ def test_threshold_common_path_and_groups(model: Model) -> None:
     threshold = float(values.flatten().sort().values[-len(values.flatten()) // 3])
     chosen = Selector(Oracle(bank), neurons, keep=neurons // 3, threshold=threshold)(x, False)
     assert chosen.own is not None and torch.equal(chosen.own, values > threshold)
-    common = torch.zeros(neurons, dtype=torch.bool)
-    common[::10] = True
-    chosen = Selector(Oracle(bank), neurons, keep=neurons // 2, common=common)(x, False)
-    assert chosen.own is not None and bool(chosen.own[:, common].all()) and int(chosen.own.sum(1).max()) == neurons // 2
-    chosen = Selector(Oracle(bank), neurons, keep=neurons // 2, group=2)(x, False)
-    assert chosen.own is not None and torch.equal(
-        chosen.own[:, 0:-1:2][:, : neurons // 2 - 1], chosen.own[:, 1::2][:, : neurons // 2 - 1]
-    )
+
+
+@pytest.mark.parametrize("over", [1.05, 1.5])
+@pytest.mark.parametrize("keep", [3, 19])
+@pytest.mark.parametrize("make", [lambda bank: proxy(bank, 2), Gate], ids=["q2", "gate"])
+def test_a_tokens_set_is_the_same_alone_and_in_passes(
+    model: Model, make: Callable[[FfnBank], Scorer], keep: int, over: float
+) -> None:
+    """Few candidates, in shards of which some keep none: what is kept is a candidate, and as many as were asked for."""
+    bank = model.banks.ffn[1]
+    if bank.gate is None and make is Gate:
+        return
+    x = torch.randn(20, model.spec.hidden_size, generator=torch.Generator().manual_seed(7))
+    view = model.view(lambda b: Selector(make(b), len(b.order), keep=keep, over=over))
+
+    def run(rows: Tensor) -> Tensor:
+        view._generated = [True] * len(rows)
+        y = view.mlp(1, rows)
+        assert view.reads().neurons == len(rows) * keep
+        return y
+
+    alone = torch.cat([run(row[None]) for row in x])
+    assert not torch.equal(alone[0], alone[1])
+    for tokens in (3, 8, 9, 20):
+        torch.testing.assert_close(run(x[:tokens]), alone[:tokens], atol=1e-5, rtol=1e-4)
+    assert len(bank.order) > 2 * keep
+
+
+@pytest.mark.parametrize("over", [1.0, 2.0])
+@pytest.mark.parametrize("neurons", [90, 96])
+def test_common_neurons_are_always_kept(neurons: int, over: float) -> None:
+    """Within `keep`, and whatever their scores, first and after exact ranking; the others are the best of what remains."""
+    generator = torch.Generator().manual_seed(8)
+    values, exact = torch.rand(7, neurons, generator=generator), torch.rand(7, neurons, generator=generator)
+    frequency = torch.rand(neurons, generator=generator)
+    common = select.top_mask(frequency[None], 20, SHARDS)[0]
+    values[:, common] = exact[:, common] = 0
+    selector = Selector(Given(values), neurons, keep=40, over=over, common=20, frequency=frequency)
+    own = selector(values, False).own
+    assert own is not None and bool(own[:, common].all()) and own.sum(1).tolist() == [round(40 * over)] * 7
+    assert selector.keep == 40 and selector.reranks == (over > 1)
+    ids, some = select.union(own)
+    assert some is not None
+    for found in (
+        selector.rerank(exact.masked_fill(~own, float("-inf")), None),
+        torch.zeros_like(own).index_copy_(1, ids, selector.rerank(exact[:, ids].masked_fill(~some, float("-inf")), ids)),
+    ):
+        if over > 1:
+            assert bool(found[:, common].all()) and not (found & ~own).any() and found.sum(1).tolist() == [40] * 7
+
+
+def test_groups_are_chosen_whole() -> None:
+    """Also where scores are negative and a shard's last group is smaller: it stands by its mean as others do."""
+    values = -1 - torch.rand(5, 90, generator=torch.Generator().manual_seed(9))
+    selector = Selector(Given(values), 90, keep=30, group=4)
+    own = selector(values, False).own
+    assert own is not None and selector.keep == 32
+    for token, mask in zip(values, own, strict=True):
+        groups = 0
+        for span, _ in select.shard_spans(90, 0, SHARDS):
+            means = [float(part.mean()) for part in token[span].split(4)]
+            taken = [bool(part.all()) for part in mask[span].split(4)]
+            assert taken == [bool(part.any()) for part in mask[span].split(4)]
+            groups += sum(taken)
+            assert max([m for m, t in zip(means, taken, strict=True) if not t]) < min(
+                [m for m, t in zip(means, taken, strict=True) if t], default=0.0
+            )
+        assert groups == 8
+    assert bool(Selector(Given(values), 90, keep=90, group=8)(values, False).own.all())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("neurons", [90, 96, 1536])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"over": 1.1}, {"common": 13}, {"over": 1.5, "common": 13}, {"group": 4}],
+    ids=["top", "over", "common", "both", "group"],
+)
+def test_ranks_choose_what_one_rank_chooses(neurons: int, world: int, how: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(10)
+    values, exact, frequency = (torch.rand(n, neurons, generator=generator) for n in (6, 6, 1))
+
+    def sets(shard: Shard) -> tuple[Tensor, Tensor]:
+        span = shard.span(neurons)
+        part = values[:, span]
+        selector = Selector(Given(part), neurons, keep=31, shard=shard, frequency=frequency[0, span], **how)
+        own = selector(part, False).own
+        assert own is not None
+        if not selector.reranks:
+            return own, own
+        return own, selector.rerank(exact[:, span].masked_fill(~own, float("-inf")), None)
+
+    ranks = [sets(Shard(rank, world)) for rank in range(world)]
+    for whole, parts in zip(sets(Shard()), zip(*ranks, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts, 1), whole)
+    if "group" not in how:
+        assert sets(Shard())[1].sum(1).tolist() == [31] * 6
+
+
+def test_a_rank_may_have_nothing_to_read(model: Model) -> None:
+    bank = model.banks.ffn[0]
+    x = torch.randn(1, model.spec.hidden_size)
+    view = model.view(lambda b: Selector(proxy(b), len(b.order), keep=0))
+    none = torch.zeros_like(x) if bank.down_bias is None else bank.down_bias[None]
+    for rows in (x, x.expand(3, -1).contiguous()):
+        view._generated = [True] * len(rows)
+        torch.testing.assert_close(view.mlp(0, rows), none.expand(len(rows), -1))
+
+
+def test_ranks_of_a_model_add_up_to_one(tmp_path: Path) -> None:
+    """90 neurons, of which ranks' shards are not of equal size."""
+    model = Model("llama-gqa", tmp_path)
+    x = torch.randn(4, model.spec.hidden_size, generator=torch.Generator().manual_seed(11))
+    for mlp, over in ((0.3, 1.0), (0.3, 1.1), (0.5, 1.5)):
+        whole = SparseWeights(model.banks, build_neurons(model.banks, mlp=mlp, by="q8", over=over))
+        whole._generated = [True] * 4
+        expected, parts = whole.mlp(0, x), []
+        for rank in (0, 1):
+            banks = BankWeights(model.spec, model.source, Rank(rank), dtype=torch.float32, device=CPU)
+            view = SparseWeights(banks, build_neurons(banks, mlp=mlp, by="q8", over=over))
+            view._generated = [True] * 4
+            parts.append(view.mlp(0, x))
+        torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_read_is_counted_with_its_biases(any_model: Model) -> None:
+    spec = any_model.spec
+    assert any_model.banks.bytes == pass_bytes(spec, 4)
+    for mlp, by, over in ((1.0, "q8", 1.0), (0.5, "q4", 1.0), (0.2, "q4", 2.0), (0.4, "oracle", 1.0)):
+        view = SparseWeights(any_model.banks, build_neurons(any_model.banks, mlp=mlp, by=by, over=over))
+        any_model.logits(view, [PROMPT])
+        view.reads()
+        kv = PagedKV(spec, Shard(), num_blocks=8, block_size=4, dtype=torch.float32, device=CPU)
+        Decoder(view, SoloComm(), CPU).run([SeqStep(0, [3], 0, list(range(8)), 0, sample=True)], kv)
+        rung = Rung(kind="self", mlp=mlp, by=by, over=over)  # type: ignore[arg-type]
+        neurons, row = spec.intermediate_size, spec.num_layers * 3 * spec.hidden_size * 4
+        rounding = row * max(1.0, over)
+        assert abs(view.reads().bytes - expected_bytes(spec, rung, 4, None)) <= (rounding if mlp * neurons % 1 else 1)
+
+
+def test_library_products_read_all_down_rows(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the native part leaves out the rows of candidates that nobody kept."""
+    if native.library() is None:
+        pytest.skip("there is no native part")
+    bank, x = model.banks.ffn[0], torch.randn(1, model.spec.hidden_size, generator=torch.Generator().manual_seed(12))
+    read = []
+    for library in (native.library, lambda: None):
+        monkeypatch.setattr(native, "library", library)
+        view = model.view(chooses(0.25, proxy, over=2.0))
+        view._generated = [True]
+        view.mlp(0, x)
+        read.append(view.reads().bytes)
+    selector = view._neurons[0]
+    assert selector is not None and selector.candidates > selector.keep
+    assert read[1] - read[0] == (selector.candidates - selector.keep) * bank.out_row_bytes
+
+
+def test_thresholds_lie_between_the_grids_in_the_logarithm(tmp_path: Path) -> None:
+    tables = {"layers.0.q4.thresholds": torch.tensor([4.0, 1.0, 0.0]), "layers.1.q4.thresholds": torch.tensor([1.0, -1.0, -2.0])}
+    save_file(tables, tmp_path / TENSORS, {"fingerprint": "f"})
+    about = {"format": FORMAT, "fingerprint": "f", "density": 1, "densities": [0.25, 0.75, 1], "quality": {}, "scorers": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(about))
+    found = Calibration.open(tmp_path, "f")
+    assert [layer_threshold(found, 0, "q4", share) for share in (0.1, 0.25, 0.5, 0.75)] == [4.0, 4.0, 2.0, 1.0]
+    assert [layer_threshold(found, 1, "q4", share) for share in (0.5, 0.875, 1.0)] == [0.0, -1.5, -math.inf]
+    assert layer_threshold(found, 0, "q4", 0.875) == 0.5
 
 
 def test_a_ranks_banks_are_its_share(tmp_path: Path) -> None:
     """Ranks' neurons are disjoint, together all of them, and not the checkpoint's neighbours."""
     model = Model("llama-gqa", tmp_path)
-
-    class Rank(SoloComm):
-        def __init__(self, rank: int) -> None:
-            self.rank, self.world = rank, 2
 
     halves = [BankWeights(model.spec, model.source, Rank(r), dtype=torch.float32, device=CPU).ffn[0].order for r in (0, 1)]
     assert sorted(torch.cat(halves).tolist()) == list(range(model.spec.intermediate_size))

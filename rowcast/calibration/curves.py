@@ -47,6 +47,13 @@ def lost_curve(mlp: Mlp, h: Tensor, grid: Sequence[float]) -> list[float]:
     return [float(value) for value in lost / len(h)]
 
 
+def thresholds(scores: Tensor, grid: Sequence[float]) -> Tensor:
+    """The scores that are exceeded by each density of the grid on average over tokens: [T, N] -> [G]; the least one for density 1."""
+    ordered = scores.flatten().sort(descending=True).values
+    places = [min(len(ordered) - 1, round(density * len(ordered))) for density in grid]
+    return ordered[places]
+
+
 def lost_output(mlp: Mlp, hidden: Tensor, dropped: Tensor) -> Tensor:
     """Share of |output|^2 that tokens lose without the neurons `dropped` [T, n]; activations [T, N] -> [T]."""
     rest = torch.zeros_like(hidden).scatter_(1, dropped, hidden.gather(1, dropped))

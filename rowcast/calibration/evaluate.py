@@ -94,13 +94,32 @@ def evaluate(
     `windows`: token ids, at least 3 each; every token behind the second is predicted. `advance` is called after each pass. Memory
     beside the models: hidden states of one window for each view, and `LOGIT_ROWS` rows of logits.
     """
+    sets, head_sets = {name: Sets() for name in views}, {name: Sets() for name in views}
+    for name, view in views.items():
+        view.observe(_neurons_into(sets[name], banks), _heads_into(head_sets[name], banks))
+    dense, laws = laws_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
+    for view in views.values():
+        view.observe(None, None)
+    read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
+    measured = {name: Measured(laws[name], sets[name], head_sets[name], read[name]) for name in views}
+    return Evaluation(dense, banks.bytes, measured)
+
+
+@torch.inference_mode()
+def laws_of(
+    banks: BankWeights,
+    views: Mapping[str, WeightView],
+    windows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Laws, dict[str, Laws]]:
+    """Laws of the dense model and of each view; arguments as in `evaluate`."""
     kv = OneLayerKV(banks.spec, 1, max(map(len, windows)), dtype=dtype, device=device)
     dense, dense_laws = Decoder(banks, SoloComm(), device), Laws()
     decoders = {name: Decoder(view, SoloComm(), device) for name, view in views.items()}
-    laws, sets = {name: Laws() for name in views}, {name: Sets() for name in views}
-    head_sets = {name: Sets() for name in views}
-    for name, view in views.items():
-        view.observe(_neurons_into(sets[name], banks), _heads_into(head_sets[name], banks))
+    laws = {name: Laws() for name in views}
     for window in windows:
         ids = torch.tensor(window, device=device)
 
@@ -119,11 +138,7 @@ def evaluate(
             dense_laws.add(log_p, log_p, targets)
             for name, decoder in decoders.items():
                 laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), targets)
-    for view in views.values():
-        view.observe(None, None)
-    read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
-    measured = {name: Measured(laws[name], sets[name], head_sets[name], read[name]) for name in views}
-    return Evaluation(dense_laws, banks.bytes, measured)
+    return dense_laws, laws
 
 
 @torch.inference_mode()

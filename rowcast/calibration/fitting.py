@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowcast.calibration.curves import Rows, found, frequencies, lost_curve
+from rowcast.calibration.curves import BLOCK_ELEMENTS, Rows, found, frequencies, lost_curve, thresholds
 from rowcast.calibration.fits import Factors, compose, least_squares, linear_map, low_rank
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
@@ -21,7 +21,7 @@ DENSITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.
 """Of curves by density."""
 JUDGED = (0.05, 0.1, 0.25, 0.35, 0.5, 0.7)
 """Densities that recall is measured at."""
-FREQUENCY_ROWS, LOST_ROWS = 8192, 512
+FREQUENCY_ROWS, LOST_ROWS, THRESHOLD_ROWS = 8192, 512, 512
 CURVE_POINTS = 33
 TRAINED_FOR = 0.5
 """Density that predictors are trained for; in ReLU models neurons are active or not, and the share of active ones is."""
@@ -79,9 +79,12 @@ def fit_layer(mlp: Mlp, moments: Moments, rows: LayerRows, before: Tensors | Non
     tensors: Tensors = {"frequency": often, "ahead.matrix": linear_map(moments).half()}
     for reads, suffix in (("own", ""), ("ahead", "-ahead")):
         tensors |= _stored(f"lowrank{suffix}", starts[reads]) | _stored(f"dejavu{suffix}", trained[reads][0])
-    lost = lost_curve(mlp, _some(rows.held.mlp, LOST_ROWS), DENSITIES)
+    lost = lost_curve(mlp, _some(rows.fit.mlp, LOST_ROWS), DENSITIES)
     tensors["lost"] = torch.tensor(lost)
-    judged = found(_scorers(mlp, tensors), mlp, rows.held, JUDGED, wish.recall)
+    scorers = _scorers(mlp, tensors)
+    sample = rows.fit[:: -(-len(rows.fit.mlp) // min(THRESHOLD_ROWS, max(1, BLOCK_ELEMENTS // mlp.neurons)))]
+    tensors |= {f"{name}.thresholds": thresholds(scorer(sample), DENSITIES) for name, scorer in scorers.items()}
+    judged = found(scorers, mlp, rows.held, JUDGED, wish.recall)
     heads, head_figures = _fit_heads(rows, before)
     return LayerResult(
         {name: tensor.contiguous().cpu() for name, tensor in (tensors | heads).items()},

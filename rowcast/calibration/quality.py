@@ -30,7 +30,9 @@ from rowcast.runtime.sparse.build import build_view, check_rung
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import load_tokenizer
 
-LEAST_WINDOW = 16
+WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "lm")
+"""Of a sparse rung: what it reads of the weights."""
+LEAST_WINDOW, WINDOW = 16, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,8 @@ class Wanted:
     over: float = 1.0
     tokens: int = 8192
     """Of each text, at most."""
-    window: int = 1024
+    window: int | None = None
+    """None: 1,024, or the model's context."""
     tasks: bool = False
     items: int = 50
     """Of each kind of task."""
@@ -73,10 +76,15 @@ def measure_quality(
     learnt = None if calibration is None else Calibration.open(calibration, checkpoint.source.fingerprint())
     rungs = sparse_rungs(wanted, spec, learnt)
     encoder = load_tokenizer(checkpoint)
-    contents = {path.name: read_text(path)[0] for path in texts}
-    window = min(wanted.window, spec.max_context)
+    contents = {str(path): read_text(path)[0] for path in texts}
+    if wanted.window is not None and wanted.window > spec.max_context:
+        raise UserError(f"--window {wanted.window} is longer than the model's context of {spec.max_context}: lower it")
+    window = wanted.window or min(WINDOW, spec.max_context)
     windows = {name: cut(text, encoder, wanted.tokens, window, name) for name, text in contents.items()}
-    tasks = make_tasks("\n".join(contents.values()), encoder, items=wanted.items, seed=wanted.seed) if wanted.tasks else {}
+    tasks = {}
+    if wanted.tasks:
+        text = "\n".join(contents.values())
+        tasks = make_tasks(text, encoder, items=wanted.items, context=spec.max_context, seed=wanted.seed)
     where, _ = choose_device(device)
     kind, _ = choose_dtype(dtype, checkpoint.stored_dtype, where)
     banks = BankWeights(spec, checkpoint.source, SoloComm(), dtype=DTYPES[kind], device=where)
@@ -115,7 +123,7 @@ def sparse_rungs(wanted: Wanted, spec: ModelSpec, calibration: Calibration | Non
 
 def oracle_of(rung: Rung) -> Rung:
     """The same rung with exact choice of neurons."""
-    return rung if rung.mlp is None else replace(rung, by="oracle", over=1.0)
+    return rung if rung.mlp is None else replace(rung, by="oracle", over=1.0, cut="top", common=None, group=1)
 
 
 def cut(text: str, encoder: Encoder, tokens: int, window: int, name: str) -> list[list[int]]:
@@ -150,24 +158,28 @@ def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> 
     if wanted.ladder is not None:
         if wanted.selectors or wanted.densities or wanted.heads:
             raise UserError(f"the ladder {wanted.ladder!r:.80} names its own density: leave selector, density and heads out")
+        if wanted.over != 1:
+            raise UserError(
+                f"--over {wanted.over:g} has no place beside a ladder: leave it out, or write over={wanted.over:g} in a rung"
+            )
         ladders: list[str | Ladder] = [wanted.ladder]
     else:
+        if wanted.over != 1 and wanted.selectors and set(wanted.selectors) == {"oracle"}:
+            raise UserError(f"--over {wanted.over:g} ranks candidates again, which the oracle has no need of: leave it out")
         densities = wanted.densities or ((None,) if wanted.heads else (0.5,))
         grid = product(densities, wanted.selectors or (None,), wanted.heads or (None,))
         ladders = [Ladder((_rung(mlp, by, wanted.over, heads),)) for mlp, by, heads in grid]
     for ladder in ladders:
         preset = isinstance(ladder, str) and ladder in ("dejavu", "hire", "auto")
-        parsed = ladder if isinstance(ladder, Ladder) else None if preset else Ladder.parse(ladder)
-        mode = "approximate" if parsed is not None and parsed.approximate else "exact"
-        resolved, _, _ = resolve(parsed or ladder, here, mode=mode)
-        sparse = [
-            Rung(kind="self", mlp=rung.mlp, by=rung.by, over=rung.over, heads=rung.heads, lm=rung.lm)
-            for rung in resolved.rungs
-            if rung.sparse
-        ]
+        parsed = ladder if isinstance(ladder, Ladder) else resolve(ladder, here)[0] if preset else Ladder.parse(ladder)
+        sparse = [rung for rung in parsed.rungs if rung.sparse]
         if not sparse:
             raise UserError(f"the ladder {str(ladder)!r:.80} has no sparse rung: name one, as in self:mlp=0.5,by=q4 / plain")
-        yield from sparse
+        for rung in sparse:
+            # One at a time: what other rungs lack, such as a draft's model, is not needed here.
+            alone = Rung(kind="self", **{name: getattr(rung, name) for name in WEIGHT_SETTINGS})
+            resolved, _, _ = resolve(Ladder((alone,)), here, mode="approximate")
+            yield from resolved.rungs
 
 
 def _rung(mlp: float | None, by: str | None, over: float, heads: float | None) -> Rung:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rowcast.calibration.drafting import DENSE
+from rowcast.calibration.targets import DENSE
 from rowcast.runtime.ladder.spec import Rung
 
 WIDTH, HEIGHT, MARGIN = 560, 300, 48

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,10 +17,10 @@ from rowcast.calibration.moments import Moments
 from rowcast.calibration.progress import CalibrationProgress
 from rowcast.calibration.recording import RecordingWeights
 from rowcast.calibration.report import report
-from rowcast.calibration.state import REPORT, State, write, write_text
+from rowcast.calibration.state import State
 from rowcast.calibration.stream import BATCH_TOKENS, FIT_BYTES, Stream
 from rowcast.calibration.targets import Judge, choose_density, shown_rungs
-from rowcast.calibration.text import Windows, read_windows
+from rowcast.calibration.text import Windows, read_windows, spread
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
@@ -30,12 +29,16 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import ScorerName
 from rowcast.runtime.progress import LoadProgress
-from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.lm_head import directions
+from rowcast.runtime.sparse.artefact import FORMAT, Calibration
+from rowcast.runtime.sparse.build import DIRECTIONS, check_scorer, needs_calibration
+from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead, directions
 from rowcast.runtime.spec import ModelSpec, parameter_count
 from rowcast.runtime.tokenizer import load_tokenizer
 
 HEAD_DIRECTIONS = 64
+HEAD_TOKENS = 64
+"""Held-out tokens that the LM head's bytes are measured on."""
+MOST_SEED = 2**32 - 1
 LOST_AT_MOST = 0.01
 """Of the MLPs' outputs at the default density of ReLU models."""
 
@@ -54,28 +57,42 @@ class Settings:
     """The default density is the smallest with this acceptance as a draft, ..."""
     bytes_share: float | None = None
     """... or the one at which a token reads this share of the dense model's bytes."""
-    by: ScorerName = "q4"
-    """The scorer that these two are reached with."""
+    by: ScorerName | None = None
+    """The scorer that these two are reached with; None: q4."""
     rank: int | None = None
     """Of low-rank scorers; None: half of the hidden size, a quarter within 128..256 for ReLU models."""
     train_steps: int = 32
     """Gradient steps of each predictor; 0: the closed-form fit stands."""
     measured_tokens: int = 2048
-    """Held-out tokens that perplexity and acceptance are measured on."""
+    """Held-out tokens that perplexity and acceptance are measured on, and as many others that densities are chosen by."""
     seed: int = 0
 
-    def check(self) -> None:
-        """Raise UserError for what cannot be."""
+    def check(self, spec: ModelSpec) -> None:
+        """Raise UserError for what cannot be, of a model like this."""
+        if self.window > spec.max_context:
+            raise UserError(f"--window {self.window} is longer than the model's context of {spec.max_context}: lower it")
         if self.accept is not None and self.bytes_share is not None:
             raise UserError(f"--accept {self.accept} and --bytes {self.bytes_share} both choose the density: give one of them")
-        if self.by not in get_args(ScorerName):
-            raise UserError(f"--by {self.by!r:.60} is not a scorer: choose one of {', '.join(get_args(ScorerName))}")
+        if self.by is not None:
+            if self.by not in get_args(ScorerName):
+                raise UserError(f"--by {self.by!r:.60} is not a scorer: choose one of {', '.join(get_args(ScorerName))}")
+            if self.accept is None and self.bytes_share is None:
+                raise UserError(f"--by {self.by} is what --accept and --bytes are about: give one of them, or leave --by out")
+            if not needs_calibration(self.by):
+                check_scorer(self.by, spec, None)
         for name, value in (("recall", self.recall), ("accept", self.accept), ("bytes", self.bytes_share)):
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"--{name} {value} is not a share: give a number above 0 and up to 1")
-        for name, count, least in (("rank", self.rank, 1), ("train-steps", self.train_steps, 0), ("seed", self.seed, 0)):
+        for name, count, least in (
+            ("rank", self.rank, 1),
+            ("train-steps", self.train_steps, 0),
+            ("measure", self.measured_tokens, 1),
+            ("seed", self.seed, 0),
+        ):
             if count is not None and count < least:
                 raise UserError(f"--{name} {count} is too low: give {least} or more")
+        if self.seed > MOST_SEED:
+            raise UserError(f"--seed {self.seed} is too high: give {MOST_SEED} or less")
 
 
 def calibrate(
@@ -91,15 +108,14 @@ def calibrate(
 ) -> Calibration:
     """Calibrate a model on text files and write the folder `output`: tensors, description and report.html.
 
-    Killed and called again in the same way it goes on at the layer where it was; `restart` begins anew. `progress`: show a bar on
+    Killed and called again in the same way it goes on at the layer where it was, and finished it does nothing; `restart` begins anew.
+    Until all is done `output` opens as no calibration. `progress`: show a bar on
     standard error; None: if that is a terminal. Raises UserError for bad input, OutOfMemoryError where memory is short.
     """
     settings = settings or Settings()
-    settings.check()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(str(model))
     spec = spec_from_config(checkpoint.config)
-    if settings.window > spec.max_context:
-        raise UserError(f"--window {settings.window} is longer than the model's context of {spec.max_context}: lower it")
+    settings.check(spec)
     windows = read_windows(
         [Path(text) for text in texts], load_tokenizer(checkpoint), tokens=settings.tokens, window=settings.window
     )
@@ -112,6 +128,9 @@ def calibrate(
         **asdict(settings),
     }  # fmt: skip
     state = State(Path(output), begun_with, restart=restart)
+    if state.finished:
+        state.remove()
+        return Calibration.open(output, fingerprint)
     job = _Job(checkpoint, spec, windows, settings, state, chosen_device, devices.DTYPES[dtype_name])
     return job.run(Path(output), fingerprint, begun_with, progress)
 
@@ -137,14 +156,13 @@ class _Job:
         with CalibrationProgress(stream.tokens * self.spec.num_layers, show) as bar:
             self._layers(stream, bar)
             bar.say("LM head")
-            tensors = {"head.directions": self._head_directions(stream)}
+            tensors = {DIRECTIONS: self._head_directions(stream)}
             figures = [self.state.figures(layer) for layer in range(self.spec.num_layers)]
             lost = [layer["lost"] for layer in figures]
             layer_densities = [water_fill(DENSITIES, lost, mean) for mean in DENSITIES]
             tensors["densities"] = torch.tensor(layer_densities)
             for layer in range(self.spec.num_layers):
                 tensors |= self.state.tensors(layer)
-            write(output / TENSORS, tensors)
             description: dict[str, Any] = {
                 "format": FORMAT,
                 "fingerprint": fingerprint,
@@ -159,19 +177,26 @@ class _Job:
                 "scorers": _scorers(figures),
                 "layers": figures,
                 "quality": {},
+                **self._head_share(stream, tensors[DIRECTIONS]),
             }
-            write_text(output / DESCRIPTION, json.dumps(description))
             bar.say("quality")
-            filled, alike = self._judged_by(Calibration.open(output, fingerprint)).layerwise(description["density"])
+            choosing, reporting = self._held_out()
+            alone = len(self.windows.held) == 1
+            description["held_out"] = {"choosing": len(choosing), "reporting": len(reporting), "disjoint": not alone}
+            learnt = self._draft(tensors, description)
+            filled, alike = self._judge(learnt, choosing).layerwise(description["density"])
             description["layerwise"] = {"filled": filled, "alike": alike}
             if filled <= alike:
                 description["layer_densities"] = [[mean] * self.spec.num_layers for mean in DENSITIES]
                 tensors["densities"] = torch.tensor(description["layer_densities"])
-                write(output / TENSORS, tensors)
-            self._judge(description, self._judged_by(Calibration.open(output, fingerprint)))
-        write_text(output / DESCRIPTION, json.dumps(description))
-        write_text(output / REPORT, report(description))
-        self.state.remove()
+                learnt = self._draft(tensors, description)
+            accept, share = self.settings.accept, self.settings.bytes_share
+            if accept is not None or share is not None:
+                by = self.settings.by or "q4"
+                description["density"] = choose_density(self._judge(learnt, choosing), by, accept=accept, bytes_share=share)
+            judge = self._judge(replace(learnt, description=description), reporting)
+            description["quality"] = judge.quality(shown_rungs(judge))
+        self.state.publish(output, description, report(description))
         return Calibration.open(output, fingerprint)
 
     def _layers(self, stream: Stream, bar: CalibrationProgress) -> None:
@@ -194,27 +219,41 @@ class _Job:
     def _residual(self, stream: Stream, layer: int) -> Tensor:
         return self.state.residual(layer, stream.tokens, self.spec.hidden_size, self.dtype)
 
+    def _head_input(self, rows: Tensor) -> Tensor:
+        """What the LM head reads where the last layer leaves `rows`: [T, D] -> [T, E]."""
+        x = rows.to(self.device)
+        return self.weights.outer.head_input(self.weights.norm(0, "final", x) if self.spec.final_norm else x)
+
+    @torch.inference_mode()
+    def _head_share(self, stream: Stream, along: Tensor) -> dict[str, float]:
+        """`lm_head_share`, where the LM head is held in rows."""
+        rows = self.weights.outer.head_rows
+        if rows is None:
+            return {}
+        held = self._residual(stream, self.spec.num_layers)[stream.fit_tokens :]
+        found = CertifiedHead(rows, directions=along).top(self._head_input(spread(held, HEAD_TOKENS)), min(TOP, len(rows)))
+        return {"lm_head_share": float(found.bytes.double().mean()) / rows.nbytes}
+
     @torch.inference_mode()
     def _head_directions(self, stream: Stream) -> Tensor:
         size = self.spec.embed_size
         moments = Moments.zero(size, 0, self.device)
         for rows in torch.split(self._residual(stream, self.spec.num_layers)[: stream.fit_tokens], BATCH_TOKENS):
-            x = rows.to(self.device)
-            x = self.weights.outer.head_input(self.weights.norm(0, "final", x) if self.spec.final_norm else x)
+            x = self._head_input(rows)
             moments.add(x, x[:, :0])
         return directions((moments.xx / moments.count).float(), moments.x_mean.float(), min(HEAD_DIRECTIONS, size)).cpu()
 
-    def _judged_by(self, calibration: Calibration) -> Judge:
-        count = max(1, self.settings.measured_tokens // self.settings.window)
-        return Judge(self.weights, calibration, self.windows.held[:count], self.dtype, self.device)
+    def _held_out(self) -> tuple[Tensor, Tensor]:
+        """Windows to choose by and others to report on, both spread over all texts; the same one where there is but one."""
+        held, count = self.windows.held, max(1, self.settings.measured_tokens // self.settings.window)
+        some = spread(held, min(len(held), 2 * count))
+        return (some, some) if len(some) == 1 else (some[::2], some[1::2])
 
-    def _judge(self, description: dict[str, Any], judge: Judge) -> None:
-        """Choose the default density, then measure; what is found goes into the description."""
-        if self.settings.accept is not None or self.settings.bytes_share is not None:
-            description["density"] = choose_density(
-                judge, self.settings.by, accept=self.settings.accept, bytes_share=self.settings.bytes_share
-            )
-        description["quality"] = judge.quality(shown_rungs(judge, description["density"]))
+    def _draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Calibration:
+        return Calibration.open(self.state.draft(tensors, description), description["fingerprint"])
+
+    def _judge(self, calibration: Calibration, windows: Tensor) -> Judge:
+        return Judge(self.weights, calibration, windows, self.dtype, self.device)
 
 
 def _default_density(spec: ModelSpec, lost: list[list[float]]) -> float:

@@ -17,7 +17,7 @@ from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header
 from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
 
-STATE, SETTINGS, REPORT = "state", "settings.json", "report.html"
+STATE, SETTINGS, DRAFT, REPORT = "state", "settings.json", "draft", "report.html"
 OURS = {STATE, TENSORS, DESCRIPTION, REPORT}
 
 
@@ -30,33 +30,29 @@ class State:
     def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool) -> None:
         """Go on where the same settings were left, or begin.
 
-        Raises UserError where `output` holds other things, cannot be written, or was left with other settings without `restart`.
+        Raises UserError where `output` holds other things, cannot be written, or was left or finished with other settings without
+        `restart`.
         """
         self._folder = output / STATE
         try:
             if output.exists() and (foreign := sorted({path.name for path in output.iterdir()} - OURS)):
                 raise UserError(f"{output} holds other files ({foreign[0]}): give a folder of its own with -o")
             if restart:
+                for name in (DESCRIPTION, TENSORS, REPORT):
+                    (output / name).unlink(missing_ok=True)
                 self.remove()
+            settings = json.loads(json.dumps(settings))
+            self.finished = (output / DESCRIPTION).exists()
+            """Whether the calibration with these settings is there."""
+            if self.finished:
+                _check(output, output / DESCRIPTION, "settings", settings)
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._check(output, json.loads(json.dumps(settings)))
+            if (self._folder / SETTINGS).exists():
+                _check(output, self._folder / SETTINGS, None, settings)
+            else:
+                _replace(self._folder / SETTINGS, json.dumps(settings).encode())
         except OSError as error:
             raise UserError(f"{output} cannot be written ({error.strerror}): give another folder with -o") from None
-
-    def _check(self, output: Path, settings: dict[str, Any]) -> None:
-        path = self._folder / SETTINGS
-        if not path.exists():
-            _replace(path, json.dumps(settings).encode())
-            return
-        try:
-            left = json.loads(path.read_bytes())
-        except ValueError:
-            left = {}
-        if changed := [name for name in settings if left.get(name) != settings[name]]:
-            raise UserError(
-                f"{output} holds a calibration that was begun with other settings ({', '.join(changed)}): add --restart to begin anew, "
-                "or give the same settings to go on"
-            )
 
     @property
     def layers_done(self) -> int:
@@ -87,6 +83,21 @@ class State:
         found: dict[str, Any] = json.loads(self._layer(layer).with_suffix(".json").read_bytes())
         return found
 
+    def draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
+        """A calibration to measure with, in a folder of its own."""
+        folder = self._folder / DRAFT
+        folder.mkdir(exist_ok=True)
+        _save(folder / TENSORS, tensors, metadata={"fingerprint": description["fingerprint"]})
+        _replace(folder / DESCRIPTION, json.dumps(description).encode())
+        return folder
+
+    def publish(self, output: Path, description: Mapping[str, Any], report: str) -> None:
+        """Put the last draft's tensors in place with its finished description, which makes it a calibration and comes last."""
+        os.replace(self._folder / DRAFT / TENSORS, output / TENSORS)
+        _replace(output / REPORT, report.encode())
+        _replace(output / DESCRIPTION, json.dumps(description).encode())
+        self.remove()
+
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -94,21 +105,32 @@ class State:
         return self._folder / f"layer-{layer}.safetensors"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all; the same tensors make the same bytes."""
-    _save(path, tensors)
+def _check(output: Path, path: Path, field: str | None, settings: Mapping[str, Any]) -> None:
+    """Raise UserError where the settings in the JSON file `path`, or in a field of it, are others."""
+    try:
+        found = json.loads(path.read_bytes())
+        left = found if field is None else found[field]
+        changed = [name for name in settings if left.get(name) != settings[name]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        changed = [f"{path.name} is damaged"]
+    if changed:
+        raise UserError(
+            f"{output} holds a calibration with other settings ({', '.join(changed)}): add --restart to begin anew, or give the same "
+            "settings to go on"
+        )
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    _replace(path, text.encode())
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], figures: Mapping[str, Any] | None = None) -> None:
+def _save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    figures: Mapping[str, Any] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Whole or not at all; the same tensors make the same bytes."""
     if figures is not None:
         _replace(path.with_suffix(".json"), json.dumps(figures).encode())
     part = path.with_suffix(".part")
-    save_file(dict(tensors), part)
+    save_file(dict(tensors), part, metadata)
     os.replace(part, path)
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rowcast.calibration.drafting import DENSE, measure
+from rowcast.calibration.evaluate import laws_of
 from rowcast.calibration.metrics import Laws
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Rung, ScorerName
 from rowcast.runtime.planning import offered
+from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_view, check_rung
 from rowcast.runtime.sparse.sizes import expected_bytes
 
+DENSE = "dense"
+"""The whole model, among rungs."""
 STEP = 0.01
 """Of chosen densities."""
 SHOWN = (0.25, 0.5, 0.7)
@@ -31,7 +34,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A model, its calibration and held-out windows [W, n]."""
+    """A model, its calibration and held-out windows [W, n], n >= 3."""
 
     banks: BankWeights
     calibration: Calibration
@@ -47,8 +50,8 @@ class Judge:
         for start in range(0, len(rungs), TOGETHER):
             some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
             views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
-            laws = measure(self.banks, views, self.windows, dtype=self.dtype, device=self.device)
-            found.setdefault(DENSE, _figures(laws[DENSE], 1.0))
+            dense, laws = self._laws(views)
+            found.setdefault(DENSE, _figures(dense, 1.0))
             found |= {name: _figures(laws[name], self.bytes_share(rung)) for name, rung in some.items()}
         return found
 
@@ -56,8 +59,11 @@ class Judge:
         """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
         rung = Rung(kind="self", mlp=density, by="oracle")
         views = {"filled": build_view(self.banks, rung, self.calibration), "alike": build_view(self.banks, rung, None)}
-        laws = measure(self.banks, views, self.windows, dtype=self.dtype, device=self.device)
+        _, laws = self._laws(views)
         return laws["filled"].acceptance, laws["alike"].acceptance
+
+    def _laws(self, views: Mapping[str, WeightView]) -> tuple[Laws, dict[str, Laws]]:
+        return laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
 
     def bytes_share(self, rung: Rung) -> float:
         """Of the dense model's bytes, what a token reads."""
@@ -84,8 +90,12 @@ def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_
     return round((high if accept is not None else max(1, low)) * STEP, 4)
 
 
-def shown_rungs(judge: Judge, density: float) -> list[Rung]:
-    """Some scorers at some densities and at `density`, and what the presets make of the calibration."""
+def shown_rungs(judge: Judge) -> list[Rung]:
+    """Some scorers at some densities and at the calibration's, and what the presets make of the calibration.
+
+    The LM head is whole where its rows are held in a library's layout only.
+    """
+    density: float = judge.calibration.description["density"]
     rungs = [Rung(kind="self", mlp=share, by=by) for by in SHOWN_BY for share in sorted({*SHOWN, density})]
     here = Circumstances(
         max_context=judge.banks.spec.max_context,
@@ -95,7 +105,8 @@ def shown_rungs(judge: Judge, density: float) -> list[Rung]:
     )
     for name in ("dejavu", "hire"):
         ladder, *_ = resolve(name, here, mode="approximate")
-        rungs += [rung for rung in ladder.rungs if rung not in rungs]
+        had = [rung if judge.banks.outer.head_rows is not None else replace(rung, lm="full") for rung in ladder.rungs]
+        rungs += [rung for rung in had if rung not in rungs]
     return rungs
 
 

@@ -42,10 +42,10 @@ class Item:
     answer: list[int]
 
 
-def make_tasks(text: str, encoder: Encoder, *, items: int, seed: int = 0) -> dict[str, list[Item]]:
-    """By kind, `items` of each; fewer passages for the cloze where the text has no more. The same for the same arguments.
+def make_tasks(text: str, encoder: Encoder, *, items: int, context: int, seed: int = 0) -> dict[str, list[Item]]:
+    """By kind, `items` of each that fit `context` tokens; fewer where no more are found. The same for the same arguments.
 
-    Raises UserError where the text is too short to take words from.
+    Raises UserError where the text is too short to take words from, and where nothing fits.
     """
     words = sorted(set(re.findall(r"\b[a-z]{4,7}\b", text)))
     if len(words) < 2 * _LIST:
@@ -54,10 +54,12 @@ def make_tasks(text: str, encoder: Encoder, *, items: int, seed: int = 0) -> dic
         )
     passages = _passages(text)
     random.Random(seed).shuffle(passages)
-    made = {"cloze": _encoded(passages, encoder, items)}
+    made = {"cloze": _encoded(passages, encoder, items, context)}
     for kind, make in (("copy", _copy), ("repeat", _repeat), ("induction", _induction), ("sequence", _sequence)):
         draws = random.Random(f"{seed} {kind}")
-        made[kind] = _encoded((make(words, draws) for _ in range(8 * items)), encoder, items)
+        made[kind] = _encoded((make(words, draws) for _ in range(8 * items)), encoder, items, context)
+    if not any(made.values()):
+        raise UserError(f"no task fits the model's context of {context} tokens: leave the tasks out")
     return made
 
 
@@ -100,14 +102,14 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _encoded(pairs: Iterator[tuple[str, str]] | list[tuple[str, str]], encoder: Encoder, items: int) -> list[Item]:
-    """The first `items` pairs of prompt and answer whose border is a border between tokens."""
+def _encoded(pairs: Iterator[tuple[str, str]] | list[tuple[str, str]], encoder: Encoder, items: int, context: int) -> list[Item]:
+    """The first `items` pairs of prompt and answer whose border is a border between tokens, and that fit `context` tokens."""
     found: list[Item] = []
     for prompt, answer in pairs:
         if len(found) == items:
             break
         ids, whole = encoder.encode(prompt, add_special_tokens=False), encoder.encode(prompt + answer, add_special_tokens=False)
-        if len(ids) >= 2 and whole[: len(ids)] == ids and len(whole) > len(ids):
+        if len(ids) >= 2 and whole[: len(ids)] == ids and len(ids) < len(whole) <= context:
             found.append(Item(ids, whole[len(ids) :]))
     return found
 

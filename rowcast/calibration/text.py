@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,10 @@ from rowcast.errors import UserError
 
 HELD_OUT = 0.05
 """Share of each text's windows."""
+LEAST_HELD = 2
+"""Windows, where the text has so many beside one to fit: one to choose by, one to report on."""
+LEAST_WINDOW = 3
+"""A prompt of one token, which runs dense, one that runs sparse, and the one that it is to predict."""
 
 
 class Encoder(Protocol):
@@ -42,8 +47,8 @@ def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window
     """
     if not paths:
         raise UserError("no text was given, name a file with --text")
-    if window < 2:
-        raise UserError(f"a window of {window} tokens holds no context, use 2 or more")
+    if window < LEAST_WINDOW:
+        raise UserError(f"a window of {window} tokens leaves none to judge by, use {LEAST_WINDOW} or more")
     if tokens < 2 * window:
         raise UserError(f"{tokens} tokens are fewer than two windows of {window}: raise --tokens or lower --window")
     texts: list[dict[str, str | int]] = []
@@ -58,27 +63,31 @@ def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window
     if total < 2:
         raise UserError(f"the text has {found} tokens, two windows of {window} are needed: give more text or lower --window")
     wanted = min(total, tokens // window)
-    parts = [_spread(part, round(len(part) * wanted / total)) for part in parts]
+    ends = [round(wanted * end / total) for end in accumulate(map(len, parts), initial=0)]
+    parts = [spread(part, end - start) for part, (start, end) in zip(parts, pairwise(ends), strict=True)]
     held = [round(len(part) * HELD_OUT) for part in parts]
-    if not any(held):
-        held[max(range(len(parts)), key=lambda i: len(parts[i]))] = 1
+    while sum(held) < min(LEAST_HELD, wanted - 1):
+        held[max(range(len(parts)), key=lambda i: len(parts[i]) - held[i])] += 1
     fit = torch.cat([part[: len(part) - count] for part, count in zip(parts, held, strict=True)])
     return Windows(fit, torch.cat([part[len(part) - count :] for part, count in zip(parts, held, strict=True)]), texts)
 
 
-def _spread(windows: Tensor, count: int) -> Tensor:
-    # [W, window] -> [count, window]
+def spread(windows: Tensor, count: int) -> Tensor:
+    """`count` of them, evenly spread: [W, window] -> [count, window]."""
     return windows[torch.arange(count) * len(windows) // max(1, count)]
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """The text and its SHA-256. Raises UserError where it cannot be read, is not UTF-8 or is empty."""
+    """The text, with every line break as "\\n", and its bytes' SHA-256.
+
+    Raises UserError where it cannot be read, is not UTF-8 or is empty.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"the text {path} cannot be read ({error.strerror}), name a readable text file") from None
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"the text {path} is not UTF-8 at byte {error.start}, convert it to UTF-8") from None
     if not text.strip():

@@ -18,14 +18,16 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     tokens: Annotated[int, typer.Option("--tokens", help="Most tokens of the text to run.")] = 200_000,
     window: Annotated[int, typer.Option("--window", help="Tokens that see each other.")] = 1024,
-    recall: Annotated[float, typer.Option("--recall", help="That over-selection reaches for all but 1% of the tokens.")] = 0.99,
+    recall: Annotated[float, typer.Option("--recall", help="That hire's candidates reach for all but 1% of the tokens.")] = 0.99,
     accept: Annotated[
         float | None, typer.Option("--accept", help="Default density: the smallest with this acceptance as a draft.")
     ] = None,
     bytes_share: Annotated[
         float | None, typer.Option("--bytes", help="Default density: where a token reads this share of the dense bytes.")
     ] = None,
-    by: Annotated[ScorerName, typer.Option("--by", help="The scorer that --accept and --bytes are about.")] = "q4",
+    by: Annotated[
+        ScorerName | None, typer.Option("--by", help="The scorer that --accept and --bytes are about, q4 if left out.")
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Of the low-rank predictors.")] = None,
     train_steps: Annotated[int, typer.Option("--train-steps", help="Gradient steps of each predictor; 0: closed form.")] = 32,
     measured_tokens: Annotated[int, typer.Option("--measure", help="Held-out tokens that quality is measured on.")] = 2048,

@@ -29,7 +29,9 @@ def evaluate(
     over: Annotated[float, typer.Option("--over", help="So many times more candidates are ranked again exactly.")] = 1.0,
     calibration: Annotated[Path | None, typer.Option("--calibration", help="A folder that rowcast calibrate wrote.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=16, help="Most tokens of each text, evenly spread over it.")] = 8192,
-    window: Annotated[int, typer.Option("--window", min=16, help="Tokens that see each other.")] = 1024,
+    window: Annotated[
+        int | None, typer.Option("--window", min=16, help="Tokens that see each other; left out: 1024, or the model's context.")
+    ] = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="Also in-context tasks: cloze, copying, patterns.")] = False,
     items: Annotated[int, typer.Option("--items", min=1, help="Of each kind of task.")] = 50,
     sparse_prompt: Annotated[bool, typer.Option("--sparse-prompt", help="Also run the tasks with sparse prompts.")] = False,

@@ -64,7 +64,7 @@ Density = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", help="What rowcast calibrate wrote for this model.", rich_help_panel=_MODEL),
+    typer.Option("--calibration", help="What rowcast calibrate wrote: predictors, density, best scorer.", rich_help_panel=_MODEL),
 ]
 
 Temperature = Annotated[

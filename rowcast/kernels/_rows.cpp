@@ -161,9 +161,13 @@ int rowcast_level(int most) {
     return level;
 }
 
-void rowcast_rows(int bfloat16, const void* gate, const void* up, const void* bias, const void* down, const void* x, void* hidden,
-                  const int64_t* ids, const bool* own, void* out, int64_t gate_stride, int64_t up_stride, int64_t down_stride,
-                  int64_t T, int64_t D, int64_t C, int activation, int threads) {
+// The tables have R rows. Returns 0, or 1 without touching anything where an id is not one of them.
+int rowcast_rows(int bfloat16, const void* gate, const void* up, const void* bias, const void* down, const void* x, void* hidden,
+                 const int64_t* ids, const bool* own, void* out, int64_t gate_stride, int64_t up_stride, int64_t down_stride,
+                 int64_t T, int64_t D, int64_t R, int64_t C, int activation, int threads) {
+    bool outside = false;
+    for (int64_t c = 0; c < C && ids; c++) outside |= (uint64_t)ids[c] >= (uint64_t)R;
+    if (outside) return 1;
 #define RUN(E, run)                                                                                                          \
     run({(const E*)gate, (const E*)up, (const E*)bias, (const E*)down, (const E*)x, gate_stride, up_stride, down_stride,     \
          (E*)hidden, ids, own, (E*)out, T, D, C, activation, threads})
@@ -172,6 +176,7 @@ void rowcast_rows(int bfloat16, const void* gate, const void* up, const void* bi
     else
         RUN(float, kernels->rows_float);
 #undef RUN
+    return 0;
 }
 
 // Writes the columns of mask [T, N] in which any row is set; returns how many.
@@ -209,7 +214,7 @@ void rowcast_gated_ffn(int bfloat16, const uint8_t* codes, const uint16_t* scale
     uint8_t* const mask = (uint8_t*)(scores + N);
     rowcast_lowbit(codes, scales, wide_x, norms, scores, 1, D, 2 * N, blocks, group_blocks, bits, activation, threads);
     const int64_t count = rowcast_top(scores, 1, N, keep, shards, mask, ids, threads);
-    rowcast_rows(bfloat16, gate, up, nullptr, down, x, nullptr, ids, nullptr, out, gate_stride, up_stride, down_stride, 1, D, count,
+    rowcast_rows(bfloat16, gate, up, nullptr, down, x, nullptr, ids, nullptr, out, gate_stride, up_stride, down_stride, 1, D, N, count,
                  activation, threads);
 }
 }

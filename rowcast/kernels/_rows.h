@@ -173,6 +173,7 @@ static inline int32_t nth_largest(const float* scores, int64_t n, int64_t keep) 
 }
 
 static void top(const Top& a) {
+    if (!a.N) return;
     const bool wide = a.T * a.N > (1 << 15);
 #pragma omp parallel for num_threads(a.threads) if (wide)
     for (int64_t task = 0; task < a.T * a.shards; task++) {
@@ -219,8 +220,9 @@ static void prepare(const float* x, int64_t D, int64_t blocks, float middle, Blo
 #if VNNI
         float largest = 0;
         for (int i = 0; i < 64; i++) largest = largest < fabsf(padded[i]) ? fabsf(padded[i]) : largest;
-        scales[b] = largest / 32512;
-        const float inverse = largest > 0 ? 32512 / largest : 0;
+        const bool counts = largest > 1e-33f;  // less is 0: its scale, or the inverse, would leave the range of floats
+        scales[b] = counts ? largest / 32512 : 0;
+        const float inverse = counts ? 32512 / largest : 0;
         int32_t total = 0;
         for (int i = 0; i < 64; i++) {
             const int32_t fixed = (int32_t)__builtin_rintf(padded[i] * inverse), high = (fixed + 128) >> 8;

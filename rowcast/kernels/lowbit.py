@@ -59,10 +59,9 @@ class LowBit:
         return self.codes.nbytes + self.scales.nbytes
 
 
-def quantise(weight: Tensor, bits: int, group: int = BLOCK, importance: Tensor | None = None) -> LowBit:
+def quantise(weight: Tensor, bits: int, group: int = BLOCK) -> LowBit:
     """Round a weight [R, D] to nearest, each group with the scale of least squared error among some candidates.
 
-    `importance` [D] weighs the squared errors of the columns, such as the second moment of the inputs that they meet.
     Raises UserError for bits other than 2, 3, 4, 8 and for a group that is not a multiple of 64.
     """
     if bits not in BITS:
@@ -71,13 +70,11 @@ def quantise(weight: Tensor, bits: int, group: int = BLOCK, importance: Tensor |
         raise UserError(f"a group of {group} columns cannot be packed, use a multiple of {BLOCK}")
     rows, columns = weight.shape
     padding = -columns % group
-    weigh = torch.ones(columns, device=weight.device) if importance is None else importance.float()
-    weigh = F.pad(weigh, (0, padding)).view(-1, group)
     codes, scales = [], []
     for start in range(0, rows, _ROWS_AT_ONCE):
         part = F.pad(weight[start : start + _ROWS_AT_ONCE].float(), (0, padding))
         grouped = part.view(part.shape[0], -1, group)
-        scale = _best_scale(grouped, weigh, bits)
+        scale = _best_scale(grouped, bits)
         codes.append(_pack(_codes(grouped, scale, bits).flatten(1), bits))
         scales.append(scale)
     return LowBit(torch.cat(codes), torch.cat(scales), bits, group, columns)
@@ -89,7 +86,8 @@ def dequantise(q: LowBit) -> Tensor:
 
 
 def product(q: LowBit, x: Tensor) -> Tensor:  # [T, D] -> float32 [T, R]
-    """x W^T with the dequantised weight. Natively x is in 16-bit fixed point, one scale for 64 columns: within 1e-4 of it."""
+    """x W^T with the dequantised weight. Natively x is in 16-bit fixed point, one scale for 64 columns: within 1e-4 of it;
+    a block of columns whose largest is below 1e-33 counts as 0."""
     lib = _library(q, x)
     if lib is not None:
         return _run(lib, q, x, None, 0)
@@ -115,14 +113,15 @@ def gated_ffn(
 
     gate, up, down [N, D], q and norms as for `gated_scores`, x [1, D] -> [1, D].
     """
-    assert x.shape[0] == 1
+    assert x.shape == (1, q.columns) and q.rows == 2 * len(norms)
+    assert gate.shape == up.shape == down.shape == (len(norms), q.columns)
     lib = library_for_tables(x, gate, up, down) if _library(q, x) is not None and norms.dtype == torch.float32 else None
     if lib is None:
         ids, own = select.top_union(gated_scores(q, x, norms, activation), keep, shards)
         return ffn(gate, up, None, down, x, ids, own, activation)
     total = norms.shape[0]
     select.check_keep(total, keep, shards)
-    x, wide = x.contiguous(), x.float().contiguous()
+    x, wide, norms = x.contiguous(), x.float().contiguous(), norms.contiguous()
     out, work = torch.empty_like(x), torch.empty(total * 13, dtype=torch.uint8)
     lib.rowcast_gated_ffn(
         x.dtype == torch.bfloat16,
@@ -159,7 +158,7 @@ def _library(q: LowBit, x: Tensor) -> CDLL | None:
 
 def _run(lib: CDLL, q: LowBit, x: Tensor, norms: Tensor | None, activation: int) -> Tensor:
     x = x.float().contiguous()
-    assert x.shape[1] == q.columns
+    assert x.shape[1] == q.columns and (norms is None or norms.shape == (q.rows / 2,))
     tokens, blocks = x.shape[0], q.padded // BLOCK
     out = torch.empty(tokens, q.rows if norms is None else norms.shape[0])
     for start in range(0, tokens, native.MOST_TOKENS):
@@ -196,14 +195,14 @@ def _codes(grouped: Tensor, scale: Tensor, bits: int) -> Tensor:  # [R, G, group
     return (grouped / divisor + (1 << bits - 1) - 0.5).round().clamp(0, (1 << bits) - 1).to(torch.uint8)
 
 
-def _best_scale(grouped: Tensor, weigh: Tensor, bits: int) -> Tensor:  # [R, G, group], [G, group] -> float16 [R, G]
+def _best_scale(grouped: Tensor, bits: int) -> Tensor:  # [R, G, group] -> float16 [R, G]
     middle = ((1 << bits) - 1) / 2
     largest = grouped.abs().amax(-1) / middle
     best, least = largest.half(), torch.full_like(largest, torch.inf)
     for share in torch.linspace(_SMALLEST_SCALE[bits], 1.0, _CANDIDATES).tolist():
         scale = (largest * share).half()
-        error = ((_codes(grouped, scale, bits).float() - middle) * scale.float()[:, :, None] - grouped).square_()
-        error = (error * weigh).sum(-1)
+        off = (_codes(grouped, scale, bits).float() - middle) * scale.float()[:, :, None] - grouped
+        error = off.square_().sum(-1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best

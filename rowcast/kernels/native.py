@@ -44,11 +44,6 @@ def library() -> CDLL | None:
     return lib
 
 
-def available() -> bool:
-    """Whether the native part is there and in use."""
-    return library() is not None
-
-
 def describe() -> str:
     """The instruction set in use, or `torch`, for printing."""
     lib = library()
@@ -60,7 +55,7 @@ def load(path: Path) -> CDLL:
     lib = ctypes.CDLL(str(path))
     for name, result, arguments in (
         ("rowcast_level", c_int, [c_int]),
-        ("rowcast_rows", None, [c_int, *[c_void_p] * 9, *[c_int64] * 6, c_int, c_int]),
+        ("rowcast_rows", c_int, [c_int, *[c_void_p] * 9, *[c_int64] * 7, c_int, c_int]),
         ("rowcast_top", c_int64, [c_void_p, *[c_int64] * 4, c_void_p, c_void_p, c_int]),
         ("rowcast_union", c_int64, [c_void_p, c_int64, c_int64, c_void_p]),
         ("rowcast_gated_ffn", None, [c_int, *[c_void_p] * 10, *[c_int64] * 9, c_int, c_int, c_int]),

@@ -1,8 +1,8 @@
 """Products with chosen rows of a table: neurons, heads, vocabulary.
 
-A table [R, D] has contiguous rows at any row stride, so that one bank [N, 2, D] serves as two tables. Row products are bound by the
-bytes of the rows, so nothing is copied out first. The torch versions are the reference; on a CPU, float32 and bfloat16 products of up
-to 16 tokens go to the native part (`kernels/native.py`), which accumulates in float32.
+A table [R, D] has contiguous rows at any row stride, so that one bank [N, 2, D] serves as two tables; ids are 0..R - 1. The torch
+versions are the reference; they copy chosen rows out first. On a CPU, float32 and bfloat16 products of up to 16 tokens go to the native
+part (`kernels/native.py`), which reads rows where they lie and accumulates in float32. In 16 bits the two round differently.
 """
 
 from __future__ import annotations
@@ -111,17 +111,21 @@ def _run(
     own: Tensor | None,
     activation: int,
 ) -> Tensor:
-    """`ffn`; without `up` from given hidden values, without `down` as far as these."""
+    """`ffn`; without `up` from given hidden values, without `down` as far as these. Raises IndexError for ids outside the tables."""
     table = down if up is None else up
     given = hidden if x is None else x
     assert table is not None and given is not None
     given = given.contiguous()
-    tokens, columns = given.shape[0], table.shape[1]
-    chosen = table.shape[0] if ids is None else ids.shape[0]
-    assert ids is None or (ids.dtype == torch.int64 and ids.is_contiguous())
+    tokens, (total, columns) = given.shape[0], table.shape
+    assert ids is None or (ids.dtype == torch.int64 and ids.dim() == 1)
+    chosen = total if ids is None else ids.shape[0]
+    assert given.shape == (tokens, chosen if up is None else columns)
+    assert all(other is None or other.shape == table.shape for other in (gate, down))
+    assert bias is None or bias.shape == (total,)
+    assert own is None or (own.dtype == torch.bool and own.shape == (tokens, chosen))
+    ids, own = (None if choice is None else choice.contiguous() for choice in (ids, own))
     out = given.new_empty(tokens, chosen if down is None else columns)
-    own = None if own is None else own.contiguous()
-    lib.rowcast_rows(
+    outside = lib.rowcast_rows(
         given.dtype == torch.bfloat16,
         native.address(gate),
         native.address(up),
@@ -137,8 +141,11 @@ def _run(
         0 if down is None else down.stride(0),
         tokens,
         columns,
+        total,
         chosen,
         activation,
         native.threads(),
     )
+    if outside:
+        raise IndexError(f"row ids have to lie between 0 and {total - 1}")
     return out

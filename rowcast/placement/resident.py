@@ -59,6 +59,8 @@ class LadderNeeds:
     """For each sequence that speculates: caches of a few entries."""
     work_bytes: int = 0
     """While a view chooses its entries anew, of one sequence at a time."""
+    copied_bytes: int = 0
+    """Of a table that a long pass copies while a layer runs."""
     query_bytes: int = 0
     """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
     law_rows: int = 0
@@ -193,7 +195,7 @@ def _work_bytes(
     """Peak of what a step takes and gives back, and of the sampler's counts.
 
     Layers, of the largest model: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks.
-    Before them a view may choose its entries. In them a sparse rung scores neurons.
+    Before them a view may choose its entries. In them a sparse rung scores neurons, and a table may be copied.
     Sampling: logits in parts, at least of one verification; laws of drafted tokens. Penalties: prompt and output counts of every
     running sequence, with room to grow.
     """
@@ -210,4 +212,5 @@ def _work_bytes(
     laws = 4 * speculating * needs.law_rows * vocabulary
     counts = 8 * max_num_seqs * vocabulary
     scores = max_batch_tokens * needs.token_bytes
-    return max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes) + scores + laws + counts
+    largest = max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes)
+    return largest + needs.copied_bytes + scores + laws + counts

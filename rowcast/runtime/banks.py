@@ -2,6 +2,9 @@
 
 Neurons stand in an order of their own, a seeded permutation, which changes no output (DESIGN section 4 of DA-TOP-k: shards are then
 alike). `BankWeights` runs all rows; sparse views choose some.
+
+Few tokens go through the row kernels, many through library products, for which a table that is not contiguous is copied
+(`copied_bytes`). In 16 bits the two round differently: scores that nearly tie may change their order with the number of tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from rowcast.runtime.weights import ACTIVATIONS, HeadSplit, Outer
 
 FEW_TOKENS = 16
 """Up to so many tokens the row kernels run all rows, too; above, library products do."""
+
+
+def copied_bytes(spec: ModelSpec, width: int) -> int:
+    """Most that a library product copies at once: a layer's up, down or output table. `width`: bytes of an element."""
+    return max(spec.intermediate_size, spec.num_heads * spec.head_dim) * spec.hidden_size * width
 
 
 def product(table: Tensor, x: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
@@ -63,8 +71,9 @@ class FfnBank:
 
     @property
     def in_row_bytes(self) -> int:
-        """Read to find one neuron's activation."""
-        return self.up[0].nbytes + (0 if self.gate is None else self.gate[0].nbytes)
+        """Read to find one neuron's activation, with its biases."""
+        tables = (self.up, self.gate, self.up_bias, self.gate_bias)
+        return sum(table[0].nbytes for table in tables if table is not None)
 
     @property
     def out_row_bytes(self) -> int:
@@ -89,12 +98,11 @@ class FfnBank:
         y = rows.rows_out(self.down, hidden, ids) if few else linear(hidden, self.down.T)
         return y if self.down_bias is None else y.add_(self.down_bias)
 
-    def ffn(self, x: Tensor, ids: Tensor | None, own: Tensor | None = None) -> Tensor:
-        """`hidden` and `out` in one, each token by its own neurons: x [T, D], own [T, C] bool (None: all) -> [T, D]."""
+    def ffn(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """`hidden` and `out` in one: x [T, D] -> [T, D]."""
         if self.gate_bias is not None:
-            hidden = self.hidden(x, ids)
-            return self.out(hidden if own is None else hidden * own, ids)
-        y = rows.ffn(self.gate, self.up, self.up_bias, self.down, x, ids, own, self.activation)
+            return self.out(self.hidden(x, ids), ids)
+        y = rows.ffn(self.gate, self.up, self.up_bias, self.down, x, ids, None, self.activation)
         return y if self.down_bias is None else y.add_(self.down_bias)
 
 
@@ -115,11 +123,6 @@ class AttentionBank:
     v_bias: Tensor | None
     o_bias: Tensor | None
     """[D]; on one rank only."""
-
-    @property
-    def in_bytes(self) -> int:
-        """Of the tables for q, k and v."""
-        return self.q.nbytes + self.k.nbytes + self.v.nbytes
 
     def out(self, heads: Tensor, ids: Tensor | None = None) -> Tensor:
         """heads [T, C], as rows `ids` [C] (None: all) of `o` -> [T, D]."""

@@ -130,11 +130,12 @@ class Loader:
             span = slice(start, min(start + piece, total))
             staged = self.empty((span.stop - start, out.shape[1]))
             if columns:
-                self.read(name, staged.T, cols=span, whole=whole)
+                self._read(name, staged.T, cols=span, whole=whole)
             else:
-                self.read(name, staged, rows=span, whole=whole)
+                self._read(name, staged, rows=span, whole=whole)
             ours = (target[span] >= 0).nonzero()[:, 0]
             out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
+            self._placed(staged[ours])
         self.elements += out.numel()
 
     def vector(self, stem: str, size: int) -> Tensor:
@@ -161,7 +162,19 @@ class Loader:
         cols: slice | None = None,
         whole: tuple[int, ...] | None = None,
     ) -> None:
-        """Fill `out` from a slice of a tensor of shape `whole` (that of `out` if not given)."""
+        """Fill `out`, in its place, from a slice of a tensor of shape `whole` (that of `out` if not given)."""
+        self._read(name, out, rows=rows, cols=cols, whole=whole)
+        self._placed(out)
+
+    def _read(
+        self,
+        name: str,
+        out: Tensor,
+        *,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        whole: tuple[int, ...] | None = None,
+    ) -> None:
         if name not in self._source:
             raise UserError(f"the checkpoint has no tensor {name}, which its config calls for: use a complete copy of the model")
         shape, wanted = self._source.shape(name), whole or tuple(out.shape)
@@ -171,5 +184,7 @@ class Loader:
                 "take config.json and weights from the same copy of the model"
             )
         self._source.read(name, rows, cols, out=out)
+
+    def _placed(self, tensor: Tensor) -> None:
         if self._progress is not None:
-            self._progress(out.numel() * out.element_size())
+            self._progress(tensor.nbytes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
+from shlex import quote
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels.linear import packed_copy_bytes
@@ -17,7 +18,7 @@ from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.kv import why_not_streaming
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
 from rowcast.runtime.ladder.memory import ladder_needs, lookahead
-from rowcast.runtime.ladder.presets import Calibrated, Circumstances, check_mode, resolve
+from rowcast.runtime.ladder.presets import DENSITY, Calibrated, Circumstances, check_mode, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import check_rung
@@ -28,8 +29,11 @@ from rowcast.runtime.tokenizer import Tokenizer
 BLOCK_SIZE = 16
 """KV entries in a block, unless the caller says otherwise."""
 
-_FITTED: tuple[ScorerName, ...] = ("dejavu", "lowrank")
-"""Scorers that a calibration may hold, the best first."""
+_SCORERS: tuple[ScorerName, ...] = ("q4", "dejavu", "lowrank")
+"""Of those that read the MLP's input, what rungs use that name none."""
+
+_REACHED = 0.01
+"""Shares that are missed by more, as there are no parts of heads and neurons, are told."""
 
 KV_SHARE = 0.75
 """Of the KV tokens that the last rung alone could have, what `auto` leaves it at least."""
@@ -118,7 +122,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     _check_views(ladder, max_context)
     _check_sparse(ladder, spec, calibration, adaptive)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
-    notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons]
+    notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons, *_reached_shares(ladder, spec)]
     sizes = {"block_size": BLOCK_SIZE} | {
         name: value
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size")
@@ -159,7 +163,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         )
         idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
         told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
-        return _planned(replace(plan, notes=plan.notes + told), ladder, used, calibration)
+        return _planned(replace(plan, notes=plan.notes + told), ladder, used, calibration, target)
 
     if adaptive:
         return _what_fits(ladder, plan_for, notes)
@@ -192,13 +196,14 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         raise UserError(
             f"the plan was made for other draft weights than those of {', '.join(drafts) or 'no draft'}: make the plan again"
         )
-    return _planned(chosen, ladder, drafts, calibration)
+    return _planned(chosen, ladder, drafts, calibration, target)
 
 
-def _planned(plan: Plan, ladder: Ladder, drafts: Mapping[str, Draft], calibration: Calibration | None) -> Planned:
+def _planned(plan: Plan, ladder: Ladder, drafts: Mapping[str, Draft], calibration: Calibration | None, target: Target) -> Planned:
     """A plan with what it reads, and what is known of its output's quality."""
     calibration = calibration if plan.calibration else None
-    return Planned(plan, ladder, drafts, calibration, _quality(ladder.rungs[-1], calibration) if ladder.approximate else None)
+    quality = _quality(ladder.rungs[-1], calibration, target) if ladder.approximate else None
+    return Planned(plan, ladder, drafts, calibration, quality)
 
 
 def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str | None) -> Calibration | None:
@@ -215,19 +220,48 @@ def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str |
 
 def offered(calibration: Calibration) -> Calibrated:
     """What presets look at."""
+    density = calibration.description.get("density")
     return Calibrated(
-        scorers=tuple(name for name in _FITTED if f"layers.0.{name}.a" in calibration),
-        density=calibration.description.get("density"),
+        scorers=_ranked(calibration, density or DENSITY),
+        density=density,
         heads="layers.0.heads.own.weight" in calibration,
+        over=_over(calibration, density or DENSITY),
     )
 
 
-def _quality(rung: Rung, calibration: Calibration | None) -> str:
-    """What the calibration measured of this rung, or that it did not."""
-    quality = {} if calibration is None else calibration.description["quality"]
+def _ranked(calibration: Calibration, density: float) -> tuple[ScorerName, ...]:
+    """The scorers that it measured, by acceptance at the judged density nearest to `density`; q4 alone where it measured none."""
+    acceptance: dict[ScorerName, float] = {}
+    distance: dict[ScorerName, float] = {}
+    for text, figures in calibration.description.get("quality", {}).items():
+        rung = None if text == "dense" else Ladder.parse(text).rungs[0]
+        if rung is None or rung.by not in _SCORERS or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
+            continue
+        assert rung.mlp is not None
+        away = abs(rung.mlp - density)
+        if away < distance.get(rung.by, 1.0):
+            distance[rung.by], acceptance[rung.by] = away, figures["acceptance"]
+    return tuple(sorted(acceptance, key=lambda by: -acceptance[by])) or ("q4",)
+
+
+def _over(calibration: Calibration, density: float) -> float | None:
+    """Candidates over kept neurons with which q4 reaches the calibration's recall, in hundredths, at the judged density nearest."""
+    judged: list[float] = calibration.description.get("judged", [])
+    found: dict[str, list[float]] | None = calibration.description.get("scorers", {}).get("q4")
+    if found is None:
+        return None
+    _, over = min(zip(judged, found["over"], strict=True), key=lambda pair: abs(pair[0] - density))
+    return ceil(over * 100) / 100
+
+
+def _quality(rung: Rung, calibration: Calibration | None, target: Target) -> str:
+    """What the calibration measured of this rung, or that it did not and how to."""
+    quality = {} if calibration is None else calibration.description.get("quality", {})
     found, dense = quality.get(str(rung)), quality.get("dense")
     if found is None or dense is None:
-        return f"mode approximate: the quality of {rung} was not measured: run rowcast eval --ladder '{rung}'"
+        reads = "" if calibration is None else f" --calibration {quote(str(calibration.path))}"
+        run = f"rowcast eval {quote(str(target.checkpoint.path))} --text FILE --ladder {quote(str(rung))}{reads}"
+        return f"mode approximate: the quality of {rung} was not measured: run {run}"
     return (
         f"mode approximate: with {rung} the calibration measured perplexity {found['perplexity']:.2f}, with all weights "
         f"{dense['perplexity']:.2f}, and acceptance as a draft {found['acceptance']:.3f}"
@@ -241,6 +275,17 @@ def _check_density(density: float | None) -> None:
         Rung(kind="self", mlp=density)
     except UserError as error:
         raise UserError(f"density={density!r:.60} is not a share of the neurons: give a number above 0 and up to 1") from error
+
+
+def _reached_shares(ladder: Ladder, spec: ModelSpec) -> list[str]:
+    """What becomes of shares that are no whole number of heads or neurons."""
+    told = []
+    for rung in ladder.rungs:
+        for key, share, total in (("heads", rung.heads, spec.num_heads), ("mlp", rung.mlp, spec.intermediate_size)):
+            kept = 0 if share is None else max(1, round(share * total))
+            if share is not None and abs(kept / total - share) > _REACHED:
+                told.append(f"rung {rung}: {key}={share} of {total} is {kept}, a share of {kept / total:.3g}")
+    return told
 
 
 def _check_sparse(ladder: Ladder, spec: ModelSpec, calibration: Calibration | None, adaptive: bool) -> None:

@@ -101,6 +101,15 @@ class SafetensorsSource:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, in file order. Raises UserError naming what is wrong with the file, OSError if it cannot be opened."""
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """What a file says beside its tensors; empty where it says nothing. Raises as `read_header` does."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, Any]]:
     file = RangedFile(path)
 
     def damage(what: str) -> UserError:
@@ -117,7 +126,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise damage(f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise damage("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
 
     tensors: dict[str, StoredTensor] = {}
     start = end = 8 + length
@@ -138,7 +147,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors[name] = tensor
     if end != file.size:
         raise damage(f"its tensors end at byte {end}, the file at byte {file.size}")
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:

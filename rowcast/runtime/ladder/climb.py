@@ -122,8 +122,10 @@ class Climb:
                 yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
 
     def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, started: float) -> None:
-        """Book a pass that started then and read `reads` of the weights, shared by its sequences as they had tokens in it."""
+        """Book a pass that started then and read `reads` of the weights, shared by its sequences as they had tokens, or rows of
+        logits, in it."""
         seconds, total, generated = time.perf_counter() - started, sum(ran.tokens), max(1, sum(ran.generated))
+        overflows, fallbacks = _split(reads.overflows, ran.generated), _split(reads.fallbacks, ran.wanted)
         for i, found in enumerate(counts):
             tokens, own = ran.tokens[i], ran.generated[i]
             found.add(
@@ -134,8 +136,8 @@ class Climb:
                     neurons_of=reads.neurons_of * own // generated,
                     heads=reads.heads * own // generated,
                     heads_of=reads.heads_of * own // generated,
-                    overflows=reads.overflows if own else 0,
-                    fallbacks=reads.fallbacks if own else 0,
+                    overflows=overflows[i],
+                    fallbacks=fallbacks[i],
                     seconds=seconds * tokens / total,
                     bytes_read=reads.bytes // len(ran.tokens) + ran.kv_bytes[i],
                 )
@@ -188,6 +190,12 @@ class Climb:
 def _proposal(want: _Want) -> Proposal:
     path = want.climber.path
     return Proposal(path.seq_id, path.drafted(want.start), path.ids[want.start :], want.laws)
+
+
+def _split(total: int, parts: Sequence[int]) -> list[int]:
+    """`total` in whole numbers as the `parts` are to each other; the sum stays `total`, unless they are all 0."""
+    whole, ends = max(1, sum(parts)), list(accumulate(parts))
+    return [total * end // whole - total * (end - part) // whole for end, part in zip(ends, parts, strict=True)]
 
 
 def _parts(rows: Sequence[int], most: int) -> Iterator[slice]:

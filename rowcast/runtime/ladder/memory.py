@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from rowcast.placement.resident import LadderNeeds
+from rowcast.runtime.banks import copied_bytes
 from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes
 from rowcast.runtime.ladder.control import GAMMAS
 from rowcast.runtime.ladder.drafts import Draft
@@ -66,10 +67,10 @@ def ladder_needs(
     """The bytes that a ladder takes beside a plain model, `spec`.
 
     `drafts`: the draft models of its rungs, by the names that these give them. `calibration`: what its sparse rungs read.
-    `dense_copy`: plain passes take layers in a layout of their own, beside the one that sparse passes take. `width`: bytes of an
-    element of weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's
-    tied LM head takes. Raises
-    UserError for a `chunk` that does not divide `block_size`.
+    `dense_copy`: passes over all weights take layers in a layout of their own, beside the one that sparse passes take, of which
+    long passes copy a table at a time. `width`: bytes of an element of weights and KV. `max_context`: tokens of the longest
+    sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does
+    not divide `block_size`.
     """
     ahead = lookahead(ladder)
     models = [draft.spec for draft in drafts.values()]
@@ -88,6 +89,7 @@ def ladder_needs(
     for summary in summaries(ladder):
         block_bytes += summary.per_block(block_size) * summary.parts * kv_bytes_per_token(spec, width) // 2
     last, sparse = ladder.rungs[-1], {rung.sparsity for rung in ladder.rungs if rung.sparsity is not None}
+    dense = any(rung.kind in ("self", "plain") and rung.sparsity is None for rung in ladder.rungs)
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
@@ -99,13 +101,14 @@ def ladder_needs(
         lookahead=ahead,
         models=tuple(models),
         weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models)
-        + (bank_bytes(spec, width if dense_copy and last.kind == "plain" else 0) if sparse else 0)
+        + (bank_bytes(spec, width if dense_copy and dense else 0) if sparse else 0)
         + sum(predictor_bytes(spec, rung, calibration) for rung in sparse),
         pass_bytes=expected_bytes(spec, last, width, calibration),
         token_bytes=score_bytes(spec) if sparse else 0,
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
+        copied_bytes=copied_bytes(spec, width) if sparse and dense_copy else 0,
         query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
         + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),
         anyone=any(rung.kind in ("draft", "self") and rung.kv is None for rung in ladder.lower),

@@ -57,6 +57,7 @@ class ModelRunner:
         hidden = self._decoder.run(steps, view)
         return Ran(
             _last_rows(hidden, [len(step.tokens) for step in steps], wanted),
+            wanted=list(wanted),
             tokens=[len(path.ids) - start for path, start in zip(paths, before, strict=True)],
             generated=[max(0, len(path.ids) - max(start, path.prompt_length)) for path, start in zip(paths, before, strict=True)],
             kv_bytes=[view.bytes_read(path.seq_id) for path in paths],

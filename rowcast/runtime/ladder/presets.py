@@ -16,7 +16,8 @@ DENSITY = 0.5
 _HEADS = 0.67
 """Of the query heads, `dejavu`."""
 _OVER = 1.5
-"""`hire`."""
+"""`hire`, where no calibration says how many candidates reach its recall, or that would take more than `_MOST_OVER`."""
+_MOST_OVER = 2.0
 _CLEARLY_FEWER = 0.8
 """Of the bytes that a pass of the last rung reads, what a sparse rung of `auto` reads at most."""
 
@@ -26,11 +27,13 @@ class Calibrated:
     """What a calibration offers."""
 
     scorers: tuple[ScorerName, ...] = ()
-    """Fitted ones, the best first."""
+    """What it knows of, the best first."""
     density: float | None = None
     """The share of neurons that its target asks for."""
     heads: bool = False
     """Whether it tells heads apart."""
+    over: float | None = None
+    """Candidates over kept neurons with which q4 reaches its recall, at about its density."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +116,13 @@ def _sparse_preset(name: str, calibrated: Calibrated | None, mode: str, density:
         )
     mlp = _density(density, calibrated, reasons)
     if name == "hire":
-        rung = Rung(kind="self", mlp=mlp, by="q4", over=_OVER, lm="hire")
+        over = _OVER
+        if calibrated is not None and calibrated.over is not None:
+            known = 1 <= calibrated.over <= _MOST_OVER
+            over = calibrated.over if known else _OVER
+            reached = f"the calibration's recall takes {calibrated.over}"
+            reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
+        rung = Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire")
     else:
         heads = _HEADS if calibrated is not None and calibrated.heads else None
         if heads is None:
@@ -136,8 +145,9 @@ def _with_scorer(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) 
     """Name what finds the neurons where the rung does not."""
     if rung.mlp is None or rung.by is not None:
         return rung
-    found = replace(rung, by=calibrated.scorers[0] if calibrated is not None and calibrated.scorers else "q4")
-    reasons.append(f"by={found.by}: {'needs no calibration' if found.by == 'q4' else 'fitted by the calibration'}")
+    known = calibrated is not None and bool(calibrated.scorers)
+    found = replace(rung, by=calibrated.scorers[0] if calibrated is not None and known else "q4")
+    reasons.append(f"by={found.by}: {'the best that the calibration measured' if known else 'needs no calibration'}")
     return found
 
 

@@ -18,6 +18,8 @@ class Ran:
 
     hidden: Tensor
     """Of the wanted tokens, [sum(wanted), D]."""
+    wanted: list[int]
+    """For each path: its rows of `hidden`."""
     tokens: list[int]
     """Tokens run for each path."""
     generated: list[int]

@@ -22,6 +22,8 @@ ScorerName = Literal[
     "q2-ahead", "q3-ahead", "q4-ahead", "q8-ahead", "lowrank-ahead", "dejavu-ahead",
 ]  # fmt: skip
 """How a rung predicts which neurons matter (`sparse.build`); -ahead: from the attention's input instead of the MLP's."""
+Cut = Literal["top", "threshold"]
+"""Each token's best neurons, as many for every token; or those that score above a calibrated threshold, as many on average."""
 Head = Literal["full", "hire"]
 """All rows of the LM head; or a few bits of them and exact rows for the likeliest tokens (`sparse.lm_head`)."""
 
@@ -38,11 +40,13 @@ PRESETS = ("auto", "plain", "ngram", "triforce", "dejavu", "hire")
 _UNSET = -1
 _DRAFT_KV = 256  # TriForce, arXiv 2404.11912, section 5.1.
 
+_NEURON_KEYS = ("by", "over", "cut", "common", "group")
+"""How neurons are chosen, where `mlp` says how many."""
 _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
     "draft": ("model", "kv", "sinks", "gamma"),
     "self": (
-        *("mlp", "by", "over", "heads", "lm"),
+        *("mlp", *_NEURON_KEYS, "heads", "lm"),
         *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
     ),
     "plain": (),
@@ -54,10 +58,16 @@ _VIEW_KEYS = {
     "refresh": ("retrieval", "eviction"),
 }
 _BOUNDS = {"kv": (1, 1 << 24), "chunk": (1, 1 << 10), "sinks": (0, 1 << 24), "recent": (1, 1 << 24), "refresh": (0, 1 << 24)}
-_BOUNDS["gamma"] = (1, MOST_GAMMA)
-_SHARES = {"mlp": (0.0, 1.0), "heads": (0.0, 1.0), "over": (1.0, 8.0)}
+_BOUNDS |= {"gamma": (1, MOST_GAMMA), "group": (1, 64)}
+_SHARES = {"mlp": (0.0, 1.0), "common": (0.0, 1.0), "heads": (0.0, 1.0), "over": (1.0, 8.0)}
 """Bounds of numbers that need not be whole; 0 itself is not allowed."""
-_NAMES = {"view": get_args(View), "score": get_args(Score), "by": get_args(ScorerName), "lm": get_args(Head)}
+_NAMES = {
+    "view": get_args(View),
+    "score": get_args(Score),
+    "by": get_args(ScorerName),
+    "cut": get_args(Cut),
+    "lm": get_args(Head),
+}
 _SEPARATOR = re.compile(r"(?:^|(?<=\s))/(?=\s|$)")
 
 
@@ -74,6 +84,12 @@ class Rung:
     """self: what finds those neurons. None: chosen when the ladder is resolved."""
     over: float = 1.0
     """self: so many times more neurons are found first, computed exactly and ranked again (HiRE)."""
+    cut: Cut = "top"
+    """self: top: each token uses as many neurons. threshold: those that score above a calibrated threshold, on average `mlp`."""
+    common: float | None = None
+    """self: share of the neurons, within `mlp`, that every token uses: the most frequent ones of a calibration. None: none."""
+    group: int = 1
+    """self: so many neighbouring neurons are chosen together, and their number is rounded to whole groups."""
     heads: float | None = None
     """self: share of the query heads that a token uses, on average over layers. None: all."""
     lm: Head = "full"
@@ -159,7 +175,8 @@ class Rung:
         """
         if not self.sparse or self.heads is not None:
             return replace(self, gamma=None) if self.sparse else None
-        return Rung(kind="self", mlp=self.mlp, by=self.by, over=self.over, lm=self.lm)
+        chosen: dict[str, Any] = {key: getattr(self, key) for key in (*_NEURON_KEYS, "lm")}
+        return Rung(kind="self", mlp=self.mlp, **chosen)
 
     @property
     def retrieves(self) -> bool:
@@ -238,9 +255,17 @@ class Rung:
             )
 
     def _check_sparsity(self) -> None:
-        for key in ("by", "over"):
+        for key in _NEURON_KEYS:
             if self.mlp is None and getattr(self, key) != _DEFAULTS[key]:
                 raise UserError(f"{key}={getattr(self, key)} chooses neurons, and the rung {self.kind} uses all; add mlp=0.5")
+        given = [key for key in ("cut", "group", "over", "common") if getattr(self, key) != _DEFAULTS[key]]
+        if len(given) > 1 and given != ["over", "common"]:
+            first, second = (f"{key}={getattr(self, key)}" for key in given[:2])
+            raise UserError(f"{first} and {second} of the rung {self.kind} cannot be had together; leave one out")
+        if self.mlp is not None and self.common is not None and self.common > self.mlp:
+            raise UserError(
+                f"common={self.common} of the rung {self.kind} is more than mlp={self.mlp}; lower common to that or less"
+            )
 
 
 _DEFAULTS = {key.name: key.default for key in fields(Rung)}

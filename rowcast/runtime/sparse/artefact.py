@@ -10,12 +10,15 @@ Tensors, for layer i, N neurons, H heads, D hidden (all float32 or float16, whol
     layers.{i}.{name}.a             [r, D]    low-rank scorers, `name` as in `scorers`:
     layers.{i}.{name}.b             [J N, r]  pre-activations are b (a x) + bias; gate rows first where the MLP is gated
     layers.{i}.{name}.bias          [J N]
+    layers.{i}.{name}.thresholds    [G]       score that a mean density of `densities` exceeds on fitted tokens, the
+                                              least for density 1; any of `scorers`, as it runs
     layers.{i}.heads.{reads}.weight [H, D]    heads' scores are weight x + bias; `reads` is own (the attention's input) or ahead
     layers.{i}.heads.{reads}.bias   [H]
     densities                       [G, L]    for each mean density of the grid, each layer's share of kept neurons
     head.directions                 [m, E]    orthonormal rows: mean and main directions of the LM head's input
 
-`heads.ahead` reads the MLP's input of the layer before and is missing in layer 0.
+`heads.ahead` reads the MLP's input of the layer before, is missing in layer 0, and serves evaluation only: rungs read `heads.own`.
+The file's metadata has the weights' fingerprint, too.
 
 The description, beside format, fingerprint, model, texts, settings and tokens:
 
@@ -27,6 +30,10 @@ The description, beside format, fingerprint, model, texts, settings and tokens:
     judged          densities J at which scorers were judged on held-out tokens
     scorers         by name and for each of J: recall (mean), recall_p1 (1st percentile of tokens in the worst layer) and over, the
                     candidates over kept neurons with which 99% of the tokens of each layer reach the settings' recall
+    held_out        windows of held-out text that densities were chosen by (choosing) and that quality is of (reporting), and whether
+                    they are different ones (disjoint)
+    lm_head_share   bytes that the certified LM head reads for a held-out token's 64 best logits, over those of all its rows; missing
+                    where the number format has no rows
     layers          for each layer: lost, active, hot (share of contributions by share of the most frequent neurons), scorers (as above,
                     its own), trained (lost output after and before training, by what is read), heads (recall by heads kept, 1..H)
     quality         by a rung's text, and for "dense": perplexity, acceptance as a draft and share of the bytes, on held-out tokens
@@ -35,15 +42,17 @@ The description, beside format, fingerprint, model, texts, settings and tokens:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header, read_metadata
 
 FORMAT = 1
 """Raised when a tensor or a field changes its meaning; folders of another format are refused."""
@@ -85,15 +94,29 @@ class Calibration:
             )
         if not (folder / TENSORS).is_file():
             raise UserError(f"{folder} lacks {TENSORS}: {again}")
-        return cls(folder, fingerprint, description, SafetensorsSource(read_header(folder / TENSORS)))
+        source = SafetensorsSource(read_header(folder / TENSORS))
+        if read_metadata(folder / TENSORS).get("fingerprint") != fingerprint:
+            raise UserError(f"{folder / TENSORS} was made for other weights than {DESCRIPTION} beside it: {again} for this model")
+        for key, check in _FIELDS.items():
+            if not check(description.get(key)):
+                raise UserError(f"{folder / DESCRIPTION} is damaged, its {key} is {description.get(key)!r:.60}: {again}")
+        return cls(folder, fingerprint, description, source)
 
     def __contains__(self, name: str) -> bool:
         return name in self._source
 
-    def tensor(self, name: str) -> Tensor:
-        """On the CPU. Raises UserError where the calibration has none of that name."""
+    def tensor(self, name: str, shape: Sequence[int | None] | None = None) -> Tensor:
+        """On the CPU. `shape`: what it has to have, None for any size. Raises UserError where there is none of that name and shape."""
         if name not in self._source:
             raise UserError(f"the calibration {self.path} has no {name}: run rowcast calibrate again")
+        found = self._source.shape(name)
+        if shape is not None and (
+            len(found) != len(shape) or any(size not in (None, there) for size, there in zip(shape, found, strict=True))
+        ):
+            wanted = ["any" if size is None else size for size in shape]
+            raise UserError(
+                f"{name} of the calibration {self.path} has the shape {list(found)} instead of {wanted}: run rowcast calibrate again"
+            )
         return self._source.read(name)
 
     @property
@@ -105,3 +128,34 @@ class Calibration:
     def densities(self) -> list[float]:
         """The grid that curves by density have, ascending, the last 1."""
         return list(self.description["densities"])
+
+
+def _number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _share(value: object) -> bool:
+    return _number(value) and 0 < value <= 1  # type: ignore[operator]
+
+
+def _grid(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(map(_share, value)):
+        return False
+    return value[-1] == 1 and all(low < high for low, high in pairwise(value))
+
+
+def _measured(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and all(_number(entry.get(key)) for key in ("perplexity", "acceptance"))
+        for entry in value.values()
+    )
+
+
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    "density": _share,
+    "densities": _grid,
+    "quality": _measured,
+    "scorers": lambda value: isinstance(value, dict),
+    "lm_head_share": lambda value: value is None or (_number(value) and value > 0),  # type: ignore[operator]
+}
+"""What the description has to hold for those who run a model."""

@@ -19,7 +19,10 @@ HeadObserver = Callable[[int, Tensor, Tensor], None]
 
 class SparseAttention:
     """Products of chosen heads. Where each query head has a KV head of its own, K/V are lazy (`LazyKV`); grouped heads share small
-    ones, which are always computed."""
+    ones, which are always computed.
+
+    In 16 bits, passes over one token and over many round hidden states differently, so that a choice between nearly equal scores may
+    fall differently, too."""
 
     def __init__(self, banks: BankWeights, selectors: Sequence[HeadSelector | HeadOracle | None]) -> None:
         """`selectors`: by layer; None: all heads."""
@@ -89,6 +92,8 @@ class SparseAttention:
     def out(self, layer: int, heads: Tensor) -> Tensor:
         """Of the chosen heads, each token by its own: [T, C, d] -> [T, D]."""
         bank, selector, choice, count = self._banks.attention[layer], self._selectors[layer], self._choice, self._count
+        if self._lazy is not None:
+            self._lazy.written()
         tokens, computed = heads.shape[:2]
         own = None if choice is None else choice.own
         if isinstance(selector, HeadOracle) and count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -10,7 +11,7 @@ import torch
 from rowcast.errors import UserError
 from rowcast.kernels import lowbit
 from rowcast.runtime.banks import BankWeights, FfnBank
-from rowcast.runtime.ladder.spec import Rung, ScorerName
+from rowcast.runtime.ladder.spec import Cut, Rung, ScorerName
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.lm_head import CertifiedHead
@@ -28,6 +29,9 @@ AHEAD = "-ahead"
 BITS = {"q2": 2, "q3": 3, "q4": 4, "q8": 8}
 FITTED = ("lowrank", "dejavu")
 """Scorers whose factors a calibration holds."""
+
+SPARE, SPARE_ROWS = 1.25, 64
+"""Rows that the buffer of a union above thresholds has for each token: so many times those kept on average, and so many more."""
 
 
 def needs_calibration(by: str) -> bool:
@@ -54,6 +58,7 @@ def check_rung(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> 
     """Raise UserError where a sparse rung cannot be had of this model, or lacks its calibration."""
     if rung.mlp is not None:
         check_scorer(rung.by or "q4", spec, calibration)
+        _check_cut(rung, calibration)
     if rung.heads is None:
         return
     if calibration is None:
@@ -64,19 +69,54 @@ def check_rung(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> 
         )
 
 
+def _check_cut(rung: Rung, calibration: Calibration | None) -> None:
+    given = "cut=threshold" if rung.cut == "threshold" else f"common={rung.common}" if rung.common else None
+    if given is None:
+        return
+    if calibration is None:
+        raise UserError(
+            f"{given} needs a calibration; make one with rowcast calibrate and give --calibration DIR, or leave it out"
+        )
+    if f"layers.0.{rung.by or 'q4'}.thresholds" not in calibration and rung.cut == "threshold":
+        raise UserError(
+            f"the calibration {calibration.path} has no thresholds of {rung.by or 'q4'}; run rowcast calibrate again, or use cut=top"
+        )
+    if "layers.0.frequency" not in calibration and rung.common:
+        raise UserError(
+            f"the calibration {calibration.path} has no frequencies; run rowcast calibrate again, or leave common out"
+        )
+    assert rung.mlp is not None
+    if rung.cut == "threshold" and rung.mlp < calibration.densities[0]:
+        raise UserError(
+            f"mlp={rung.mlp} is below {calibration.densities[0]}, the least density that the calibration {calibration.path} has "
+            "thresholds for; raise mlp to that or more, or use cut=top"
+        )
+
+
 def build_view(banks: BankWeights, rung: Rung, calibration: Calibration | None) -> SparseWeights:
     """The weights that a sparse rung reads. Precondition: `check_rung` has passed. Raises UserError where the LM head's rows are held
     in a library's layout only."""
     neurons: Sequence[Selector | None] = [None] * banks.spec.num_layers
     if rung.mlp is not None:
-        neurons = build_neurons(banks, mlp=rung.mlp, by=rung.by or "q4", over=rung.over, calibration=calibration)
+        neurons = build_neurons(
+            banks,
+            mlp=rung.mlp,
+            by=rung.by or "q4",
+            over=rung.over,
+            cut=rung.cut,
+            common=rung.common or 0.0,
+            group=rung.group,
+            calibration=calibration,
+        )
     lm = None
     if rung.lm == "hire":
         if banks.outer.head_rows is None:
             raise UserError(
                 "lm=hire needs the LM head in rows, which this number format packs on CPUs; use dtype=float32 or lm=full"
             )
-        directions = calibration.tensor(DIRECTIONS) if calibration is not None and DIRECTIONS in calibration else None
+        directions = None
+        if calibration is not None and DIRECTIONS in calibration:
+            directions = calibration.tensor(DIRECTIONS, (None, banks.spec.embed_size))
         lm = CertifiedHead(banks.outer.head_rows, directions=directions)
     return SparseWeights(
         banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung.heads, calibration), lm=lm
@@ -94,28 +134,66 @@ def _build_heads(banks: BankWeights, share: float, calibration: Calibration | No
 
 
 def build_neurons(
-    banks: BankWeights, *, mlp: float, by: str, over: float = 1.0, calibration: Calibration | None = None
+    banks: BankWeights,
+    *,
+    mlp: float,
+    by: str,
+    over: float = 1.0,
+    cut: Cut = "top",
+    common: float = 0.0,
+    group: int = 1,
+    calibration: Calibration | None = None,
 ) -> list[Selector]:
     """For each layer a selector that keeps a share of the neurons, `mlp` on average over layers.
 
-    The calibration says which layers need more of them; without one all have the same. `over`: candidates over those kept.
-    Raises UserError as `check_scorer` does.
+    The calibration says which layers need more of them; without one all have the same. `over`: candidates over those kept. `cut`,
+    `common`, `group`: as in `Rung`; the first two need a calibration. Raises UserError as `check_scorer` does.
     """
     check_scorer(by, banks.spec, calibration)
     shares = layer_shares(mlp, banks.spec.num_layers, calibration)
+    neurons, shard = banks.spec.intermediate_size, banks.shard
     selectors = []
     for layer, (bank, share) in enumerate(zip(banks.ffn, shares, strict=True)):
-        neurons = len(bank.order)
+        found, device = scorer(by, bank, layer, calibration, neurons), bank.up_down.device
         keep = min(neurons, max(1, round(share * neurons)))
-        selectors.append(Selector(scorer(by, bank, layer, calibration), neurons, keep=keep, over=over))
+        if cut == "threshold":
+            assert calibration is not None
+            threshold = layer_threshold(calibration, layer, by, share)
+            capacity = math.ceil(SPARE * share * len(bank.order)) + SPARE_ROWS
+            selector = Selector(found, neurons, keep=keep, threshold=threshold, capacity=capacity, shard=shard)
+        elif common:
+            assert calibration is not None
+            frequency = calibration.tensor(f"layers.{layer}.frequency", (neurons,))[bank.order].to(device)
+            always = min(keep, round(common * neurons))
+            selector = Selector(found, neurons, keep=keep, over=over, common=always, frequency=frequency, shard=shard)
+        else:
+            selector = Selector(found, neurons, keep=keep, over=over, group=group, shard=shard, device=device)
+        selectors.append(selector)
     return selectors
+
+
+def layer_threshold(calibration: Calibration, layer: int, by: str, share: float) -> float:
+    """The score above which a mean share of a layer's neurons lies, 0 < share <= 1, by the calibration's thresholds [G].
+
+    Between the grid's densities in the logarithm of the score, where scores are above 0. Below the grid its first one.
+    """
+    if share >= 1:
+        return -math.inf
+    grid = calibration.densities
+    table = calibration.tensor(f"layers.{layer}.{by}.thresholds", (len(grid),)).tolist()
+    above = next(i for i, density in enumerate(grid) if density >= share)
+    if above == 0:
+        return float(table[0])
+    low, high = table[above - 1], table[above]
+    weight = (share - grid[above - 1]) / (grid[above] - grid[above - 1])
+    return float(low * (high / low) ** weight if min(low, high) > 0 else low + weight * (high - low))
 
 
 def layer_shares(mean: float, layers: int, calibration: Calibration | None) -> list[float]:
     """The share of neurons that each layer keeps where they keep `mean` on average, from the calibration's `densities` [G, L]."""
     if calibration is None or mean >= 1:
         return [mean] * layers
-    grid, table = calibration.densities, calibration.tensor("densities").float()
+    grid, table = calibration.densities, calibration.tensor("densities", (len(calibration.densities), layers)).float()
     above = next(i for i, density in enumerate(grid) if density >= mean)
     if above == 0:
         return (table[0] * (mean / grid[0])).tolist()
@@ -123,8 +201,8 @@ def layer_shares(mean: float, layers: int, calibration: Calibration | None) -> l
     return torch.lerp(table[above - 1], table[above], weight).tolist()
 
 
-def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None) -> Scorer:
-    """One layer's scorer. Precondition: `check_scorer` has passed."""
+def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None, neurons: int | None = None) -> Scorer:
+    """One layer's scorer. `neurons`: of the whole layer, where the bank is a rank's share. Precondition: `check_scorer` has passed."""
     name, ahead = by.removesuffix(AHEAD), by.endswith(AHEAD)
     if name == "oracle":
         return Oracle(bank)
@@ -139,7 +217,10 @@ def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None) 
         return Proxy(few, bank.norms, bank.activation, gated, reads, _input_map(layer, calibration, bank) if ahead else None)
     assert calibration is not None
     device = bank.up_down.device
-    a, b, bias = (calibration.tensor(f"layers.{layer}.{by}.{part}").float().to(device) for part in ("a", "b", "bias"))
+    hidden, rows = bank.up.shape[1], (neurons or len(bank.order)) * (2 if gated else 1)
+    a = calibration.tensor(f"layers.{layer}.{by}.a", (None, hidden)).float().to(device)
+    b = calibration.tensor(f"layers.{layer}.{by}.b", (rows, len(a))).float().to(device)
+    bias = calibration.tensor(f"layers.{layer}.{by}.bias", (rows,)).float().to(device)
     order = bank.order.to(device)
     own = torch.cat([order, order + len(b) // 2]) if gated else order
     return Proxy(LowRank(lowbit.quantise(a, 8), lowbit.quantise(b[own], 8), bias[own]), bank.norms, bank.activation, gated, reads)
@@ -147,5 +228,5 @@ def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None) 
 
 def _input_map(layer: int, calibration: Calibration | None, bank: FfnBank) -> InputMap:
     assert calibration is not None
-    matrix = calibration.tensor(f"layers.{layer}.ahead.matrix").float().to(bank.up_down.device)
+    matrix = calibration.tensor(f"layers.{layer}.ahead.matrix", (bank.up.shape[1],) * 2).float().to(bank.up_down.device)
     return InputMap(lowbit.quantise(matrix, 8))

@@ -67,7 +67,8 @@ class HeadSelector:
     ) -> HeadSelector:
         """A calibration's selector; layer 0, which has none before it, reads its own input. Raises UserError where it has none."""
         reads = reads if layer else "own"
-        weight, bias = (found.tensor(f"layers.{layer}.heads.{reads}.{part}").to(device) for part in ("weight", "bias"))
+        shapes = {"weight": (spec.num_heads, spec.hidden_size), "bias": (spec.num_heads,)}
+        weight, bias = (found.tensor(f"layers.{layer}.heads.{reads}.{part}", shape).to(device) for part, shape in shapes.items())
         return cls(weight, bias, keep=keep, reads=reads, local=shard.query_heads(spec))
 
     @property

@@ -67,6 +67,8 @@ class LazyKV:
         self._shape = layers, heads
         self._sequences: dict[int, _Sequence] = {}
         self._steps: Sequence[SeqStep] = ()
+        self._written: list[tuple[list[int], Sequence[int], int]] = []
+        """Once K/V of the last `exchange` are written: the entries of `filled`, the heads, and what they are then filled up to."""
         self.complete = True
         """Whether the pass computes K/V of all heads, its own and those that are missing."""
 
@@ -80,6 +82,7 @@ class LazyKV:
         for gone in self._sequences.keys() - kv.seq_ids:
             del self._sequences[gone]
         self._steps = steps
+        self._written.clear()
         self.complete = not few
         for step in steps:
             seq, base, first = self._sequences.get(step.seq_id), step.start, kv.late_from(step.seq_id)
@@ -92,7 +95,8 @@ class LazyKV:
     def exchange(self, layer: int, x: Tensor, heads: Tensor | None) -> Lacking | None:
         """Keep the inputs x [T, D] of the bound tokens, and take those of earlier ones that lack `heads` [C] (None: all).
 
-        The caller computes K/V of `heads` for both, no others; with `complete`, `heads` is None.
+        The caller computes K/V of `heads` for both, no others, and calls `written` when the view has them; with `complete`, `heads` is
+        None.
         """
         assert heads is None or not self.complete
         chosen = range(self._shape[1]) if heads is None else heads.tolist()
@@ -116,14 +120,20 @@ class LazyKV:
                 inputs.append(seq.inputs[layer, _ring(missing, x.device)])
                 spans.append(Span(step.seq_id, missing))
                 prompt_lengths += [step.prompt_length] * len(missing)
-            for head in chosen:
-                filled[head] = end
+            self._written.append((filled, chosen, end))
             if not self.complete:
                 seq.inputs[layer, _ring(range(step.start, end), x.device)] = rows
         if not spans:
             return None
         positions = torch.tensor([p for span in spans for p in span.positions], device=x.device)
         return Lacking(torch.cat(inputs), positions, torch.tensor(prompt_lengths, device=x.device), spans)
+
+    def written(self) -> None:
+        """The view has the K/V that the last `exchange` asked for."""
+        for filled, heads, end in self._written:
+            for head in heads:
+                filled[head] = end
+        self._written.clear()
 
 
 def _ring(positions: range, device: torch.device) -> Tensor:

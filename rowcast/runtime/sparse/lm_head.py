@@ -9,8 +9,9 @@ few bits. Two things make it bite:
 - Rows that pass the first bound are not computed at once but refined: a second proxy of a few bits holds what the first one left, and
   a third what both left. Only rows that pass all bounds are read in full, and hardly a token needs the whole head.
 
-Every bound has room for the rounding of both sides, the dense product's included, in whatever order its terms are added. Products in
-float32 must be in float32: TF32 is not covered.
+Every bound has room for the rounding of both sides, the dense product's included, in whatever order its terms are added, as long as
+they are added in float32: TF32 is not covered, nor are reduced-precision reductions in 16 bits (on GPUs torch allows them unless
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction, or its fp16 twin, is set to False).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ TOP = 64
 CAPACITY = 1 / 8
 """Share of the rows that may be read in full before all of them are."""
 
+_SHORTEST = 1e-10
+"""Hidden states of less length get no bound: squares and 16-bit fixed point of much smaller ones are out of float32's range."""
 _ROWS_AT_ONCE = 4096
 
 
@@ -97,7 +100,8 @@ class CertifiedHead:
         capacity: float = CAPACITY,
     ) -> None:
         """`bits`: of the proxies, each of what those before it leave. `directions` [m, E]: orthonormal rows, None for none; m is best
-        a multiple of `group`, to which the correction is padded. `capacity`: share of the rows that may be read in full.
+        a multiple of `group`, to which the correction is padded. `capacity`: share of the rows that may be read in full, at
+        least twice as many as are wanted; 0: always all of them.
 
         The rows are kept, not copied. Raises UserError for bits or a group that `lowbit.quantise` refuses.
         """
@@ -161,7 +165,7 @@ class CertifiedHead:
             radius = self._radius(stage.radii.index_select(0, ids), lengths, finer)
             kept, own = _union(own & _may_win(finer.masked_fill_(~own, float("-inf")), radius, k))
             ids = ids.index_select(0, kept)
-        fallback = own.sum(1) > self._capacity
+        fallback = own.sum(1) > (max(self._capacity, 2 * k) if self._capacity else 0)
         fallbacks = int(fallback.sum())
         if fallbacks:
             own = own.new_zeros(estimate.shape).index_copy_(1, ids, own) | fallback[:, None]
@@ -184,7 +188,7 @@ class CertifiedHead:
         return estimate if first.correction is None else estimate.add_(lowbit.product(first.correction, along))
 
     def _radius(self, radii: Tensor, lengths: Tensor, estimate: Tensor) -> Tensor:  # [C, 2], [T, 2], [T, C] -> [T, C]
-        radius = F.linear(lengths, radii)
+        radius = F.linear(lengths, radii).masked_fill_(lengths[:, 1:] < _SHORTEST, float("inf"))
         return radius.add_(estimate.abs() + radius, alpha=self._relative) if self._relative else radius
 
 
@@ -283,7 +287,7 @@ def _lengths(x: Tensor) -> Tensor:  # [R, D] -> [R]
 
 
 def _may_win(estimate: Tensor, radius: Tensor, k: int) -> Tensor:  # [T, C], [T, C] -> bool [T, C]
-    """Which rows' upper bounds reach the k-th largest lower bound. NaN does: such tokens end in the full product."""
+    """Which rows' upper bounds reach the k-th largest lower bound. NaN and infinite bounds do: such tokens end in the full product."""
     kth = (estimate - radius).topk(k, dim=1).values[:, -1:]
     return ~(estimate + radius < kth)
 

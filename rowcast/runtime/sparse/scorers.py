@@ -81,7 +81,7 @@ class LowRank:
 
     @property
     def bytes(self) -> int:
-        return self.a.bytes + self.b.bytes
+        return self.a.bytes + self.b.bytes + _bytes(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, D] -> [T, J N]
         y = lowbit.product(self.b, lowbit.product(self.a, x))
@@ -98,7 +98,7 @@ class FewBits:
 
     @property
     def bytes(self) -> int:
-        return self.weight.bytes
+        return self.weight.bytes + _bytes(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, D] -> [T, J N]
         y = lowbit.product(self.weight, x)
@@ -135,7 +135,7 @@ class Proxy:
 
     @property
     def bytes(self) -> int:
-        return self.pre.bytes + (0 if self.ahead is None else self.ahead.bytes)
+        return self.pre.bytes + self.norms.nbytes + (0 if self.ahead is None else self.ahead.bytes)
 
     def __call__(self, x: Tensor) -> Scored:
         x = x if self.ahead is None else self.ahead(x)
@@ -153,7 +153,7 @@ class Oracle:
 
     @property
     def bytes(self) -> int:
-        return len(self.bank.order) * self.bank.in_row_bytes
+        return len(self.bank.order) * self.bank.in_row_bytes + self.bank.norms.nbytes
 
     def __call__(self, x: Tensor) -> Scored:
         hidden = self.bank.hidden(x)
@@ -170,12 +170,16 @@ class Gate:
     @property
     def bytes(self) -> int:
         assert self.bank.gate is not None
-        return self.bank.gate.nbytes
+        return self.bank.gate.nbytes + _bytes(self.bank.gate_bias)
 
     def __call__(self, x: Tensor) -> Scored:
         assert self.bank.gate is not None
         gate = ACTIVATIONS[self.bank.activation](product(self.bank.gate, x, self.bank.gate_bias))
         return Scored(gate.float().abs(), gate=gate)
+
+
+def _bytes(table: Tensor | None) -> int:
+    return 0 if table is None else table.nbytes
 
 
 def contribution(pre: Tensor, norms: Tensor, activation: Activation, gated: bool) -> Tensor:

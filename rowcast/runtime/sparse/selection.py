@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +13,12 @@ from torch import Tensor
 
 from rowcast.kernels import select
 from rowcast.kernels.lowbit import LowBit
+from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.scorers import FewBits, Proxy, Scored, Scorer
 
 SHARDS = 8
-"""Virtual shards that a top-k is taken in, whatever the number of ranks: what a token's set is does not depend on it."""
+"""Virtual shards of a layer that a top-k is taken in. Ranks hold whole ones where their number divides it: then what a token's set is
+does not depend on it. Other numbers of ranks have as many shards as come nearest below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,84 @@ class Selection:
     """The union was larger than its buffer, so that all rows are read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """How many of its items each of one rank's shards keeps."""
+
+    sizes: list[int]
+    """Items of each shard, which are neighbours."""
+    kept: list[int]
+    total: int
+    even: bool
+    """Whether `select.top_mask` deals them out alike, in one call."""
+
+    @classmethod
+    def of(cls, sizes: list[int], kept: list[int]) -> Places:
+        spans = select.shard_spans(sum(sizes), sum(kept), len(sizes))
+        even = [(span.stop - span.start, count) for span, count in spans] == list(zip(sizes, kept, strict=True))
+        return cls(sizes, kept, sum(kept), even)
+
+    def top(self, values: Tensor) -> Tensor:
+        """Scores [T, N] -> the best of each shard, [T, N] bool; of equal scores the lower index wins."""
+        if self.even:
+            return select.top_mask(values, self.total, len(self.sizes))
+        parts = zip(values.split_with_sizes(self.sizes, 1), self.kept, strict=True)
+        return torch.cat([select.top_mask(part, count, 1) for part, count in parts], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The shards of a layer, as sizes or counts, and those that are a rank's."""
+
+    sizes: list[int]
+    ours: slice
+
+    @classmethod
+    def of(cls, neurons: int, shard: Shard) -> _Layer:
+        each = max(1, SHARDS // shard.world)
+        count = each * shard.world
+        bounds = [neurons * s // count for s in range(count + 1)]
+        return cls(_differences(bounds), slice(shard.rank * each, (shard.rank + 1) * each))
+
+    def deal(self, keep: int) -> list[int]:
+        """`keep` of the layer's items, to each shard in proportion to its size."""
+        bounds, total = [0], 0
+        for size in self.sizes:
+            total += size
+            bounds.append(total)
+        return _differences([bound * keep // max(total, 1) for bound in bounds])
+
+    def places(self, kept: Sequence[int]) -> Places:
+        return Places.of(self.sizes[self.ours], list(kept[self.ours]))
+
+
+def _differences(bounds: list[int]) -> list[int]:
+    return [after - before for before, after in pairwise(bounds)]
+
+
+class _Cut(Protocol):
+    """Makes each token's set."""
+
+    @property
+    def keep(self) -> int:
+        """Neurons of this rank that a token keeps; with a threshold, on average."""
+        ...
+
+    @property
+    def taken(self) -> int:
+        """Candidates of this rank that a token has."""
+        ...
+
+    def candidates(self, values: Tensor) -> Tensor:
+        """Scores [T, N] -> [T, N] bool."""
+        ...
+
+
 class Selector:
     """Chooses neurons of one layer by a scorer's scores.
 
     Each token takes its `keep` best, shard by shard (HiRE's DA-TOP-k, arXiv 2402.09360, section 3.3), or all above `threshold`. With
-    `over` > 1 it takes so many times more first, which are computed exactly and ranked again.
+    `over` > 1 it takes so many times more first, in no shard fewer than are kept of it, which are computed exactly and ranked again.
     """
 
     def __init__(
@@ -45,68 +123,198 @@ class Selector:
         threshold: float | None = None,
         over: float = 1.0,
         capacity: int | None = None,
-        common: Tensor | None = None,
+        common: int = 0,
+        frequency: Tensor | None = None,
         group: int = 1,
+        shard: Shard | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`neurons`: N. `keep`: neurons of each token, 0..N; with a threshold, on average. `common` [N] bool: always chosen, within
-        `keep` (HiRE's common path). `group`: so many neighbouring rows are chosen together, by their summed scores.
-        `capacity`: rows that the buffer of the union holds (N)."""
+        """`neurons`, `keep` (0..N), `common` and `group` are of the whole layer, `shard` says which part of it is this rank's.
+
+        `keep`: neurons of each token; with a threshold, on average. `common`: so many of them are always the shards' most frequent
+        ones by `frequency`, of this rank's neurons (HiRE's common path). `group`: so many neighbours within a shard are chosen
+        together, by their mean score, and `keep` is rounded to whole groups. `capacity`: rows that the buffer of a union holds for
+        each of its tokens; None: N. `device`: of the scores.
+        Precondition: a threshold, `group` > 1, and `over` > 1 or `common` exclude each other.
+        """
+        assert 0 <= common <= keep <= neurons, f"{common} common, {keep} kept of {neurons}"
+        assert (threshold is not None) + (group > 1) + (over > 1 or common > 0) <= 1
         self.scorer = scorer
-        self.keep = keep
-        self.candidates = min(neurons, round(keep * over))
-        self.capacity = neurons if capacity is None else capacity
-        self._neurons = neurons
+        layer = _Layer.of(neurons, shard or Shard())
+        candidates = min(neurons, round(keep * over))
+        self.shards, self._neurons = len(layer.sizes[layer.ours]), sum(layer.sizes[layer.ours])
+        """Of this rank."""
+        self._capacity = capacity
         self._threshold = threshold
-        self._common = common
-        self._group = group
+        self._cut: _Cut
+        if threshold is not None:
+            self._cut = _Threshold(threshold, sum(layer.deal(keep)[layer.ours]))
+        elif group > 1:
+            self._cut = _Groups.of(layer, keep, group, device)
+        elif common:
+            assert frequency is not None and len(frequency) == self._neurons
+            self._cut = _Common.of(layer, keep, candidates, common, frequency)
+        else:
+            self._cut = _Top.of(layer, keep, candidates)
+        self.keep, self.candidates = self._cut.keep, self._cut.taken
+        one_call = isinstance(self._cut, _Top) and self._cut.first.even and capacity is None
+        self._one_union = self.candidates if one_call else None
+        """Where a single token's choice is one call, its size."""
 
     @property
     def reranks(self) -> bool:
         """Whether candidates are more than are kept."""
-        return self._threshold is None and self.candidates > self.keep
-
-    @property
-    def plain(self) -> bool:
-        """Whether a token's set is its best scores, shard by shard, and nothing else."""
-        return self._threshold is None and self._common is None and self._group == 1
+        return self.candidates > self.keep
 
     @property
     def in_one_call(self) -> LowBit | None:
-        """The proxy's weights where scores, choice and rows of a single token are one call: `lowbit.gated_ffn`."""
+        """The proxy's weights where scores, choice and rows of a single token are one call, `lowbit.gated_ffn`, in `shards`."""
         scorer = self.scorer
-        if self.reranks or not self.plain or not isinstance(scorer, Proxy) or scorer.ahead is not None or not scorer.gated:
+        if self.reranks or self._one_union is None:
+            return None
+        if not isinstance(scorer, Proxy) or scorer.ahead is not None or not scorer.gated:
             return None
         return scorer.pre.weight if isinstance(scorer.pre, FewBits) and scorer.pre.bias is None else None
 
     def __call__(self, x: Tensor, few: bool) -> Selection:
         """x [T, D], the hidden state that the scorer reads. `few`: read the union only; else all rows are."""
         scored = self.scorer(x)
-        values = scored.values
-        if few and x.shape[0] == 1 and self.plain:
-            return Selection(select.top_union(values, self.candidates, SHARDS)[0], None, scored)
-        mask = self._own(values)
+        if few and x.shape[0] == 1 and self._one_union is not None:
+            return Selection(select.top_union(scored.values, self._one_union, self.shards)[0], None, scored)
+        mask = self._cut.candidates(scored.values)
         if not few:
             return Selection(None, mask, scored)
         ids, own = select.union(mask)
-        if len(ids) > self.capacity:
+        if self._capacity is not None and len(ids) > min(self._neurons, self._capacity * x.shape[0]):
             return Selection(None, mask, scored, overflow=True)
         return Selection(ids, own, scored)
 
     def rerank(self, exact: Tensor, ids: Tensor | None) -> Tensor:
         """Exact scores [T, C] of the rows `ids` [C] (None: all), -inf where one is not the token's own -> those kept, [T, C] bool."""
+        assert isinstance(self._cut, (_Top, _Common))
         if ids is None:
-            return select.top_mask(exact, self.keep, SHARDS)
+            return self._cut.kept(exact)
         full = exact.new_full((exact.shape[0], self._neurons), float("-inf")).index_copy_(1, ids, exact)
-        return select.top_mask(full, self.keep, SHARDS).index_select(1, ids)
+        return self._cut.kept(full).index_select(1, ids)
 
-    def _own(self, values: Tensor) -> Tensor:
-        # [T, N] -> [T, N] bool
-        if self._common is not None:
-            values = values.masked_fill(self._common, float("inf"))
-        if self._threshold is not None:
-            return select.above(values, self._threshold)
-        if self._group == 1:
-            return select.top_mask(values, self.candidates, SHARDS)
-        padded = F.pad(values, (0, -self._neurons % self._group)).view(len(values), -1, self._group).sum(-1)
-        groups = select.top_mask(padded, -(-self.candidates // self._group), SHARDS)
-        return torch.repeat_interleave(groups, self._group, 1)[:, : self._neurons]
+
+@dataclass(frozen=True, slots=True)
+class _Top:
+    """The best scores of each shard."""
+
+    places: Places
+    first: Places
+
+    @classmethod
+    def of(cls, layer: _Layer, keep: int, candidates: int) -> _Top:
+        kept = layer.deal(keep)
+        return cls(layer.places(kept), layer.places(list(map(max, kept, layer.deal(candidates)))))
+
+    @property
+    def keep(self) -> int:
+        return self.places.total
+
+    @property
+    def taken(self) -> int:
+        return self.first.total
+
+    def candidates(self, values: Tensor) -> Tensor:
+        return self.first.top(values)
+
+    def kept(self, values: Tensor) -> Tensor:
+        return self.places.top(values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Threshold:
+    """All above a threshold."""
+
+    least: float
+    keep: int
+
+    @property
+    def taken(self) -> int:
+        return self.keep
+
+    def candidates(self, values: Tensor) -> Tensor:
+        return select.above(values, self.least)
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """Some neurons always, and the best of the others of each shard."""
+
+    always: Tensor
+    """[N] bool."""
+    others: Tensor
+    """[N - common] int64, ascending."""
+    best: _Top
+    """Of the others."""
+
+    @classmethod
+    def of(cls, layer: _Layer, keep: int, candidates: int, common: int, frequency: Tensor) -> _Common:
+        taken = layer.deal(common)
+        always = layer.places(taken).top(frequency.float()[None])[0]
+        left = [size - count for size, count in zip(layer.sizes, taken, strict=True)]
+        rest = _Layer(left, layer.ours)
+        return cls(always, (~always).nonzero()[:, 0], _Top.of(rest, keep - common, candidates - common))
+
+    @property
+    def keep(self) -> int:
+        return len(self.always) - len(self.others) + self.best.keep
+
+    @property
+    def taken(self) -> int:
+        return len(self.always) - len(self.others) + self.best.taken
+
+    def candidates(self, values: Tensor) -> Tensor:
+        return self._beside(self.best.candidates(values[:, self.others]))
+
+    def kept(self, values: Tensor) -> Tensor:
+        return self._beside(self.best.kept(values[:, self.others]))
+
+    def _beside(self, chosen: Tensor) -> Tensor:
+        return self.always.expand(len(chosen), -1).index_copy(1, self.others, chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """The groups of neighbours with the best mean scores of each shard, whose last group may be smaller."""
+
+    members: Tensor
+    """[G, g] int64: neurons of each group; N where it has fewer."""
+    group_of: Tensor
+    """[N] int64."""
+    counts: Tensor
+    """[G] float32."""
+    places: Places
+
+    @classmethod
+    def of(cls, layer: _Layer, keep: int, group: int, device: torch.device | None) -> _Groups:
+        inside = sum(layer.sizes)
+        groups = _Layer([-(-size // group) for size in layer.sizes], layer.ours)
+        total = sum(groups.sizes)
+        places = groups.places(groups.deal(total if keep == inside else max(1, min(total, round(keep / group)))))
+        of, start = [], 0
+        for size, count in zip(layer.sizes[layer.ours], places.sizes, strict=True):
+            of.append(start + torch.arange(size) // group)
+            start += count
+        group_of = torch.cat(of)
+        counts = torch.bincount(group_of, minlength=start)
+        first = counts.cumsum(0) - counts
+        members = first[:, None] + torch.arange(group)
+        members[torch.arange(group) >= counts[:, None]] = len(group_of)
+        return cls(members.to(device), group_of.to(device), counts.float().to(device), places)
+
+    @property
+    def keep(self) -> int:
+        """But for smaller groups."""
+        return min(len(self.group_of), self.places.total * self.members.shape[1])
+
+    @property
+    def taken(self) -> int:
+        return self.keep
+
+    def candidates(self, values: Tensor) -> Tensor:
+        means = F.pad(values, (0, 1))[:, self.members].sum(-1) / self.counts
+        return self.places.top(means)[:, self.group_of]

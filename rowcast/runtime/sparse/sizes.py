@@ -14,6 +14,10 @@ _SCORE_BYTES = 20
 """For each token and neuron while a selector works: estimates, scores, and what is kept of them."""
 
 
+_REFINED = 1 / 4
+"""Share of the LM head's rows that its first stage leaves to the second, where nobody measured it."""
+
+
 def bank_bytes(spec: ModelSpec, width: int) -> int:
     """The layers in the bank layout: their products' weights, and each neuron's place and column length."""
     return spec.num_layers * (layer_parameters(spec) * width + 12 * spec.intermediate_size)
@@ -58,20 +62,31 @@ def score_bytes(spec: ModelSpec) -> int:
 
 
 def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None) -> int:
-    """Weights that a pass of a rung self or plain over one token reads."""
+    """Weights that a pass of a rung self or plain over one token reads, where the native part runs it.
+
+    Of lm=hire what the calibration measured; without one its first stage and `_REFINED` of the second, a guess.
+    """
     found = pass_bytes(spec, width) + _scorer_bytes(spec, rung, calibration)
     row = spec.num_layers * spec.hidden_size * width
     if rung.mlp is not None:
         candidates = min(1.0, rung.mlp * rung.over)
         exact = {"oracle": 2 if spec.gated else 1, "gate": 1}.get(rung.by or "", 0)
         inner = exact + ((2 if spec.gated else 1) - exact) * candidates
-        dense = (2 if spec.gated else 1) + 1
-        found -= round(spec.intermediate_size * row * (dense - inner - rung.mlp))
+        unread = spec.num_layers * spec.intermediate_size * ((2 if spec.gated else 1) - inner)
+        found -= round(unread * (spec.hidden_size + spec.mlp_bias) * width)
+        if rung.by != "gate":
+            found += 4 * spec.num_layers * spec.intermediate_size
+        found -= round(spec.intermediate_size * row * (1 - rung.mlp))
     if rung.heads is not None:
         found += spec.num_layers * _head_selector_bytes(spec)
         found -= round(2 * spec.num_heads * spec.head_dim * row * (1 - rung.heads))
     if rung.lm == "hire":
-        found += _head_stage_bytes(spec, 0, calibration) - spec.vocab_size * spec.embed_size * width
+        rows = spec.vocab_size * spec.embed_size * width
+        measured = None if calibration is None else calibration.description.get("lm_head_share")
+        if measured is None:
+            found += round(_head_stage_bytes(spec, 0, calibration) + _REFINED * _head_stage_bytes(spec, 1, calibration)) - rows
+        else:
+            found += round((measured - 1) * rows)
     return found
 
 

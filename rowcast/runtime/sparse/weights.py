@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels import lowbit
-from rowcast.runtime.banks import BankWeights, FfnBank, product
+from rowcast.kernels.rows import library_for_tables
+from rowcast.runtime.banks import FEW_TOKENS, AttentionBank, BankWeights, FfnBank, product
 from rowcast.runtime.protocols import KVView, Reads, Tokens
 from rowcast.runtime.sparse.attention import HeadObserver, SparseAttention
 from rowcast.runtime.sparse.heads import HeadOracle, HeadSelector
 from rowcast.runtime.sparse.lm_head import CertifiedHead
 from rowcast.runtime.sparse.scorers import Scored
-from rowcast.runtime.sparse.selection import SHARDS, Selection, Selector
+from rowcast.runtime.sparse.selection import Selection, Selector
 
 SPARSE_TOKENS = 8
 """Up to so many tokens the union of their rows is read; above, all rows are, and each token still uses its own set."""
@@ -52,7 +53,9 @@ class SparseWeights:
         """Of the layer that runs, where its selector reads the attention's input."""
         self._observer: Observer | None = None
         self._lm = lm
-        self._outer_bytes = banks.outer_bytes
+        self._outer_bytes = banks.outer_bytes + sum(_whole_bytes(bank) for bank in banks.attention)
+        if banks.spec.qk_norm == "head":
+            self._outer_bytes += 2 * banks.spec.num_layers * banks.spec.head_dim * banks.attention[0].q.itemsize
         if lm is not None:
             assert banks.outer.head_rows is not None
             self._outer_bytes -= banks.outer.head_rows.nbytes
@@ -110,7 +113,7 @@ class SparseWeights:
             assert own is not None
             own = own | ~torch.tensor(self._generated, device=x.device)[:, None]
         used = rows if own is None else int(own.sum()) - neurons * (tokens - generated)
-        out_rows = rows if ids is None or own is None else int(own.any(0).sum())
+        out_rows = rows if own is None or not _skips(bank, hidden, ids) else int(own.any(0).sum())
         self._count(bank, rows, out_rows, used, chosen.scored)
         if self._observer is not None and ids is None and own is not None:
             self._observer(layer, selector, hidden, own)
@@ -131,15 +134,27 @@ class SparseWeights:
         """What a scorer has found exactly it has read, and has counted among its own bytes."""
         row_bytes = bank.in_row_bytes
         if scored is not None and not scored.proxy:
-            row_bytes = bank.up[0].nbytes if scored.hidden is None else 0
+            row_bytes = bank.up[0].nbytes + (0 if bank.up_bias is None else bank.up_bias.itemsize) if scored.hidden is None else 0
         self._reads.neurons += used
         self._reads.bytes += in_rows * row_bytes + out_rows * bank.out_row_bytes
+        if bank.down_bias is not None:
+            self._reads.bytes += bank.down_bias.nbytes
+
+
+def _whole_bytes(bank: AttentionBank) -> int:
+    """Of the biases, which every pass reads."""
+    return sum(bias.nbytes for bias in (bank.q_bias, bank.k_bias, bank.v_bias, bank.o_bias) if bias is not None)
 
 
 def _in_one_call(bank: FfnBank, selector: Selector, x: Tensor) -> Tensor:  # [1, D] -> [1, D]
     weight = selector.in_one_call
     assert weight is not None and bank.gate is not None
-    return lowbit.gated_ffn(weight, bank.norms, selector.keep, bank.gate, bank.up, bank.down, x, bank.activation, SHARDS)
+    return lowbit.gated_ffn(weight, bank.norms, selector.keep, bank.gate, bank.up, bank.down, x, bank.activation, selector.shards)
+
+
+def _skips(bank: FfnBank, hidden: Tensor, ids: Tensor | None) -> bool:
+    """Whether `FfnBank.out` leaves out rows that no token has a use for: the native part does, library products do not."""
+    return (ids is not None or len(hidden) <= FEW_TOKENS) and library_for_tables(hidden, bank.down) is not None
 
 
 def _hidden(bank: FfnBank, x: Tensor, ids: Tensor | None, scored: Scored) -> Tensor:
