@@ -30,6 +30,9 @@ LADDERS = (
     "draft / plain",
     f"draft / {SELF} / plain",
     f"ngram / draft / {SELF} / plain",
+    "self:mlp=0.5,kv=512 / plain",
+    "self:mlp=0.5 / plain",
+    "ngram / self:mlp=0.5,by=q2,over=1.5,lm=hire / plain",
     "auto",
 )
 
@@ -38,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--draft", help="a small model with the same vocabulary; ladders with a draft are left out without it")
+    parser.add_argument("--ladder", action="append", help="instead of the list's; repeatable")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -55,7 +59,7 @@ def main() -> None:
         for i in range(len(prompts))
     ]
     expected = [plain.generate(prompt, each)[0] for prompt, each in zip(prompts, params, strict=True)]
-    for ladder in LADDERS:
+    for ladder in options.ladder or LADDERS:
         if "draft" in ladder and options.draft is None:
             continue
         pinned = ladder if ladder == "auto" else " / ".join(with_gamma(rung) for rung in ladder.split(" / "))
