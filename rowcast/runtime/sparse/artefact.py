@@ -80,7 +80,8 @@ class Calibration:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
-                f"{folder} holds no calibration ({DESCRIPTION}: {error.strerror}): {again} with -o {folder}"
+                f"{folder} holds no calibration ({DESCRIPTION}: {error.strerror}): give another folder, or run rowcast calibrate with "
+                f"-o {folder}, which goes on where it was stopped"
             ) from None
         except ValueError:
             raise UserError(f"{folder / DESCRIPTION} is damaged: {again}") from None

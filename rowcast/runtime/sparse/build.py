@@ -14,7 +14,8 @@ from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.ladder.spec import Cut, Rung, ScorerName
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.heads import HeadSelector
-from rowcast.runtime.sparse.lm_head import CertifiedHead
+from rowcast.runtime.sparse.lm_head import BITS as BITS_ALONG
+from rowcast.runtime.sparse.lm_head import UNDIRECTED_BITS, CertifiedHead
 from rowcast.runtime.sparse.scorers import FewBits, Gate, InputMap, LowRank, Oracle, Proxy, Reads, Scorer
 from rowcast.runtime.sparse.selection import Selector
 from rowcast.runtime.sparse.weights import SparseWeights
@@ -93,6 +94,11 @@ def _check_cut(rung: Rung, calibration: Calibration | None) -> None:
         )
 
 
+def head_bits(calibration: Calibration | None) -> tuple[int, ...]:
+    """Of the LM head's proxies."""
+    return BITS_ALONG if calibration is not None and DIRECTIONS in calibration else UNDIRECTED_BITS
+
+
 def build_view(banks: BankWeights, rung: Rung, calibration: Calibration | None) -> SparseWeights:
     """The weights that a sparse rung reads. Precondition: `check_rung` has passed. Raises UserError where the LM head's rows are held
     in a library's layout only."""
@@ -117,7 +123,7 @@ def build_view(banks: BankWeights, rung: Rung, calibration: Calibration | None) 
         directions = None
         if calibration is not None and DIRECTIONS in calibration:
             directions = calibration.tensor(DIRECTIONS, (None, banks.spec.embed_size))
-        lm = CertifiedHead(banks.outer.head_rows, directions=directions)
+        lm = CertifiedHead(banks.outer.head_rows, bits=head_bits(calibration), directions=directions)
     return SparseWeights(
         banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung.heads, calibration), lm=lm
     )

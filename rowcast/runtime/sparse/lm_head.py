@@ -31,6 +31,8 @@ from rowcast.runtime.protocols import Reads
 
 BITS = (4, 3)
 """Of the first proxy and its refinement: fewest bytes on SmolLM2 for k of 1 to 64 (benchmarks/certified_head.py)."""
+UNDIRECTED_BITS = (8,)
+"""Where no directions are known: 4 and 3 bits then read twice as much, as their bounds hardly bite."""
 TOP = 64
 """Logits that `CertifiedHead.logits` makes exact."""
 CAPACITY = 1 / 8

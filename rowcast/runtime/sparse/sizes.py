@@ -6,8 +6,7 @@ from rowcast.kernels.lowbit import BLOCK
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import AHEAD, BITS, DIRECTIONS, FITTED
-from rowcast.runtime.sparse.lm_head import BITS as HEAD_BITS
+from rowcast.runtime.sparse.build import AHEAD, BITS, DIRECTIONS, FITTED, head_bits
 from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 _SCORE_BYTES = 20
@@ -29,7 +28,7 @@ def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None
     if rung.heads is not None:
         found += spec.num_layers * _head_selector_bytes(spec)
     if rung.lm == "hire":
-        found += sum(_head_stage_bytes(spec, stage, calibration) for stage in range(len(HEAD_BITS)))
+        found += sum(_head_stage_bytes(spec, stage, calibration) for stage in range(len(head_bits(calibration))))
     return found
 
 
@@ -84,7 +83,8 @@ def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibra
         rows = spec.vocab_size * spec.embed_size * width
         measured = None if calibration is None else calibration.description.get("lm_head_share")
         if measured is None:
-            found += round(_head_stage_bytes(spec, 0, calibration) + _REFINED * _head_stage_bytes(spec, 1, calibration)) - rows
+            first, *others = (_head_stage_bytes(spec, stage, calibration) for stage in range(len(head_bits(calibration))))
+            found += round(first + _REFINED * sum(others)) - rows
         else:
             found += round((measured - 1) * rows)
     return found
@@ -97,8 +97,8 @@ def _head_selector_bytes(spec: ModelSpec) -> int:
 
 def _head_stage_bytes(spec: ModelSpec, stage: int, calibration: Calibration | None) -> int:
     """One of the LM head's proxies with its radii; the first has the directions and a correction along them."""
-    found = low_bit_bytes(spec.vocab_size, spec.embed_size, HEAD_BITS[stage]) + 8 * spec.vocab_size
+    found = low_bit_bytes(spec.vocab_size, spec.embed_size, head_bits(calibration)[stage]) + 8 * spec.vocab_size
     if stage or calibration is None or DIRECTIONS not in calibration:
         return found
     count = len(calibration.tensor(DIRECTIONS))
-    return found + low_bit_bytes(spec.vocab_size, count, HEAD_BITS[0]) + 4 * count * spec.embed_size
+    return found + low_bit_bytes(spec.vocab_size, count, head_bits(calibration)[0]) + 4 * count * spec.embed_size
