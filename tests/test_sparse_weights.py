@@ -381,3 +381,18 @@ def test_a_ranks_banks_are_its_share(tmp_path: Path) -> None:
     halves = [BankWeights(model.spec, model.source, Rank(r), dtype=torch.float32, device=CPU).ffn[0].order for r in (0, 1)]
     assert sorted(torch.cat(halves).tolist()) == list(range(model.spec.intermediate_size))
     assert not torch.equal(halves[0].sort().values, torch.arange(len(halves[0])))
+
+
+def test_recall_rises_with_over_selection(model: Model) -> None:
+    """A coarse proxy's candidates hold ever more of the exact best, the more of them there are, and in the end all."""
+    bank = model.banks.ffn[0]
+    neurons = len(bank.order)
+    keep = neurons // 4
+    x = torch.randn(64, model.spec.hidden_size, generator=torch.Generator().manual_seed(7))
+    best = select.top_mask(bank.score(bank.hidden(x)), keep, SHARDS)
+    recalls = []
+    for over in (1.0, 1.5, 2.0, 3.0, 4.0):
+        own = Selector(proxy(bank, 2), neurons, keep=keep, over=over)(x, False).own
+        assert own is not None
+        recalls.append(float((own & best).sum() / best.sum()))
+    assert recalls == sorted(recalls) and recalls[0] < 0.95 and recalls[-1] > 0.99
