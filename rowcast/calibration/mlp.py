@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.banks import FfnBank
 from rowcast.runtime.sparse.scorers import contribution
 from rowcast.runtime.spec import Activation
-from rowcast.runtime.weights import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)

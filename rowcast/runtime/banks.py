@@ -16,11 +16,12 @@ from torch import Tensor
 
 from rowcast.kernels import rows
 from rowcast.kernels.linear import linear
+from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.loader import Loader, Progress
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import Activation, ModelSpec
-from rowcast.runtime.weights import ACTIVATIONS, HeadSplit, Outer
+from rowcast.runtime.weights import HeadSplit, Outer
 
 FEW_TOKENS = 16
 """Up to so many tokens the row kernels run all rows, too; above, library products do."""

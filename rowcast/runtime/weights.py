@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels.linear import Linear, make_linear
+from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.loader import Loader, Norm, Progress
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.spec import Activation, ModelSpec
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+from rowcast.runtime.spec import ModelSpec
 
 
 class Outer:

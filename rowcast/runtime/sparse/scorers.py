@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rowcast.kernels import lowbit
 from rowcast.kernels.lowbit import LowBit
+from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.banks import FfnBank, product
 from rowcast.runtime.spec import Activation
-from rowcast.runtime.weights import ACTIVATIONS
 
 Reads = Literal["own", "ahead"]
 """own: the MLP's input. ahead: the input of the same layer's attention, so that rows can be fetched while attention runs."""
