@@ -55,6 +55,7 @@ class Settings:
     cpu_native: bool = _setting(
         True, _switch, "1: use the C++ kernels for a few tokens where they were built; 0: torch's products."
     )
+    gpu_kernels: bool = _setting(True, _switch, "1: use the Triton kernels on a GPU; 0: torch's products and attention.")
     log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
     threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
 

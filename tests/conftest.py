@@ -12,6 +12,8 @@ torch.set_num_threads(1)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is first imported, after this.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Read when kernels are decorated: without a GPU they run in Triton's interpreter.
 for name in [name for name in os.environ if name.startswith("ROWCAST_")]:
     del os.environ[name]
 

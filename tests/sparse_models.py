@@ -101,6 +101,8 @@ class Run:
 class _Wrapped:
     """A view that runs all rows of given banks."""
 
+    on_device = False
+
     def __init__(self, banks: BankWeights) -> None:
         self.spec, self._banks = banks.spec, banks
         self.embed, self.norm, self.head, self.heads = banks.embed, banks.norm, banks.head, banks.heads
@@ -112,11 +114,11 @@ class _Wrapped:
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._banks.qkv(layer, x)
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:
-        return self._banks.out(layer, heads)
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._banks.out(layer, heads, residual)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        return self._banks.mlp(layer, x)
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._banks.mlp(layer, x, residual)
 
 
 class _Inputs(_Wrapped):
@@ -131,9 +133,9 @@ class _Inputs(_Wrapped):
         self.attention.append(x.mean(0))
         return super().qkv(layer, x)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.mlps.append(x.mean(0))
-        return super().mlp(layer, x)
+        return super().mlp(layer, x, residual)
 
 
 class EagerReference(_Wrapped):
@@ -153,12 +155,12 @@ class EagerReference(_Wrapped):
             self._seen = x
         return super().qkv(layer, x)
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = self._predictors[layer]
         own = top_heads(self._seen @ weight.T + bias, self._keep) | self._prompt
-        return super().out(layer, heads * own[:, :, None])
+        return super().out(layer, heads * own[:, :, None], residual)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._reads == "ahead":
             self._seen = x
-        return super().mlp(layer, x)
+        return super().mlp(layer, x, residual)

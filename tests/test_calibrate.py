@@ -71,9 +71,9 @@ class Spy(DenseWeights):
         self.seen.setdefault(("attention", layer), []).append(x)
         return super().qkv(layer, x)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.seen.setdefault(("mlp", layer), []).append(x)
-        return super().mlp(layer, x)
+        return super().mlp(layer, x, residual)
 
 
 @pytest.fixture(scope="module")

@@ -377,6 +377,19 @@ def test_the_report(run: Run) -> None:
     assert "price of sparsity" in out and f"of prediction {predicted['perplexity_over_oracle']:+.3f}" in out
 
 
+def test_low_bit_rungs_stand_beside_sparse_ones(run: Run) -> None:
+    ladder = "self:bits=4,kv=95,gamma=2 / self:bits=8 / self:mlp=0.5,by=oracle / plain"
+    code, out, _ = run("--ladder", ladder, "--window", 64, "--json")
+    assert code == 0
+    [text] = json.loads(out)["texts"].values()
+    assert list(text["views"]) == ["bits=4", "bits=8", "mlp=0.5,by=oracle"]
+    four, eight, _ = text["views"].values()
+    assert four["bytes_share"] < eight["bytes_share"] < 0.4 and 0.5 < four["acceptance"] < eight["acceptance"] < 1
+    assert "neurons" not in four and "perplexity_over_oracle" not in four
+    code, out, _ = run("--ladder", "self:bits=8", "--window", 64)
+    assert code == 0 and f"{eight['acceptance']:.3f}" in out
+
+
 def test_texts_of_one_name_are_told_apart(run: Run, directory: Path, tmp_path: Path) -> None:
     other = tmp_path / "text.txt"
     other.write_text(" ".join(f"w{i}" for i in tokens(200, 8)))

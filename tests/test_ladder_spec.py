@@ -31,6 +31,12 @@ from rowcast.runtime.ladder.spec import Ladder, Rung
         ("self:heads=1 / self:lm=hire,gamma=2 / plain", None),
         ("ngram / self:mlp=1e-3,by=q4-ahead", "ngram / self:mlp=0.001,by=q4-ahead"),
         ("self:mlp=0.30000000000000004", None),
+        ("self:bits=4,kv=4096 / plain", None),
+        (
+            "self:kv=full, bits = 8,gamma=3 / self:bits=4,kv=512,view=streaming / plain",
+            "self:bits=8,gamma=3 / self:bits=4,kv=512,view=streaming / plain",
+        ),
+        ("ngram / self:bits=4", None),
     ],
 )
 def test_text_round_trips(text: str, canonical: str | None) -> None:
@@ -59,11 +65,20 @@ def test_sparsity_is_what_weights_are_shared_by() -> None:
     one, other, thin, whole = (
         Rung.parse(text) for text in ("self:mlp=0.5", "self:mlp=0.5,kv=512,gamma=3", "self:mlp=0.4", "self:kv=512")
     )
-    assert one.sparsity == other.sparsity == one and thin.sparsity != one.sparsity and whole.sparsity is None
+    assert one.weights == other.weights == one and thin.weights != one.weights and whole.weights is None
     assert [rung.pays_from for rung in (one, other, whole)] == [0, 0, 1024]
     for text in ("self:mlp=0.5,cut=threshold", "self:mlp=0.5,common=0.2", "self:mlp=0.5,group=8"):
-        assert str(Rung.parse(f"{text},kv=512,gamma=3").sparsity) == text
+        assert str(Rung.parse(f"{text},kv=512,gamma=3").weights) == text
     assert [Ladder.parse(text).approximate for text in ("self:mlp=0.5", "self:mlp=0.5 / plain")] == [True, False]
+
+
+def test_bits_are_weights_of_their_own() -> None:
+    one, other, eight = (Rung.parse(text) for text in ("self:bits=4", "self:bits=4,kv=512,gamma=3", "self:bits=8"))
+    assert one.weights == other.weights == one and eight.weights == eight != one
+    assert [(rung.light, rung.sparse, rung.pays_from) for rung in (one, other)] == [(True, False, 0)] * 2
+    assert (one.kv, one.view, other.view) == (None, None, "retrieval")
+    assert [Ladder.parse(text).approximate for text in ("self:bits=4", "self:bits=4 / plain")] == [True, False]
+    assert Ladder.parse("self:bits=4 / self:bits=8 / plain").names == ("self:bits=4", "self:bits=8", "plain")
 
 
 def test_names_tell_rungs_of_a_kind_apart() -> None:
@@ -111,6 +126,16 @@ def test_names_tell_rungs_of_a_kind_apart() -> None:
         ("self:mlp=0.5,view=streaming / plain", "view='streaming' .* add kv"),
         ("self:mlp=0.5,sinks=4 / plain", "sinks=4 .* add kv"),
         ("self:mlp=0.5,kv=512", "ends in self.* kv=full"),
+        ("self:bits=4,kv=512", "ends in self.* kv=full"),
+        ("self:bits=3 / plain", "bits=3 .* 8, 4"),
+        ("self:bits=four / plain", "bits='four' .* 8, 4"),
+        ("self:bits=4,mlp=0.5 / plain", "mlp=0.5 and bits=4 .* leave one out"),
+        ("self:bits=4,heads=0.5 / plain", "heads=0.5 and bits=4 .* leave one out"),
+        ("self:bits=8,lm=hire / plain", "lm=hire and bits=8 .* leave one out"),
+        ("self:bits=8,by=q4 / plain", "by=q4 .* add mlp"),
+        ("self:bits=4,recent=8 / plain", "recent=8 .* add kv"),
+        ("draft:bits=4 / plain", "'bits' in 'draft:bits=4'"),
+        ("self:gamma=2 / plain", "needs kv, .* self:bits=4"),
         ("self:kv=512", "ends in self"),
         ("self:mlp=0.5,gamma=2", "gamma=2 .* is the last"),
         ("plain:mlp=0.5", "it has none"),
@@ -142,6 +167,9 @@ def test_mistakes_are_one_sentence(text: str, said: str) -> None:
         lambda: Rung(kind="self", mlp=True),
         lambda: Rung(kind="plain", mlp=0.5),
         lambda: Rung(kind="draft", lm="hire"),
+        lambda: Rung(kind="draft", bits=4),
+        lambda: Rung(kind="self", bits=True),  # type: ignore[arg-type]
+        lambda: Rung(kind="self", bits=4.0),  # type: ignore[arg-type]
         lambda: Rung(kind="draft", model="a / b"),
         lambda: Rung(kind="draft", model="a,kv=3"),
         lambda: Ladder(()),

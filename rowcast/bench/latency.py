@@ -3,7 +3,7 @@
 Both sides run in this process with the same dtype, threads, device and token ids, one in memory at a time, in turn: ours, theirs,
 ours, theirs. One visit loads the model, warms up, then times prefill and decode `SAMPLES` times. The peer's side is a bare greedy
 loop over its forward pass with a KV cache, which is lighter than its `generate`; ours is the whole engine with scheduler and sampler.
-Neither side makes text of the tokens.
+Neither side makes text of the tokens. A shape has random weights on both sides, each side's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -24,20 +25,43 @@ import torch
 from torch import Tensor
 
 from rowcast import LLM, SamplingParams
+from rowcast.bench.gpu_timing import copy_bandwidth
+from rowcast.bench.shapes import open_shape
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
+from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import load_tokenizer
 
 SAMPLES = 2
+WARM_UP_TOKENS = 8
 DECODE_PROMPT = """The harbour lay quiet in the early morning, and the boats had not yet left. An old man sat on the wall, mended
 a net and told the children, as he did every day, how the town had looked when he was a boy."""
 DECODE_PROMPT_TOKENS = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to measure."""
+
+    model: str | None = None
+    shape: str | None = None
+    """Instead of a model."""
+    dtype: str = "auto"
+    device: str = "auto"
+    eager: bool = False
+    against_transformers: bool = False
+    prompt_tokens: int = 1024
+    """Of the prefill."""
+    context: int | None = None
+    """Tokens of the prompt, drawn at random, before decoding; None: a short text."""
+    max_tokens: int = 64
+    repeat: int = 3
+
+
 class Subject(Protocol):
-    """A loaded model with its tokenizer."""
+    """A loaded model."""
 
     def prefill(self, ids: list[int]) -> None:
         """Read the prompt and choose one token."""
@@ -51,11 +75,11 @@ class Subject(Protocol):
 class Rowcast:
     """Ours, as a user calls it."""
 
-    def __init__(self, model: str, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> None:
-        self.llm = LLM(model, ladder="plain", dtype=_name(dtype), device=device, progress=False)
+    def __init__(self, model: str | Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"], eager: bool) -> None:
+        self.llm = LLM(model, ladder="plain", dtype=_name(dtype), device=device, eager=eager, progress=False)
 
     def prefill(self, ids: list[int]) -> None:
-        self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False))
 
     def decode(self, ids: list[int], tokens: int) -> list[float]:
         # Text is held back while it may still change, and special tokens have none: chunks come token by token without it.
@@ -64,9 +88,12 @@ class Rowcast:
 
 
 class Transformers:
-    """The peer, from the same file."""
+    """The peer, from the same file or, of a shape, with random weights. It runs eagerly, with its own choice of attention."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"], shape: bool) -> None:
+        if shape:
+            self.model = random_peer(checkpoint.config, dtype, device)
+            return
         from transformers import AutoTokenizer
 
         folder, file = peer_files(checkpoint)
@@ -107,32 +134,46 @@ def load_peer(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file).to(device).eval()
 
 
-def run(
-    model: str, dtype: str, device: str, against_transformers: bool, prompt_tokens: int, max_tokens: int, repeat: int
-) -> dict[str, Any]:
+def random_peer(config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
+    """A Transformers model of this config, its weights drawn on the device. Raises UserError where Transformers does not know it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        known = AutoConfig.for_model(**config)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(known, dtype=dtype).eval()
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"Transformers makes no model of this config ({str(error).splitlines()[0]:.200})") from error
+
+
+def run(settings: Settings) -> dict[str, Any]:
     """Measure and return the report: medians of each side, the floor of decode, and ratios (above 1: ours is faster).
 
-    Raises UserError for a device that is not there and for a model that cannot be loaded or whose context is too short.
+    Raises UserError for settings that contradict each other, for a device that is not there and for a model that cannot be loaded or
+    whose context is too short.
     """
-    chosen, _ = choose_device(device)
-    where: Literal["cpu", "cuda"] = "cuda" if chosen.type == "cuda" else "cpu"
-    checkpoint = open_checkpoint(model)
-    vocabulary = spec_from_config(checkpoint.config).vocab_size
-    kind = DTYPES[choose_dtype(dtype, checkpoint.stored_dtype, chosen)[0]]
-    sides: dict[str, Callable[[], Subject]] = {"rowcast": lambda: Rowcast(model, kind, where)}
-    if against_transformers:
-        prepare_peer(checkpoint)
-        sides["transformers"] = lambda: Transformers(checkpoint, kind, where)
+    if settings.model is not None and settings.shape is not None:
+        raise UserError(f"--shape {settings.shape} has random weights and --model {settings.model} its own: give one of them")
+    device, _ = choose_device(settings.device)
+    where: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    checkpoint = _open(settings, device)
+    spec = spec_from_config(checkpoint.config)
+    kind = DTYPES[choose_dtype(settings.dtype, checkpoint.stored_dtype, device)[0]]
+    source = checkpoint if settings.model is None else settings.model
+    sides: dict[str, Callable[[], Subject]] = {"rowcast": lambda: Rowcast(source, kind, where, settings.eager)}
+    if settings.against_transformers:
+        prepare_peer(*(() if settings.shape else (checkpoint,)))
+        sides["transformers"] = lambda: Transformers(checkpoint, kind, where, settings.shape is not None)
 
-    decode_prompt = load_tokenizer(checkpoint).encode(DECODE_PROMPT)[:DECODE_PROMPT_TOKENS]
+    decode_prompt = _decode_prompt(settings, checkpoint, spec)
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     weight_bytes = 0
-    for visit in range(repeat):
+    for visit in range(settings.repeat):
         for name, load in sides.items():
             # Fresh ids at each visit, so that no cache of prefixes helps; the same for both sides.
             draw = random.Random(visit)
-            prompts = [draw.choices(range(vocabulary), k=prompt_tokens) for _ in range(1 + SAMPLES)]
-            subject, measured = _visit(load, prompts, decode_prompt, max_tokens, where)
+            prompts = [draw.choices(range(spec.vocab_size), k=settings.prompt_tokens) for _ in range(1 + SAMPLES)]
+            subject, measured = _visit(load, prompts, decode_prompt, settings.max_tokens, where)
             if isinstance(subject, Rowcast):
                 weight_bytes = subject.llm.plan.pass_bytes
             for key, values in measured.items():
@@ -142,23 +183,33 @@ def run(
 
     report: dict[str, Any] = {
         "benchmark": "latency",
-        "model": model,
+        "model": settings.shape or settings.model,
+        "random_weights": settings.shape is not None,
         "dtype": _name(kind),
         "device": where,
+        "device_name": torch.cuda.get_device_name(device) if where == "cuda" else None,
+        "eager": settings.eager,
         "threads": torch.get_num_threads(),
-        "prompt_tokens": prompt_tokens,
-        "max_tokens": max_tokens,
-        "repeat": repeat,
+        "prompt_tokens": settings.prompt_tokens,
+        "context": len(decode_prompt),
+        "max_tokens": settings.max_tokens,
+        "repeat": settings.repeat,
     }
     for name in sides:
         report[name] = {key: median(values) for key, values in samples[name].items()}
-    bandwidth = read_bandwidth(where)
+        report[name]["decode_ms_per_token"] = 1e3 / report[name]["decode_tokens_per_s"]
+    # The k-th token of n is timed from the one before it: on average half of them stand behind the prompt.
+    kv_bytes = kv_bytes_read(spec, kind.itemsize, len(decode_prompt) + settings.max_tokens // 2)
+    bandwidth = copy_bandwidth() if where == "cuda" else read_bandwidth(where)
+    decode = bandwidth / (weight_bytes + kv_bytes)
     report["floor"] = {
         "weight_bytes": weight_bytes,
+        "kv_bytes": kv_bytes,
         "bandwidth_bytes_per_s": bandwidth,
-        "decode_tokens_per_s": bandwidth / weight_bytes,
+        "decode_tokens_per_s": decode,
+        "share": report["rowcast"]["decode_tokens_per_s"] / decode,
     }
-    if against_transformers:
+    if settings.against_transformers:
         ours, theirs = report["rowcast"], report["transformers"]
         report["ratio"] = {
             "load": theirs["load_s"] / ours["load_s"],
@@ -166,6 +217,26 @@ def run(
             "decode": ours["decode_tokens_per_s"] / theirs["decode_tokens_per_s"],
         }
     return report
+
+
+def _open(settings: Settings, device: torch.device) -> Checkpoint:
+    if settings.shape is not None:
+        return open_shape(settings.shape, device=device)
+    assert settings.model is not None
+    return open_checkpoint(settings.model)
+
+
+def _decode_prompt(settings: Settings, checkpoint: Checkpoint, spec: ModelSpec) -> list[int]:
+    if settings.context is None and settings.shape is None:
+        return load_tokenizer(checkpoint).encode(DECODE_PROMPT)[:DECODE_PROMPT_TOKENS]
+    return random.Random(0).choices(range(spec.vocab_size), k=settings.context or DECODE_PROMPT_TOKENS)
+
+
+def kv_bytes_read(spec: ModelSpec, width: int, entries: int) -> int:
+    """Bytes of K and V that a token behind `entries` others reads in all layers, each within its window."""
+    layer_bytes = kv_bytes_per_token(spec, width) // spec.num_layers
+    windows = spec.windows or (None,) * spec.num_layers
+    return sum(layer_bytes * min(entries, window or entries) for window in windows)
 
 
 def _visit(
@@ -177,7 +248,7 @@ def _visit(
     subject = load()
     measured: dict[str, list[float]] = {"load_s": [time.perf_counter() - start], "prefill_s": [], "decode_tokens_per_s": []}
     subject.prefill(prompts[0])
-    subject.decode(decode_prompt, 4)
+    subject.decode(decode_prompt, WARM_UP_TOKENS)
     for prompt in prompts[1:]:
         start = time.perf_counter()
         subject.prefill(prompt)
@@ -258,14 +329,17 @@ def print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     sides = [name for name in ("rowcast", "transformers") if name in report]
-    title = f"{report['model']}, {report['dtype']} on {report['device']}, {report['threads']} threads, batch 1"
+    where = report["device_name"] or f"{report['device']}, {report['threads']} threads"
+    weights = ", random weights" if report["random_weights"] else ""
+    title = f"{report['model']}{weights}, {report['dtype']} on {where}, batch 1{', eager' if report['eager'] else ''}"
     table = Table(title=title)
     for heading in ("", *sides, *(["ratio"] if "ratio" in report else [])):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = (
         ("load, s", "load_s", "load", 1.0),
         (f"prefill of {report['prompt_tokens']}, s", "prefill_s", "prefill", 1.0),
-        ("decode, tokens/s", "decode_tokens_per_s", "decode", 1.0),
+        (f"decode after {report['context']}, tokens/s", "decode_tokens_per_s", "decode", 1.0),
+        ("  ms a token", "decode_ms_per_token", "", 1.0),
         ("peak memory, MiB", "peak_bytes", "", 2.0**20),
     )
     for label, key, ratio, unit in rows:
@@ -276,8 +350,8 @@ def print_table(report: dict[str, Any]) -> None:
     console = Console(stderr=True)
     console.print(table)
     floor = report["floor"]
-    share = report["rowcast"]["decode_tokens_per_s"] / floor["decode_tokens_per_s"]
     console.print(
-        f"decode floor: {floor['weight_bytes'] / 2**20:.0f} MiB of weights at {floor['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s "
-        f"= {floor['decode_tokens_per_s']:.1f} tokens/s; reached {share:.0%}"
+        f"decode floor: {floor['weight_bytes'] / 2**20:.0f} MiB of weights and {floor['kv_bytes'] / 2**20:.0f} MiB of KV at "
+        f"{floor['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s = {floor['decode_tokens_per_s']:.1f} tokens/s "
+        f"({1e3 / floor['decode_tokens_per_s']:.3f} ms); reached {floor['share']:.0%}"
     )

@@ -15,6 +15,7 @@ from rowcast.runtime.weight_map import names_for, qkv_pieces
 
 PERIOD = (1 << 22) - 3
 """A prime: rows of a matrix do not repeat after a few."""
+CPU = torch.device("cpu")
 RUN = 1 << 20
 """Most consecutive values taken at once; a row must fit."""
 
@@ -22,14 +23,18 @@ RUN = 1 << 20
 class RandomSource:
     """Implements `Source`: normal values of variance 1 / fan in, norm weights 1, biases 0.
 
-    A tensor is a cut, placed by its name, of one periodic sequence of noise, so a slice costs a copy and no generator.
+    A tensor is a cut, placed by its name, of one periodic sequence of noise, so a slice costs a copy and no generator. It is made
+    where `out` is, on a GPU, too.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+    def __init__(self, spec: ModelSpec, seed: int = 0, device: torch.device = CPU) -> None:
+        """`device`: where tensors are made if no `out` is given, and where a loader had better have them."""
+        self.device = device
         self._shapes = tensor_shapes(spec)
         self._seed = seed
         noise = torch.randn(PERIOD, generator=torch.Generator().manual_seed(seed))
         self._noise = torch.cat((noise, noise[:RUN]))
+        self._scaled: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
@@ -45,17 +50,24 @@ class RandomSource:
         first, last, _ = (rows or slice(None)).indices(shape[0])
         if len(shape) == 1:
             value = 0.0 if name.endswith(".bias") else 1.0
-            return torch.full((last - first,), value) if out is None else out.fill_(value)
+            return torch.full((last - first,), value, device=self.device) if out is None else out.fill_(value)
         columns = range(shape[1])[cols or slice(None)]
-        found = torch.empty(last - first, len(columns)) if out is None else out
-        place, scale = zlib.crc32(name.encode()), shape[1] ** -0.5
+        found = torch.empty(last - first, len(columns), device=self.device) if out is None else out
+        place, noise = zlib.crc32(name.encode()), self._noise_for(shape[1] ** -0.5, found)
         step = RUN // shape[1]
         for row in range(first, last, step):
             count = min(step, last - row)
             start = (place + row * shape[1]) % PERIOD
-            block = self._noise[start : start + count * shape[1]].view(count, shape[1])
-            found[row - first : row - first + count] = block[:, columns.start : columns.stop] * scale
+            block = noise[start : start + count * shape[1]].view(count, shape[1])
+            found[row - first : row - first + count] = block[:, columns.start : columns.stop]
         return found
+
+    def _noise_for(self, scale: float, out: Tensor) -> Tensor:
+        """The noise times `scale`, as `out` has it: a model's matrices have two or three scales."""
+        key = scale, out.dtype, out.device
+        if key not in self._scaled:
+            self._scaled[key] = (self._noise * scale).to(out.device, out.dtype)
+        return self._scaled[key]
 
     def fingerprint(self) -> str:
         return f"{zlib.crc32(repr(sorted(self._shapes.items())).encode()):08x}{self._seed & 0xFFFFFFFF:08x}"

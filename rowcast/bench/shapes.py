@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rowcast import LLM
-from rowcast.bench.random_source import RandomSource
+from rowcast.bench.random_source import CPU, RandomSource
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.config import spec_from_config
@@ -18,6 +20,16 @@ from rowcast.runtime.sampler import Sampler
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
     "yarn-llama-2-7b-128k": {
         **_LLAMA,
         "vocab_size": 32000,
@@ -58,7 +70,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
     },
 }
-"""Known by name. The first and the last are the pair that TriForce is measured with (arXiv 2404.11912, section 5)."""
+"""Known by name. yarn-llama-2-7b-128k and llama-68m are the pair that TriForce is measured with (arXiv 2404.11912, section 5)."""
 
 
 class ShapeLLM(LLM):
@@ -74,12 +86,15 @@ class ShapeLLM(LLM):
         return Simulated(super()._rule(sampler), {**dict.fromkeys(range(last), inner), last: outer})
 
 
-def open_shape(shape: str, seed: int = 0) -> Checkpoint:
-    """The checkpoint of random weights for a known name or the path of a config.json. Raises UserError in one sentence."""
+def open_shape(shape: str, seed: int = 0, device: torch.device = CPU) -> Checkpoint:
+    """The checkpoint of random weights, made on `device`, for a known name or the path of a config.json.
+
+    Raises UserError in one sentence.
+    """
     config = SHAPES.get(shape)
     if config is None:
         config = _read(shape)
-    return Checkpoint(Path(shape), "safetensors", config, {}, RandomSource(spec_from_config(config), seed), "bfloat16")
+    return Checkpoint(Path(shape), "safetensors", config, {}, RandomSource(spec_from_config(config), seed, device), "bfloat16")
 
 
 def _read(shape: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quality of sparse views beside the dense model, teacher-forced over windows of real text.
+"""Quality of sparse and low-bit views beside the dense model, teacher-forced over windows of real text.
 
 A window runs in one pass, its first token as the prompt, so that all others count as generated. Such a pass reads all rows, and each
 token still uses its own set: the law is that of decoding token by token, and many tokens at once are fast. Bytes are those of
@@ -37,7 +37,7 @@ DECODED_PROMPT, DECODED_TOKENS = 8, 8
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One sparse view."""
+    """One sparse or low-bit view."""
 
     laws: Laws
     neurons: Sets
@@ -82,7 +82,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     banks: BankWeights,
-    views: Mapping[str, SparseWeights],
+    views: Mapping[str, WeightView],
     windows: Sequence[Sequence[int]],
     *,
     device: torch.device,
@@ -95,10 +95,11 @@ def evaluate(
     beside the models: hidden states of one window for each view, and `LOGIT_ROWS` rows of logits.
     """
     sets, head_sets = {name: Sets() for name in views}, {name: Sets() for name in views}
-    for name, view in views.items():
+    sparse = {name: view for name, view in views.items() if isinstance(view, SparseWeights)}
+    for name, view in sparse.items():
         view.observe(_neurons_into(sets[name], banks), _heads_into(head_sets[name], banks))
     dense, laws = laws_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
-    for view in views.values():
+    for view in sparse.values():
         view.observe(None, None)
     read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
     measured = {name: Measured(laws[name], sets[name], head_sets[name], read[name]) for name in views}

@@ -1,4 +1,5 @@
-"""What `rowcast eval` measures: sparse rungs of a model on texts, each beside the oracle at the same density and the dense model.
+"""What `rowcast eval` measures: sparse and low-bit rungs of a model on texts, each beside the dense model, the sparse ones beside the
+oracle at the same density.
 
 oracle - dense is the price of sparsity, predicted - oracle the price of prediction.
 """
@@ -24,14 +25,15 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
+from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.planning import offered
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_view, check_rung
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import load_tokenizer
 
-WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "lm")
-"""Of a sparse rung: what it reads of the weights."""
+WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "lm", "bits")
+"""Of a rung self: what it reads of the weights."""
 LEAST_WINDOW, WINDOW = 16, 1024
 
 
@@ -40,7 +42,7 @@ class Wanted:
     """What to measure, as the command line has it."""
 
     ladder: str | None = None
-    """Its sparse rungs. Else every selector at every density and share of heads."""
+    """Its sparse and low-bit rungs. Else every selector at every density and share of heads."""
     selectors: Sequence[str] = ()
     """None: q4, or what the calibration has fitted."""
     densities: Sequence[float] = ()
@@ -74,7 +76,7 @@ def measure_quality(
     checkpoint = open_checkpoint(model)
     spec = spec_from_config(checkpoint.config)
     learnt = None if calibration is None else Calibration.open(calibration, checkpoint.source.fingerprint())
-    rungs = sparse_rungs(wanted, spec, learnt)
+    rungs = light_rungs(wanted, spec, learnt)
     encoder = load_tokenizer(checkpoint)
     contents = {str(path): read_text(path)[0] for path in texts}
     if wanted.window is not None and wanted.window > spec.max_context:
@@ -90,7 +92,12 @@ def measure_quality(
     banks = BankWeights(spec, checkpoint.source, SoloComm(), dtype=DTYPES[kind], device=where)
     passes = (len(rungs) + 1) * sum(map(len, windows.values()))
     found: dict[str, Any] = {"model": model, "dtype": kind, "device": str(where), "window": window, "texts": {}}
-    views = {name: build_view(banks, rung, learnt) for name, rung in rungs.items()}
+    views = {
+        name: build_view(banks, rung, learnt)
+        if rung.bits is None
+        else LowBitWeights.beside(banks, checkpoint.source, SoloComm(), rung.bits, dtype=DTYPES[kind], device=where)
+        for name, rung in rungs.items()
+    }
     with CalibrationProgress(passes, progress) as bar:
         for name, ids in windows.items():
             bar.say(name)
@@ -108,10 +115,10 @@ def measure_quality(
     return found
 
 
-def sparse_rungs(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> dict[str, Rung]:
+def light_rungs(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> dict[str, Rung]:
     """What to measure, by name, the oracle of a density before those that it bounds. KV is full everywhere: this is about weights.
 
-    Raises UserError for a ladder without a sparse rung, and for a rung that the model or the calibration has no selector for.
+    Raises UserError for a ladder without a sparse or low-bit rung, and for one that the model or the calibration has no selector for.
     """
     found: dict[str, Rung] = {}
     for rung in _asked(wanted, spec, calibration):
@@ -172,10 +179,12 @@ def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> 
     for ladder in ladders:
         preset = isinstance(ladder, str) and ladder in ("dejavu", "hire", "auto")
         parsed = ladder if isinstance(ladder, Ladder) else resolve(ladder, here)[0] if preset else Ladder.parse(ladder)
-        sparse = [rung for rung in parsed.rungs if rung.sparse]
-        if not sparse:
-            raise UserError(f"the ladder {str(ladder)!r:.80} has no sparse rung: name one, as in self:mlp=0.5,by=q4 / plain")
-        for rung in sparse:
+        light = [rung for rung in parsed.rungs if rung.light]
+        if not light:
+            raise UserError(
+                f"the ladder {str(ladder)!r:.80} has no sparse rung, and none with bits: name one, as in self:mlp=0.5,by=q4 / plain"
+            )
+        for rung in light:
             # One at a time: what other rungs lack, such as a draft's model, is not needed here.
             alone = Rung(kind="self", **{name: getattr(rung, name) for name in WEIGHT_SETTINGS})
             resolved, _, _ = resolve(Ladder((alone,)), here, mode="approximate")

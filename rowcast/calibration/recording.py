@@ -29,13 +29,13 @@ class RecordingWeights(BankWeights):
         self.attention_input = x
         return super().qkv(layer, x)
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:  # [T, H, d] -> [T, D]
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, D]
         self.head_outputs = heads
-        return super().out(layer, heads)
+        return super().out(layer, heads, residual)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         self.mlp_input = x
-        return super().mlp(layer, x)
+        return super().mlp(layer, x, residual)
 
 
 class OneLayerKV(PagedKV):

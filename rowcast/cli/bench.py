@@ -11,6 +11,12 @@ from rowcast.cli.output import print_json
 
 app = typer.Typer()
 
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=f"A directory, a GGUF file or a hub id. [default: {options.DEFAULT_MODEL}]"),
+]
+Shape = Annotated[str | None, typer.Option("--shape", help="A model's shape with random weights: a known name or a config.json.")]
+
 
 @app.callback(invoke_without_command=True)
 def bench(context: typer.Context) -> None:
@@ -21,30 +27,62 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def latency(
-    model: options.Model = options.DEFAULT_MODEL,
+    model: Model = None,
+    shape: Shape = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
+    eager: options.Eager = False,
     against: Annotated[Literal["transformers"] | None, typer.Option("--against", help="A peer to measure beside.")] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prefill.")] = 1024,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Tokens to decode after a prompt of 32.")] = 64,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens of the prompt before decoding, at random; a short text.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8, help="Tokens to decode.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Loads of each side; medians are shown.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
 ) -> None:
     """Time to load, to read a prompt and to write a token, at batch 1."""
     from rowcast.bench import latency as measure
 
-    report = measure.run(model, dtype, device, against is not None, prompt_tokens, max_tokens, repeat)
+    report = measure.run(
+        measure.Settings(
+            model=model if model is not None or shape is not None else options.DEFAULT_MODEL,
+            shape=shape,
+            dtype=dtype,
+            device=device,
+            eager=eager,
+            against_transformers=against is not None,
+            prompt_tokens=prompt_tokens,
+            context=context,
+            max_tokens=max_tokens,
+            repeat=repeat,
+        )
+    )
     if not as_json:
         measure.print_table(report)
     print_json(report)
 
 
 @app.command()
+def kernels(
+    only: Annotated[str | None, typer.Option("--only", help="Cases with this in their family, name or shape.")] = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Timed replays of each; medians are shown.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
+) -> None:
+    """Every kernel on this GPU: time, share of the floor, and what libraries take for the same. Exit code 1 if one failed."""
+    from rowcast.bench import kernels as measure
+
+    report = measure.run(only, repeat)
+    if not as_json:
+        measure.print_table(report)
+    print_json(report)
+    if any("error" in case for case in report["cases"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def speculation(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help=f"A directory, a GGUF file or a hub id. [default: {options.DEFAULT_MODEL}]"),
-    ] = None,
+    model: Model = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     prompt_file: Annotated[str | None, typer.Option("--prompt-file", help="Text that the prompts are cut from.")] = None,
@@ -65,9 +103,7 @@ def speculation(
     against: Annotated[
         Literal["transformers"] | None, typer.Option("--against", help="Its assisted generation with the same draft.")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option("--shape", help="A model's shape with random weights: a known name or a config.json.")
-    ] = None,
+    shape: Shape = None,
     simulate: Annotated[
         str | None, typer.Option("--simulate", help="Acceptance rates for --shape: OUTER or OUTER,INNER, as in 0.92,0.6.")
     ] = None,

@@ -28,6 +28,7 @@ def chat(
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
     max_model_len: options.MaxModelLen = None,
+    eager: options.Eager = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens to an answer.", rich_help_panel="Sampling")] = 512,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -45,7 +46,7 @@ def chat(
     llm = LLM(
         model, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, density=density,
         calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, eager=eager,
     )  # fmt: skip
     opening = [] if system is None else [{"role": "system", "content": system}]
     # A model without a template, or whose template takes no system message, is refused here and not once a turn.

@@ -1,4 +1,4 @@
-"""`rowcast eval`: what sparsity costs on text."""
+"""`rowcast eval`: what sparsity and few bits cost on text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A directory, a GGUF file or a hub id.")],
     text: Annotated[list[Path], typer.Option("--text", help="A text file to measure on; repeatable.")],
     ladder: Annotated[
-        str | None, typer.Option("--ladder", help="Measure the sparse rungs of a ladder, as in 'self:mlp=0.5,by=q4 / plain'.")
+        str | None,
+        typer.Option("--ladder", help="Measure the sparse and low-bit rungs of a ladder, as in 'self:mlp=0.5,by=q4 / plain'."),
     ] = None,
     selector: Annotated[
         list[str] | None, typer.Option("--selector", help="What finds neurons: q4, lowrank, dejavu-ahead, ...; repeatable.")
@@ -40,7 +41,7 @@ def evaluate(
     device: options.Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, layer by layer.")] = False,
 ) -> None:
-    """Measure sparse rungs beside the oracle and the dense model: perplexity, acceptance as a draft, recall, bytes.
+    """Measure sparse and low-bit rungs beside the oracle and the dense model: perplexity, acceptance as a draft, recall, bytes.
 
     Text is teacher-forced; every token but a window's first is sparse. Bytes are weights that a token reads when it is decoded alone.
     """

@@ -32,6 +32,7 @@ def generate(
     gpu_memory: options.GpuMemory = None,
     host_memory: options.HostMemory = None,
     max_model_len: options.MaxModelLen = None,
+    eager: options.Eager = False,
     plan: Annotated[Path | None, typer.Option("--plan", help="A plan file to execute.", rich_help_panel="Model")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.", rich_help_panel="Sampling")] = 128,
     temperature: options.Temperature = 0.0,
@@ -67,7 +68,7 @@ def generate(
     llm = LLM(
         model, tensor_parallel_size=tp, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode,
         density=density, calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
-        max_model_len=max_model_len, plan=None if plan is None else Plan.load(plan),
+        max_model_len=max_model_len, eager=eager, plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     prompts: list[str] | list[list[int]] = texts
     if chat:

@@ -46,7 +46,7 @@ Verification = Annotated[
 ]
 Mode = Annotated[
     Literal["exact", "approximate"],
-    typer.Option("--mode", help="Who has the last word: the exact model or a sparse rung.", rich_help_panel=_MODEL),
+    typer.Option("--mode", help="Who has the last word: the exact model or a sparse or low-bit rung.", rich_help_panel=_MODEL),
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.", rich_help_panel=_MODEL)]
 GpuMemory = Annotated[
@@ -65,6 +65,11 @@ Density = Annotated[
 Calibration = Annotated[
     Path | None,
     typer.Option("--calibration", help="What rowcast calibrate wrote: predictors, density, best scorer.", rich_help_panel=_MODEL),
+]
+
+Eager = Annotated[
+    bool,
+    typer.Option("--eager", help="Launch a GPU's passes call by call, not as captured graphs.", rich_help_panel=_MODEL),
 ]
 
 Temperature = Annotated[

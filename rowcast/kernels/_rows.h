@@ -4,6 +4,7 @@
 constexpr int64_t L = LANES;
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
@@ -268,6 +269,16 @@ static inline void unpack(const uint8_t* codes, uint8_t* to) {
 }
 #endif
 
+#if !VNNI
+static inline Floats widened(const uint8_t* code) {
+#if LANES == 8
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)code)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const Bytes*)code, Ints), Floats);
+#endif
+}
+#endif
+
 // The scales of a row, one for each block; zeros behind them up to a multiple of 16.
 static inline void widen_scales(const uint16_t* halves, int64_t blocks, int64_t group_blocks, float* scales) {
 #if VNNI
@@ -282,6 +293,33 @@ static inline void widen_scales(const uint16_t* halves, int64_t blocks, int64_t 
     for (int64_t b = 0; b < padded16(blocks); b++) scales[b] = b < blocks ? half_to_float(halves[b / group_blocks]) : 0;
 }
 
+#if !VNNI
+// Rows one by one; a block of codes is unpacked once for all tokens, MOST of them at most.
+template <int BITS, int MOST>
+static inline void few_bits_each(const LowBit& a, const Inputs& x, int rows, const uint8_t* codes, const float* scales, float* out,
+                                 int64_t stride) {
+    const int64_t blocks = a.blocks, padded = padded16(blocks), tokens = MOST == 1 ? 1 : a.T;
+    for (int k = 0; k < rows; k++, codes += blocks * 8 * BITS, scales += MOST_BLOCKS) {
+        Floats part[MOST] = {};
+        float total[MOST] = {};
+        for (int64_t b = 0; b < blocks; b++) {
+            uint8_t code[64];
+            unpack<BITS>(codes + b * 8 * BITS, code);
+            Floats levels[64 / LANES];
+            for (int i = 0; i < 64 / LANES; i++) levels[i] = widened(code + i * LANES);
+            for (int64_t t = 0; t < tokens; t++) {
+                const float* const values = x.values[t * blocks + b].values;
+                Floats block = {};
+                for (int i = 0; i < 64 / LANES; i++) block += levels[i] * load(values + i * LANES);
+                part[t] += block * (scales[b] * x.scales[t * padded + b]);
+                total[t] += scales[b] * x.offsets[t * padded + b];
+            }
+        }
+        for (int64_t t = 0; t < tokens; t++) out[t * stride + k] = total[t] + sum(part[t]);
+    }
+}
+#endif
+
 // out[t * stride + k] = row k of ROWS rows from `first` times token t.
 template <int BITS, int ROWS>
 static inline void few_bits_rows(const LowBit& a, const Inputs& x, int64_t first, float* out, int64_t stride) {
@@ -290,10 +328,10 @@ static inline void few_bits_rows(const LowBit& a, const Inputs& x, int64_t first
     float scales[ROWS][MOST_BLOCKS];
     for (int k = 0; k < ROWS; k++)
         widen_scales(a.scales + (first + k) * (blocks / a.group_blocks), blocks, a.group_blocks, scales[k]);
+#if VNNI
     for (int64_t t = 0; t < a.T; t++) {
         const Block* const values = x.values + t * blocks;
         const float *const xscales = x.scales + t * padded, *const offsets = x.offsets + t * padded;
-#if VNNI
         __m512 part[ROWS];
         for (int k = 0; k < ROWS; k++) part[k] = _mm512_setzero_ps();
         for (int64_t chunk = 0; chunk < blocks; chunk += 16) {
@@ -314,24 +352,11 @@ static inline void few_bits_rows(const LowBit& a, const Inputs& x, int64_t first
             }
         }
         for (int k = 0; k < ROWS; k++) out[t * stride + k] = _mm512_reduce_add_ps(part[k]);
-#else
-        for (int k = 0; k < ROWS; k++) {
-            Floats part = {};
-            float total = 0;
-            for (int64_t b = 0; b < blocks; b++) {
-                uint8_t code[64];
-                unpack<BITS>(codes + k * row_bytes + b * 8 * BITS, code);
-                Floats block = {};
-                for (int i = 0; i < 64; i += LANES)
-                    block += __builtin_convertvector(__builtin_convertvector(*(const Bytes*)(code + i), Words), Floats) *
-                             load(values[b].values + i);
-                part += block * (scales[k][b] * xscales[b]);
-                total += scales[k][b] * offsets[b];
-            }
-            out[t * stride + k] = total + sum(part);
-        }
-#endif
     }
+#else
+    if (a.T == 1) return few_bits_each<BITS, 1>(a, x, ROWS, codes, scales[0], out, stride);
+    few_bits_each<BITS, MOST_TOKENS>(a, x, ROWS, codes, scales[0], out, stride);
+#endif
 }
 
 template <int BITS>

@@ -1,7 +1,8 @@
 """Dense products with a weight that stays put: y = x W^T + b.
 
 The one dispatch point for them. On a CPU with oneDNN the weight is re-ordered once into the library's blocked layout, which a
-decode step reads two to three times faster than the row-major one (docs/experiments.md); elsewhere it is torch's own `linear`.
+decode step reads two to three times faster than the row-major one (docs/experiments.md); on a GPU few tokens go to
+`kernels/gpu/products.py`; elsewhere it is torch's own `linear`.
 Setting ROWCAST_CPU_PACK=0 turns the re-ordering off, and `backend` tells which of the two a device gets.
 """
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rowcast.kernels import gpu
 from rowcast.settings import settings
 
 Backend = Literal["onednn-packed", "torch"]
@@ -51,6 +53,10 @@ class Linear:
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:  # [T, K] -> [T, N]
+        if gpu.takes(x):
+            from rowcast.kernels.gpu import products
+
+            return products.rows_in(self.weight, x, bias=self.bias)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -2,7 +2,8 @@
 
 A table [R, D] has contiguous rows at any row stride, so that one bank [N, 2, D] serves as two tables; ids are 0..R - 1. The torch
 versions are the reference; they copy chosen rows out first. On a CPU, float32 and bfloat16 products of up to 16 tokens go to the native
-part (`kernels/native.py`), which reads rows where they lie and accumulates in float32. In 16 bits the two round differently.
+part (`kernels/native.py`), which reads rows where they lie and accumulates in float32, on a GPU to `kernels/gpu/products.py`. In 16
+bits they round differently.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowcast.kernels import native
+from rowcast.kernels import gpu, native
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "relu": F.relu,
@@ -31,23 +32,39 @@ ACTIVATION_CODES: Final = {"relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 _IDENTITY = 0
 
 
-def rows_in(table: Tensor, x: Tensor, ids: Tensor | None = None) -> Tensor:  # [R, D], [T, D], int64 [C] -> [T, C]
-    """x W^T for the rows `ids` of the table; None: all rows."""
+def rows_in(table: Tensor, x: Tensor, ids: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x W^T for the rows `ids` of the table (None: all rows), plus their bias: [R, D], [T, D], int64 [C], [R] -> [T, C]."""
+    if gpu.takes(x):
+        from rowcast.kernels.gpu import products
+
+        return products.rows_in(table, x, ids, bias=bias)
     lib = library_for_tables(x, table)
     if lib is not None:
-        return _run(lib, None, table, None, None, x, None, ids, None, _IDENTITY)
-    return F.linear(x, table if ids is None else table[ids])
+        y = _run(lib, None, table, None, None, x, None, ids, None, _IDENTITY)
+        return y if bias is None else y.add_(bias if ids is None else bias[ids])
+    return F.linear(x, table if ids is None else table[ids], bias if bias is None or ids is None else bias[ids])
 
 
-def rows_out(table: Tensor, hidden: Tensor, ids: Tensor | None = None) -> Tensor:  # [R, D], [T, C], int64 [C] -> [T, D]
-    """The rows `ids` of the table (None: all), summed with the coefficients `hidden`.
+def rows_out(
+    table: Tensor, hidden: Tensor, ids: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The rows `ids` of the table (None: all), summed with the coefficients `hidden`, plus a bias and a residual, which stays as it is.
+
+    table [R, D], hidden [T, C], ids int64 [C], bias [D], residual [T, D] -> [T, D].
 
     The native version skips rows whose coefficients are all 0. Its order of addition depends on the number of threads, not on T.
     """
+    if gpu.takes(hidden):
+        from rowcast.kernels.gpu import products
+
+        return products.rows_out(table, hidden, ids, bias=bias, residual=residual)
     lib = library_for_tables(hidden, table)
     if lib is not None:
-        return _run(lib, None, None, None, table, None, hidden, ids, None, _IDENTITY)
-    return hidden @ (table if ids is None else table[ids])
+        y = _run(lib, None, None, None, table, None, hidden, ids, None, _IDENTITY)
+    else:
+        y = hidden @ (table if ids is None else table[ids])
+    y = y if bias is None else y.add_(bias)
+    return y if residual is None else y.add_(residual)
 
 
 def ffn_hidden(gate: Tensor | None, up: Tensor, bias: Tensor | None, x: Tensor, ids: Tensor | None, activation: str) -> Tensor:
@@ -56,6 +73,10 @@ def ffn_hidden(gate: Tensor | None, up: Tensor, bias: Tensor | None, x: Tensor, 
     gate, up [N, D], bias [N] (never with a gate), x [T, D], ids int64 [C] or None for all -> [T, C].
     """
     assert gate is None or bias is None
+    if gpu.takes(x):
+        from rowcast.kernels.gpu import products
+
+        return products.ffn_hidden(gate, up, None, bias, x, ids, None, activation)
     lib = library_for_tables(x, up, gate, bias)
     if lib is not None:
         return _run(lib, gate, up, bias, None, x, None, ids, None, ACTIVATION_CODES[activation])

@@ -23,7 +23,7 @@ VERIFICATIONS = ("coupled", "maximal")
 """The rules by which a rung's proposals stand."""
 
 MODES = ("exact", "approximate")
-"""Who has the last word: the whole model, or a sparse rung."""
+"""Who has the last word: the whole model, or a sparse or low-bit rung."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -64,9 +64,9 @@ class Plan:
     """Sequences that have room in the caches of the rungs below the last; 0 where there is no such rung."""
     budget_bytes: int
     weight_bytes: int
-    """Weights and buffers that live as long as the model."""
+    """Weights and buffers that live as long as the model, but matrices that no rung reads in the model's own format."""
     rung_weight_bytes: int
-    """Those of draft models, and what sparse rungs add: rows in a layout of their own, proxies, predictors."""
+    """Those of draft models, and what other rungs add: rows in a layout of their own, proxies, predictors, low-bit weights."""
     kv_bytes: int
     rung_kv_bytes: int
     """Caches of the rungs below the last, chunk summaries and kept queries."""

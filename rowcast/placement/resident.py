@@ -48,19 +48,21 @@ class LadderNeeds:
     models: tuple[ModelSpec, ...] = ()
     """Of the drafts."""
     weight_bytes: int = 0
-    """Weights of the drafts, and what sparse rungs add."""
+    """Weights of the drafts, and what sparse and low-bit rungs add."""
+    spared_bytes: int = 0
+    """Weights of the model in its own format that no rung needs."""
     pass_bytes: int | None = None
     """Weights that a pass of the last rung reads; None: those of a plain model."""
     token_bytes: int = 0
-    """For each token of a step: scores and choices of neurons."""
+    """For each token of a step: scores and choices of neurons, products of low-bit weights."""
     block_bytes: int = 0
     """For each KV block: chunk summaries, a draft's own KV."""
     slot_bytes: int = 0
     """For each sequence that speculates: caches of a few entries."""
     work_bytes: int = 0
-    """While a view chooses its entries anew, of one sequence at a time."""
+    """While a view chooses its entries anew, of one sequence at a time; while weights are rounded."""
     copied_bytes: int = 0
-    """Of a table that a long pass copies while a layer runs."""
+    """Of a table that a long pass copies or dequantises while a layer runs."""
     query_bytes: int = 0
     """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
     law_rows: int = 0
@@ -113,7 +115,7 @@ def resident_plan(
             "token of each sequence: raise the one or lower the other"
         )
     width = DTYPE_BYTES[dtype]
-    weights = parameter_count(spec) * width + head_copy_bytes
+    weights = parameter_count(spec) * width + head_copy_bytes - needs.spared_bytes
     token_bytes = kv_bytes_per_token(spec, width)
     block_bytes = token_bytes * block_size
     paged_bytes = block_bytes + needs.block_bytes

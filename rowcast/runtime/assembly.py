@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rowcast.errors import OutOfMemoryError
+from rowcast.kernels import gpu
 from rowcast.placement.resident import pass_bytes
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
@@ -18,12 +20,15 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import PagedKV, SelectedKV, SharedKV, StreamingKV, Summary
 from rowcast.runtime.ladder.control import Controller
+from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.memory import kept_queries, lazy, policy, summaries
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.ngram import NgramLookup
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
+from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress
 from rowcast.runtime.protocols import KVView, WeightView
@@ -34,22 +39,27 @@ from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters, parameter_count
 from rowcast.runtime.weights import DenseWeights
 
+if TYPE_CHECKING:
+    from rowcast.runtime.device_round.rounds import DeviceRounds
+
+log = logging.getLogger("rowcast")
+
 MakeRule = Callable[[Sampler], Rule]
 
 
 def assemble(
-    planned: Planned, checkpoint: Checkpoint, spec: ModelSpec, *, make_rule: MakeRule, progress: bool | None
+    planned: Planned, checkpoint: Checkpoint, spec: ModelSpec, *, make_rule: MakeRule, progress: bool | None, eager: bool = False
 ) -> LocalExecutor:
     """The executor of a plan: reads the weights of `checkpoint` and of the drafts, allocates all caches.
 
-    `progress`: show a bar; None: if standard error is a terminal. Raises UserError for damaged weights, OutOfMemoryError where the
-    device has less memory than the plan takes.
+    `eager`: a GPU's passes are launched one call at a time, not as captured graphs. `progress`: show a bar; None: if standard error is
+    a terminal. Raises UserError for damaged weights, OutOfMemoryError where the device has less memory than the plan takes.
     """
     plan = planned.plan
     device, _ = devices.choose_device(plan.device)
     devices.hold_to_budget(device, plan.budget_bytes)
     try:
-        return _Assembly(planned, spec, device).executor(checkpoint, make_rule, progress)
+        return _Assembly(planned, spec, device).executor(checkpoint, make_rule, progress, eager)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -61,7 +71,7 @@ def assemble(
 
 
 _WeightsKey = str | Rung | None
-"""What rungs share weights by: a draft's name, a sparse rung's `sparsity`, None: all weights of the model."""
+"""What rungs share weights by: a draft's name, a self's `weights`, None: all weights of the model."""
 
 
 class _Assembly:
@@ -79,7 +89,7 @@ class _Assembly:
         )
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
 
-    def executor(self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None) -> LocalExecutor:
+    def executor(self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None, eager: bool) -> LocalExecutor:
         ladder = self._ladder
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
         decoders = self._decoders(checkpoint, progress)
@@ -93,33 +103,69 @@ class _Assembly:
         controller = Controller(
             ladder, adaptive=self._plan.adaptive, lookup=lookup, cost_ratios=[self._cost_ratio(rung) for rung in ladder.lower]
         )
-        return LocalExecutor(runners[-1], sampler, lower=lower, rule=make_rule(sampler), controller=controller if lower else None)
+        rule = make_rule(sampler)
+        return LocalExecutor(
+            runners[-1],
+            sampler,
+            lower=lower,
+            rule=rule,
+            controller=controller if lower else None,
+            rounds=self._rounds(lower, runners[-1], sampler, rule, eager),
+        )
+
+    def _rounds(
+        self, lower: list[Runner | Lookup], top: ModelRunner, sampler: Sampler, rule: Rule, eager: bool
+    ) -> DeviceRounds | None:
+        """Rounds that the device runs by itself, where it can."""
+        if not gpu.serves(self._device):
+            return None
+        from rowcast.runtime.device_round.rounds import DeviceRounds
+
+        coupled, rates = (rule.rule, rule.rates) if isinstance(rule, Simulated) else (rule, None)
+        why = DeviceRounds.why_not(lower, top) if isinstance(coupled, Coupled) else "verification is maximal"
+        if why is not None:
+            log.info("rounds are driven by the host: %s", why)
+            return None
+        capture = self._device.type == "cuda" and not eager
+        log.info("rounds run on the device, %s", "captured in graphs" if capture else "launched call by call")
+        return DeviceRounds(lower, top, sampler, lookahead=self._plan.lookahead, capture=capture, rates=rates)
 
     def _spec_of(self, rung: Rung) -> ModelSpec:
         return self._spec if rung.model is None else self._drafts[rung.model].spec
 
     def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[_WeightsKey, Decoder]:
         keys = {_weights(rung) for rung in self._views}
-        sparse = [key for key in keys if isinstance(key, Rung)]
-        # Dense passes on a CPU take a library's layout, which has no rows to choose; elsewhere they take the banks.
-        dense = None in keys and not (sparse and self._device.type != "cpu")
+        sparse = [key for key in keys if isinstance(key, Rung) and key.sparse]
+        low_bit = {key: key.bits for key in keys if isinstance(key, Rung) and key.bits is not None}
+        # Dense passes on a CPU take a library's layout, which has no rows to choose; on a GPU they take the banks.
+        on_gpu = self._device.type != "cpu" or gpu.serves(self._device)
+        dense = None in keys and not on_gpu
+        whole_view = BankWeights if on_gpu else DenseWeights
         width = self._dtype.itemsize
         sizes = [parameter_count(draft.spec) for draft in self._drafts.values()] + [parameter_count(self._spec)]
         if dense and sparse:
             sizes.append(self._spec.num_layers * layer_parameters(self._spec))
+        if dense and low_bit and not sparse:
+            sizes += [self._spec.num_layers * layer_parameters(self._spec)] * len(low_bit)
         views: dict[_WeightsKey, WeightView] = {}
         with LoadProgress(checkpoint.path.name, sum(sizes) * width, progress) as bar:
             how: dict[str, Any] = {"dtype": self._dtype, "device": self._device, "progress": bar.advance}
             for name, draft in self._drafts.items():
-                views[name] = DenseWeights(draft.spec, draft.checkpoint.source, self._comm, **how)
-            outer = None
+                views[name] = whole_view(draft.spec, draft.checkpoint.source, self._comm, **how)
+            outer = banks = None
             if dense:
                 whole = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
                 outer = whole.outer
-            if sparse:
+            if sparse or (None in keys and on_gpu):
                 banks = BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
                 views.setdefault(None, banks)
                 views |= {key: build_view(banks, key, self._calibration) for key in sparse}
+            for key, bits in low_bit.items():
+                if banks is not None:
+                    views[key] = LowBitWeights.beside(banks, checkpoint.source, self._comm, bits, **how)
+                    continue
+                rounded = views[key] = LowBitWeights.load(self._spec, checkpoint.source, self._comm, bits, outer=outer, **how)
+                outer = rounded.outer
         return {key: Decoder(views[key], self._comm, self._device) for key in keys}
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
@@ -193,4 +239,4 @@ class _Assembly:
 
 
 def _weights(rung: Rung) -> _WeightsKey:
-    return rung.model if rung.kind == "draft" else rung.sparsity
+    return rung.model if rung.kind == "draft" else rung.weights

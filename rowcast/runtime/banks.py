@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rowcast.kernels import rows
+from rowcast.kernels import gpu, rows
 from rowcast.kernels.linear import linear
 from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.loader import Loader, Progress
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import Activation, ModelSpec
-from rowcast.runtime.weights import HeadSplit, Outer
+from rowcast.runtime.weights import HeadSplit, Outer, plus
 
 FEW_TOKENS = 16
 """Up to so many tokens the row kernels run all rows, too; above, library products do."""
@@ -36,8 +36,7 @@ def product(table: Tensor, x: Tensor, bias: Tensor | None = None, ids: Tensor | 
     """x [T, D] times the rows `ids` [C] (None: all) of table [R, D], plus their bias [R] -> [T, C]."""
     if ids is None and x.shape[0] > FEW_TOKENS:
         return linear(x, table, bias)
-    y = rows.rows_in(table, x, ids)
-    return y if bias is None else y.add_(bias if ids is None else bias[ids])
+    return rows.rows_in(table, x, ids, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,47 +92,78 @@ class FfnBank:
         """Length of what each activation [T, C] adds to the output, [T, C] float32."""
         return hidden.float().abs().mul_(self.norms if ids is None else self.norms[ids])
 
-    def out(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Their part of the output: hidden [T, C] -> [T, D]. Rows that no token has a use for (all 0) need not be read."""
-        few = hidden.shape[0] <= FEW_TOKENS or ids is not None
-        y = rows.rows_out(self.down, hidden, ids) if few else linear(hidden, self.down.T)
-        return y if self.down_bias is None else y.add_(self.down_bias)
+    def out(self, hidden: Tensor, ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Their part of the output, plus a residual [T, D]: hidden [T, C] -> [T, D].
 
-    def ffn(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        Rows that no token has a use for (all 0) need not be read.
+        """
+        if hidden.shape[0] <= FEW_TOKENS or ids is not None:
+            return rows.rows_out(self.down, hidden, ids, self.down_bias, residual)
+        return plus(linear(hidden, self.down.T, self.down_bias), residual)
+
+    def ffn(self, x: Tensor, ids: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """`hidden` and `out` in one: x [T, D] -> [T, D]."""
-        if self.gate_bias is not None:
-            return self.out(self.hidden(x, ids), ids)
+        if self.gate_bias is not None or gpu.takes(x):
+            return self.out(self.hidden(x, ids), ids, residual)
         y = rows.ffn(self.gate, self.up, self.up_bias, self.down, x, ids, None, self.activation)
-        return y if self.down_bias is None else y.add_(self.down_bias)
+        return plus(y if self.down_bias is None else y.add_(self.down_bias), residual)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBank:
     """One layer's attention products, head-major: head h's rows are h d, h d + 1, ... of each table."""
 
-    q: Tensor
-    """[H d, D]."""
-    k: Tensor
-    """[K d, D]."""
-    v: Tensor
-    """[K d, D]."""
+    qkv: Tensor
+    """[(H + 2 K) d, D]: the rows of `q`, `k` and `v`, one below the other."""
+    qkv_bias: Tensor | None
+    sizes: tuple[int, int, int]
+    """Rows of each."""
     o: Tensor
     """[H d, D]: row h d + i is the output projection's column for element i of head h."""
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
     o_bias: Tensor | None
     """[D]; on one rank only."""
 
-    def out(self, heads: Tensor, ids: Tensor | None = None) -> Tensor:
-        """heads [T, C], as rows `ids` [C] (None: all) of `o` -> [T, D]."""
-        few = heads.shape[0] <= FEW_TOKENS or ids is not None
-        y = rows.rows_out(self.o, heads, ids) if few else linear(heads, self.o.T)
-        return y if self.o_bias is None else y.add_(self.o_bias)
+    @property
+    def q(self) -> Tensor:
+        """[H d, D]."""
+        return self._part(self.qkv, 0)
+
+    @property
+    def k(self) -> Tensor:
+        """[K d, D]."""
+        return self._part(self.qkv, 1)
+
+    @property
+    def v(self) -> Tensor:
+        """[K d, D]."""
+        return self._part(self.qkv, 2)
+
+    @property
+    def q_bias(self) -> Tensor | None:
+        return None if self.qkv_bias is None else self._part(self.qkv_bias, 0)
+
+    @property
+    def k_bias(self) -> Tensor | None:
+        return None if self.qkv_bias is None else self._part(self.qkv_bias, 1)
+
+    @property
+    def v_bias(self) -> Tensor | None:
+        return None if self.qkv_bias is None else self._part(self.qkv_bias, 2)
+
+    def _part(self, fused: Tensor, which: int) -> Tensor:
+        return fused.narrow(0, sum(self.sizes[:which]), self.sizes[which])
+
+    def out(self, heads: Tensor, ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """heads [T, C], as rows `ids` [C] (None: all) of `o`, plus a residual [T, D] -> [T, D]."""
+        if heads.shape[0] <= FEW_TOKENS or ids is not None:
+            return rows.rows_out(self.o, heads, ids, self.o_bias, residual)
+        return plus(linear(heads, self.o.T, self.o_bias), residual)
 
 
 class BankWeights:
     """One rank's share of all weights in the bank layout; runs all rows. Implements `WeightView`."""
+
+    on_device = True
 
     def __init__(
         self,
@@ -156,8 +186,8 @@ class BankWeights:
         self.outer = outer or Outer(spec, load, comm)
         inside = load.elements
         self.split = HeadSplit(spec, load)
-        self.attention = [_attention_bank(load, spec, i, self.split) for i in range(spec.num_layers)]
-        self.ffn = [_ffn_bank(load, spec, i, seed, device, dtype) for i in range(spec.num_layers)]
+        self.attention = [attention_bank(load, spec, i, self.split) for i in range(spec.num_layers)]
+        self.ffn = [ffn_bank(load, spec, i, seed, device, dtype) for i in range(spec.num_layers)]
         self.outer_bytes = self.outer.elements * dtype.itemsize
         """Read by a pass beside the layers' products."""
         self.bytes = self.outer_bytes + (load.elements - inside) * dtype.itemsize
@@ -173,34 +203,29 @@ class BankWeights:
         return Reads(bytes=passes * self.bytes)
 
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
-        bank, split = self.attention[layer], self.split
-        q, k, v = (
-            product(table, x, bias) for table, bias in ((bank.q, bank.q_bias), (bank.k, bank.k_bias), (bank.v, bank.v_bias))
-        )
-        return split.queries(layer, q), split.keys(layer, k), split.values(v)
+        bank = self.attention[layer]
+        return self.split.apart(layer, product(bank.qkv, x, bank.qkv_bias))
 
     def heads(self, layer: int) -> Heads:
         return ALL_HEADS
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:  # [T, H, d] -> [T, D]
-        return self.attention[layer].out(heads.flatten(1))
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, D]
+        return self.attention[layer].out(heads.flatten(1), residual=residual)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         bank = self.ffn[layer]
-        return bank.out(bank.hidden(x))
+        return bank.out(bank.hidden(x), residual=residual)
 
 
-def _attention_bank(load: Loader, spec: ModelSpec, index: int, split: HeadSplit) -> AttentionBank:
+def attention_bank(load: Loader, spec: ModelSpec, index: int, split: HeadSplit) -> AttentionBank:
     weight, bias = load.qkv(index)
-    sizes = tuple(count * spec.head_dim for count in (split.heads, split.kv_heads, split.kv_heads))
-    q, k, v = weight.split(sizes)  # type: ignore[no-untyped-call]
-    q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.split(sizes)  # type: ignore[no-untyped-call]
+    sizes = split.heads * spec.head_dim, split.kv_heads * spec.head_dim, split.kv_heads * spec.head_dim
     heads = load.shard.query_heads(spec)
     columns = torch.arange(heads.start * spec.head_dim, heads.stop * spec.head_dim)
     stem = load.names.out.format(index)
     out = weight.new_empty((len(columns), spec.hidden_size))
     load.rows(stem, out, columns, (spec.hidden_size, spec.num_heads * spec.head_dim), columns=True)
-    return AttentionBank(q, k, v, out, q_bias, k_bias, v_bias, load.part_bias(stem) if spec.out_bias else None)
+    return AttentionBank(weight, bias, sizes, out, load.part_bias(stem) if spec.out_bias else None)
 
 
 def neuron_order(spec: ModelSpec, shard: Shard, layer: int, seed: int) -> Tensor:
@@ -209,7 +234,7 @@ def neuron_order(spec: ModelSpec, shard: Shard, layer: int, seed: int) -> Tensor
     return torch.randperm(spec.intermediate_size, generator=generator)[shard.span(spec.intermediate_size)]
 
 
-def _ffn_bank(load: Loader, spec: ModelSpec, index: int, seed: int, device: torch.device, dtype: torch.dtype) -> FfnBank:
+def ffn_bank(load: Loader, spec: ModelSpec, index: int, seed: int, device: torch.device, dtype: torch.dtype) -> FfnBank:
     names, order = load.names, neuron_order(spec, load.shard, index, seed)
     inner, hidden = spec.intermediate_size, spec.hidden_size
     gate = None

@@ -12,12 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rowcast.runtime.protocols import Comm, KVView, Late, Tokens, WeightView
+from rowcast.runtime.protocols import Comm, DeviceKV, KVView, Late, Rotation, Tokens, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.step import SeqStep
-
-Rotation = tuple[Tensor, Tensor] | None
-"""cos and sin [T, 1, d] of a pass, in its number format; None where positions are not rotated."""
 
 
 def tokens_of(steps: Sequence[SeqStep], device: torch.device) -> Tokens:
@@ -84,25 +81,32 @@ class Decoder:
         if spec.parallel_norms:
             normed = weights.norm(layer, "attn", x)
             mlp_in = normed if spec.parallel_norms == 1 else weights.norm(layer, "mlp", x)
-            return x + reduce(self._attention(layer, normed, rotation, kv) + weights.mlp(layer, mlp_in))
+            return reduce(weights.mlp(layer, mlp_in, self._attention(layer, normed, rotation, kv, self._own(x))))
         if not spec.pre_norm:
-            x = weights.norm(layer, "attn", x + reduce(self._attention(layer, x, rotation, kv)))
-            return weights.norm(layer, "mlp", x + reduce(weights.mlp(layer, x)))
+            x = weights.norm(layer, "attn", reduce(self._attention(layer, x, rotation, kv, self._own(x))))
+            return weights.norm(layer, "mlp", reduce(weights.mlp(layer, x, self._own(x))))
         normed = weights.norm(layer, "attn", x)
-        x = (normed if spec.residual_from_norm else x) + reduce(self._attention(layer, normed, rotation, kv))
+        x = reduce(self._attention(layer, normed, rotation, kv, self._own(normed if spec.residual_from_norm else x)))
         normed = weights.norm(layer, "mlp", x)
-        return (normed if spec.residual_from_norm else x) + reduce(weights.mlp(layer, normed))
+        return reduce(weights.mlp(layer, normed, self._own(normed if spec.residual_from_norm else x)))
 
-    def _attention(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView) -> Tensor:
+    def _attention(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView, residual: Tensor | None) -> Tensor:
         # [T, D] -> this rank's part of the sum, [T, D]
         q, k, v = self.weights.qkv(layer, x)
         heads = self.weights.heads(layer)
-        if rotation is not None:
-            q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
         if heads.late is not None:
             kv.fill(layer, self._rotated(heads.late))
-        kv.append(layer, k, v)
-        return self.weights.out(layer, kv.attend(layer, q, heads.queries))
+        if isinstance(kv, DeviceKV):
+            q = kv.rotate_append(layer, q, k, v, rotation)
+        else:
+            if rotation is not None:
+                q, k = apply_rope(q, *rotation), apply_rope(k, *rotation)
+            kv.append(layer, k, v)
+        return self.weights.out(layer, kv.attend(layer, q, heads.queries), residual)
+
+    def _own(self, residual: Tensor) -> Tensor | None:
+        """The residual, which is in the sum once."""
+        return residual if self._comm.rank == 0 else None
 
     def _rotated(self, late: Late) -> Late:
         """With RoPE at the tokens' own positions."""

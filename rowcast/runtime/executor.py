@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rowcast.errors import OutOfMemoryError
+from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.resident import LOGIT_ELEMENTS
-from rowcast.runtime.ladder.climb import Climb, Climber
+from rowcast.runtime.device_round.program import BATCHES
+from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.model_runner import ModelRunner
@@ -20,6 +22,9 @@ from rowcast.runtime.ladder.rule import Proposal, Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
 from rowcast.runtime.step import PREFILL, SeqResult, SeqSetup, SeqStep, TokenLogprobs
+
+if TYPE_CHECKING:
+    from rowcast.runtime.device_round.rounds import DeviceRounds
 
 
 @dataclass(slots=True)
@@ -41,8 +46,10 @@ class LocalExecutor:
         lower: Sequence[Runner | Lookup] = (),
         rule: Rule | None = None,
         controller: Controller | None = None,
+        rounds: DeviceRounds | None = None,
     ) -> None:
-        """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled."""
+        """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled.
+        `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round."""
         assert not lower or controller is not None
         self._top = top
         self._lower = lower
@@ -50,6 +57,7 @@ class LocalExecutor:
         self._controller = controller
         self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
         self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
+        self._rounds = rounds
         self._sequences: dict[int, _Sequence] = {}
 
     def add(self, setup: SeqSetup) -> None:
@@ -77,11 +85,40 @@ class LocalExecutor:
             ) from error
 
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
-        top = len(self._lower)
         self._climb.passes.clear()
         self._climb.outcomes.clear()
         decoding = sum(step.decodes for step in steps)
         climbers = [self._climber(step, decoding) for step in steps]
+        mine = [self._rounds is not None and step.decodes and self._rounds.serves(step.seq_id) for step in steps]
+        results: dict[int, SeqResult] = {}
+        device_passes = 0
+        for on_device, run in ((True, self._device_round), (False, self._host_round)):
+            chosen = [i for i, on in enumerate(mine) if on is on_device]
+            if chosen:
+                found = run([steps[i] for i in chosen], [climbers[i] for i in chosen])
+                results |= zip(chosen, found, strict=True)
+            if on_device:
+                device_passes = len(self._climb.passes)
+        self._report([step for step, on in zip(steps, mine, strict=True) if not on], device_passes)
+        return [results[i] for i in range(len(steps))]
+
+    def _device_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
+        """One round over sequences that decode; the host waits once."""
+        assert self._rounds is not None
+        results = []
+        for first in range(0, len(steps), BATCHES[-1]):
+            some = slice(first, first + BATCHES[-1])
+            finished = self._rounds.run(climbers[some], steps[some], self._climb)
+            for step, climber, tokens in zip(steps[some], climbers[some], finished, strict=True):
+                if tokens[-1] < 0:
+                    raise UserError(NOT_NUMBERS)
+                self._commit(step, tokens)
+                results.append(SeqResult(step.seq_id, tokens, None, None, climber.counts))
+        return results
+
+    def _host_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
+        """One round, prefills among it, driven from here."""
+        top = len(self._lower)
         proposals = self._climb.propose(top, climbers, [step.room for step in steps])
 
         started = time.perf_counter()
@@ -95,19 +132,20 @@ class LocalExecutor:
         verdicts = self._verdicts(steps, climbers, proposals, parts)
         names = [self._top.name if step.decodes else PREFILL for step in steps]
         counts = [climber.counts[name] for climber, name in zip(climbers, names, strict=True)]
-        self._climb.note(top, counts, ran, self._top.reads(), started)
+        self._climb.note(top, counts, ran, self._top.reads(), time.perf_counter() - started)
 
         results = []
         for step, climber, prompt in zip(steps, climbers, prompts, strict=True):
             tokens, logprobs = verdicts.get(step.seq_id, ([], None))
             self._commit(step, tokens)
             results.append(SeqResult(step.seq_id, tokens, logprobs, prompt, climber.counts))
-        self._report(steps)
         return results
 
     def free_kv(self, seq_id: int, length: int) -> None:
         for rung in (self._top, *self._lower):
             rung.free(seq_id)
+        if self._rounds is not None:
+            self._rounds.forget()
         sequence = self._sequences[seq_id]
         del sequence.ids[length:]
         self._sampler.rewind(seq_id, length - sequence.prompt_length)
@@ -177,13 +215,16 @@ class LocalExecutor:
             rung.commit(step.seq_id, length)
         self._sampler.commit(step.seq_id, tokens)
 
-    def _report(self, steps: Sequence[SeqStep]) -> None:
-        """Tell the controller what the round's passes took and what became of its proposals."""
+    def _report(self, steps: Sequence[SeqStep], device_passes: int) -> None:
+        """Tell the controller what the round's passes took and what became of its proposals.
+
+        The first `device_passes` are of sequences that decode; `steps`: those that the host drove.
+        """
         if self._controller is not None:
             top = len(self._lower)
             pure = all(step.decodes for step in steps)  # a prefill's chunk in the last rung's pass tells nothing about decoding
-            for ran in self._climb.passes:
-                if ran.rung < top or pure:
+            for place, ran in enumerate(self._climb.passes):
+                if ran.rung < top or pure or place < device_passes:
                     self._controller.observe_pass(ran)
             for outcome in self._climb.outcomes:
                 self._controller.observe_outcome(self._sequences[outcome.seq_id].group, outcome)

@@ -68,14 +68,15 @@ class LLM:
         block_size: int | None = None,
         seed: int = 0,
         plan: Plan | str | Path | None = None,
+        eager: bool = False,
         progress: bool | None = None,
     ) -> None:
         """Load a model.
 
         `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
         preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
-        the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse rung, whose law the
-        output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the sparse
+        the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse or low-bit rung, whose
+        law the output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the sparse
         rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate` wrote for this model; it has the
         predictors of dejavu and lowrank and those of heads, says how many neurons each layer keeps and, unless `density` does, how
         many on average, how many candidates hire ranks again, and which scorer a rung without `by` has: the one that it measured the
@@ -88,7 +89,8 @@ class LLM:
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
         block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
-        the seed and where the calibration lies, so none of the others may be given with it. `progress`: show a bar on standard error
+        the seed and where the calibration lies, so none of the others may be given with it. `eager`: launch a GPU's passes call by call
+        and not as captured graphs, with the same output. `progress`: show a bar on standard error
         while loading; None: if that is a terminal.
 
         Raises UserError (a ValueError) in one sentence for anything that cannot be, OutOfMemoryError where memory is short.
@@ -103,6 +105,8 @@ class LLM:
         texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
         _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
         _check_choices(tensor_parallel_size)
+        if not isinstance(eager, bool):
+            raise UserError(f"eager={eager!r:.60} has to be True or False")
         if "ROWCAST_LOG" in os.environ:
             configure_logging()
         threads = settings().threads
@@ -144,7 +148,7 @@ class LLM:
         log.info("plan: %s", self.plan.summary())
         if planned.quality is not None:
             log.warning("%s", planned.quality)
-        self.engine = self._engine(planned, seed, progress)
+        self.engine = self._engine(planned, seed, progress, eager)
         self.load_stats = {
             "seconds": time.perf_counter() - started,
             "weight_bytes": self.plan.weight_bytes + self.plan.rung_weight_bytes,
@@ -211,11 +215,11 @@ class LLM:
         """`chat` for one conversation, streamed."""
         return self.stream(self.tokenizer.chat(messages), sampling_params)
 
-    def _engine(self, planned: Planned, seed: int, progress: bool | None) -> Engine:
+    def _engine(self, planned: Planned, seed: int, progress: bool | None, eager: bool) -> Engine:
         return Engine(
             planned.plan,
             self.spec,
-            assemble(planned, self.checkpoint, self.spec, make_rule=self._rule, progress=progress),
+            assemble(planned, self.checkpoint, self.spec, make_rule=self._rule, progress=progress, eager=eager),
             eos_ids=self._eos_ids(),
             seed=seed,
             make_detokenizer=_detokenizers(self._tokenizer),

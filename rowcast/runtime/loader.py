@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.errors import UserError
+from rowcast.kernels import gpu
 from rowcast.kernels.linear import Linear, make_linear
 from rowcast.runtime.protocols import Source
 from rowcast.runtime.shard import Shard
@@ -36,6 +37,10 @@ class Norm:
     rms: bool
 
     def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if gpu.takes(x):
+            from rowcast.kernels.gpu import norms
+
+            return norms.norm(x, self.weight, self.bias, self.eps, self.rms)
         if self.rms:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)

@@ -20,6 +20,7 @@ from rowcast.runtime.ladder.drafts import Draft, open_drafts
 from rowcast.runtime.ladder.memory import ladder_needs, lookahead
 from rowcast.runtime.ladder.presets import DENSITY, Calibrated, Circumstances, check_mode, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
+from rowcast.runtime.lowbit_weights import HEAD_BITS
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import check_rung
 from rowcast.runtime.sparse.sizes import expected_bytes
@@ -122,7 +123,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     _check_views(ladder, max_context)
     _check_sparse(ladder, spec, calibration, adaptive)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
-    notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons, *_reached_shares(ladder, spec)]
+    notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons, *_reached_shares(ladder, spec), *_rounded(ladder, here)]
     sizes = {"block_size": BLOCK_SIZE} | {
         name: value
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size")
@@ -285,6 +286,18 @@ def _reached_shares(ladder: Ladder, spec: ModelSpec) -> list[str]:
             kept = 0 if share is None else max(1, round(share * total))
             if share is not None and abs(kept / total - share) > _REACHED:
                 told.append(f"rung {rung}: {key}={share} of {total} is {kept}, a share of {kept / total:.3g}")
+    return told
+
+
+def _rounded(ladder: Ladder, here: Circumstances) -> list[str]:
+    """What becomes of the weights of low-bit rungs."""
+    told, whole = [], here.pass_bytes(Rung(kind="plain"))
+    for rung in dict.fromkeys(rung.weights for rung in ladder.rungs if rung.bits is not None):
+        assert rung is not None and rung.bits is not None
+        told.append(
+            f"rung {rung}: weights are rounded to {rung.bits} bits while they are loaded, those of the LM head to "
+            f"{HEAD_BITS[rung.bits]}; a pass reads {here.pass_bytes(rung) / whole:.2f} of what a plain one does"
+        )
     return told
 
 

@@ -6,9 +6,10 @@ injected from outside, so the decoder's maths never learns where bytes are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -25,11 +26,14 @@ class Tokens:
     prompt_lengths: Tensor
     """Of each token's request; dynamic NTK scaling reads it."""
     steps: Sequence[SeqStep]
-    """Whose they are, in order: what the host knows of them without asking the device."""
+    """Whose they are, in order: what the host knows of them without asking the device. Empty in a pass of the device's own round, all
+    of whose tokens are generated ones."""
 
     @property
     def generated(self) -> list[bool]:
         """For each token, whether it lies behind its request's prompt."""
+        if not self.steps:
+            return [True] * len(self.ids)
         return [p >= s.prompt_length for s in self.steps for p in range(s.start, s.start + len(s.tokens))]
 
 
@@ -88,6 +92,9 @@ class Heads:
 
 ALL_HEADS: Final = Heads()
 
+Rotation: TypeAlias = tuple[Tensor, Tensor] | None
+"""cos and sin [T, 1, d] of a pass, in its number format; None where positions are not rotated."""
+
 
 class Comm(Protocol):
     """Tensor-parallel communication. Every rank makes the same calls in the same order."""
@@ -138,6 +145,8 @@ class WeightView(Protocol):
     """The products of one rank's share of the weights. Shapes: T tokens, D hidden, H and K local query and KV heads, d head size."""
 
     spec: ModelSpec
+    on_device: bool
+    """Whether a pass over few generated tokens asks the device nothing, so that it can be captured in a graph."""
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         """A pass over these tokens, which are bound to `kv`, starts; the calls up to the next `begin` are its.
@@ -166,17 +175,27 @@ class WeightView(Protocol):
         """Which heads the layer's `qkv`, the last one called, has computed."""
         ...
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         """Of the C query heads that `heads` names, [T, C, d] -> this rank's part of the sum, [T, D]. The bias is in one rank's part
-        only."""
+        only, and so is the `residual` [T, D], which is not modified."""
         ...
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        """[T, D] -> this rank's part of the sum, [T, D]. The bias is in one rank's part only."""
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[T, D] -> this rank's part of the sum, [T, D]. Bias and `residual` as in `out`."""
         ...
 
     def head(self, x: Tensor) -> Tensor:
         """[T, D] -> logits of this rank's vocabulary rows, [T, V_local], equal sizes on all ranks (padding rows are -inf)."""
+        ...
+
+
+@runtime_checkable
+class CountsOnDevice(Protocol):
+    """A weight view whose passes in the device's own rounds read more or less, as tokens need it."""
+
+    def device_reads(self) -> Reads:
+        """What these passes read since the last call of this, replays of captured ones included; `reads` has the others. Waits for
+        the device."""
         ...
 
 
@@ -253,4 +272,13 @@ class KVView(Protocol):
 
     def refreshes(self, seq_id: int) -> int:
         """How often the view has chosen anew which entries to show; 0 for views that do not choose."""
+        ...
+
+
+class DeviceKV(ABC):
+    """What a pass of a round on the device asks of a view, which is bound by device tensors alone. See `KVView`."""
+
+    @abstractmethod
+    def rotate_append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """q [T, H, d], k, v [T, K, d], before RoPE and at any strides between tokens: rotate q and k, `append` k and v. Returns q."""
         ...

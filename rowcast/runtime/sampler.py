@@ -99,6 +99,10 @@ class Sampler:
         """Sequences it was told of."""
         return set(self._sequences)
 
+    def sequence(self, seq_id: int) -> SampledSequence:
+        """What it remembers of a sequence."""
+        return self._sequences[seq_id]
+
     def rewind(self, seq_id: int, generated: int) -> None:
         """The sequence has generated so many tokens and not more, and will not be sampled for a while."""
         del self._sequences[seq_id].generated[generated:]

@@ -19,7 +19,8 @@ from rowcast.runtime.spec import ModelSpec
 class Outer:
     """What lies around the layers' products: embeddings, norms, LM head. Views of one model share it."""
 
-    def __init__(self, spec: ModelSpec, load: Loader, comm: Comm) -> None:
+    def __init__(self, spec: ModelSpec, load: Loader, comm: Comm, *, head: bool = True) -> None:
+        """`head`: with the LM head; else none of the views that share it may ask for `head`, and rows that only it has are not read."""
         self.spec = spec
         self._comm = comm
         before = load.elements
@@ -41,12 +42,18 @@ class Outer:
             self._norms[0, "embed"] = load.norm(load.names.embed_norm)
         if spec.final_norm:
             self._norms[0, "final"] = load.norm(load.names.final_norm)
-        rows = self._embedding if spec.tied_embeddings else load.vocabulary_rows(load.names.head, prefixed=False)
-        self._head = make_linear(rows, shared=spec.tied_embeddings or rows.dtype == torch.float32)
-        packed = self._head.weight is not rows
-        self.head_rows: Tensor | None = self._embedding if spec.tied_embeddings else None if packed else rows
-        """The LM head's rows of this rank, [V_local, E]; None where they are held in a library's layout only."""
-        looked_up = (0 if spec.tied_embeddings else self._embedding.numel()) + (
+        self.head_rows: Tensor | None = self._embedding if spec.tied_embeddings else None
+        """The LM head's rows of this rank, [V_local, E]; None where they are held in a library's layout only, or not at all."""
+        self._head: Linear | None = None
+        self.head_elements = 0
+        """Read by a pass for its logits."""
+        if head:
+            rows = self._embedding if spec.tied_embeddings else load.vocabulary_rows(load.names.head, prefixed=False)
+            self._head = make_linear(rows, shared=spec.tied_embeddings or rows.dtype == torch.float32)
+            if self._head.weight is rows:
+                self.head_rows = rows
+            self.head_elements = rows.numel()
+        looked_up = (0 if spec.tied_embeddings and head else self._embedding.numel()) + (
             0 if self._positions is None else self._positions.numel()
         )
         self.elements = load.elements - before - looked_up
@@ -74,6 +81,7 @@ class Outer:
         return x if self._project_out is None else self._project_out(x)
 
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
+        assert self._head is not None
         return self.pad(self._head(self.head_input(x)))
 
     def pad(self, logits: Tensor) -> Tensor:
@@ -95,6 +103,8 @@ class _Layer:
 
 class DenseWeights:
     """All products over all rows. Implements `WeightView`."""
+
+    on_device = True
 
     def __init__(
         self,
@@ -133,17 +143,17 @@ class DenseWeights:
     def heads(self, layer: int) -> Heads:
         return ALL_HEADS
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:  # [T, H, d] -> [T, D]
-        return self._layers[layer].out(heads.flatten(1))
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, D]
+        return plus(self._layers[layer].out(heads.flatten(1)), residual)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         weights = self._layers[layer]
         hidden = weights.up(x)
         act = ACTIVATIONS[self.spec.activation]
         if self.spec.gated:
             gate, up = hidden.chunk(2, dim=-1)
-            return weights.down(act(gate) * up)
-        return weights.down(act(hidden))
+            return plus(weights.down(act(gate) * up), residual)
+        return plus(weights.down(act(hidden)), residual)
 
     def _layer(self, load: Loader, index: int) -> _Layer:
         spec, names, shard = self.spec, load.names, load.shard
@@ -157,6 +167,11 @@ class DenseWeights:
             up=load.stacked([stem.format(index) for stem in ups], neurons, spec.mlp_bias),
             down=load.row_parallel(names.down.format(index), neurons, spec.intermediate_size, spec.mlp_bias),
         )
+
+
+def plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """y + residual, in the place of y."""
+    return y if residual is None else y.add_(residual)
 
 
 class HeadSplit:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rowcast.kernels import gpu
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.places import places, take
 from rowcast.runtime.kv.summaries import Summaries, Summary
@@ -52,6 +53,8 @@ class _Bound:
     blocks: slice | Tensor
     """Its blocks in the store; a slice where they are neighbours, so that they can be read in place."""
     queries: _Queries | None
+    at: tuple[Tensor, Tensor] | None
+    """On a GPU, where tokens are few: its table [1, n] and the position of its first token [1], int32."""
 
 
 class PagedKV:
@@ -84,7 +87,7 @@ class PagedKV:
         self.slopes, self.absolute_bias_scale = alibi(spec, shard, device)
         kv_heads = shard.kv_heads(spec)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
-        self._block_size = block_size
+        self.block_size = block_size
         shape = (spec.num_layers, num_blocks, block_size, self.num_kv_heads, spec.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
@@ -139,10 +142,35 @@ class PagedKV:
             end = step.start + len(step.tokens)
             seq = self._sequences.setdefault(step.seq_id, _Sequence())
             assert seq.length <= step.start <= seq.end, f"sequence {step.seq_id}: {step.start} is outside {seq.length}..{seq.end}"
-            seq.end, seq.blocks = end, step.blocks[: -(-end // self._block_size)]
+            seq.end, seq.blocks = end, step.blocks[: -(-end // self.block_size)]
             seq.queries = _Queries(max(step.start, end - self.keep_queries)) if self.keep_queries else None
             queries.append(seq.queries)
         self._place(steps, queries)
+
+    shares_entries = False
+
+    @property
+    def serves_device(self) -> bool:
+        """True: entries stand at their positions. As are `entries` and `reserve`, for rounds on the device (`kv.device`)."""
+        return True
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [blocks, block_size, K, d]."""
+        return self._keys[layer], self._values[layer]
+
+    def reserve(self, step: SeqStep) -> tuple[list[int], int]:
+        """The step's tokens are proposals now; their blocks, and 0. Kept queries are void until `keep`."""
+        seq, end = self._sequences.setdefault(step.seq_id, _Sequence()), step.start + len(step.tokens)
+        assert seq.length <= step.start <= seq.end, f"sequence {step.seq_id}: {step.start} is outside {seq.length}..{seq.end}"
+        seq.end, seq.blocks, seq.queries = end, step.blocks[: -(-end // self.block_size)], None
+        assert len(seq.blocks) * self.block_size >= end, (
+            f"sequence {step.seq_id}: {len(seq.blocks)} blocks do not hold {end} tokens"
+        )
+        return seq.blocks, 0
+
+    def keep(self, seq_id: int, start: int, queries: Tensor) -> None:
+        """Queries [layers, n, H, d], after RoPE, of a sequence's last pass, which began at `start`."""
+        self._sequences[seq_id].queries = _Queries(start, list(queries))
 
     def lend(self, steps: Sequence[SeqStep]) -> None:
         """Another view's pass: `append` and `attend` refer to its tokens until the next `bind`; nothing is noted of the sequences.
@@ -153,12 +181,12 @@ class PagedKV:
 
     def _slots_of(self, seq_id: int, positions: range) -> list[int]:
         """Where entries of a bound sequence lie among those of a layer."""
-        blocks, size = self._tables[seq_id], self._block_size
+        blocks, size = self._tables[seq_id], self.block_size
         return [blocks[p // size] * size + p % size for p in positions]
 
     def _place(self, steps: Sequence[SeqStep], queries: Sequence[_Queries | None]) -> None:
         """Where the tokens of a pass go, and what keeps their last queries."""
-        size = self._block_size
+        size = self.block_size
         self._bound.clear()
         self._tables = {step.seq_id: step.blocks for step in steps}
         slots: list[int] = []
@@ -168,7 +196,11 @@ class PagedKV:
             end = step.start + tokens
             used = step.blocks[: -(-end // size)]
             assert len(used) * size >= end, f"sequence {step.seq_id}: {len(used)} blocks do not hold {end} tokens"
-            self._bound.append(_Bound(first, tokens, end, places(used, self.device), kept))
+            at = None
+            if tokens <= gpu.MOST_TOKENS and gpu.serves(self.device):
+                numbers = torch.tensor([step.start, *used], dtype=torch.int32, device=self.device)
+                at = numbers[None, 1:], numbers[:1]
+            self._bound.append(_Bound(first, tokens, end, places(used, self.device), kept, at))
             slots += self._slots_of(step.seq_id, range(step.start, end))
             first += tokens
         self._keeps_all = all(b.tokens <= self.keep_queries for b in self._bound)
@@ -196,6 +228,9 @@ class PagedKV:
             if seq.queries is not None:
                 last = rows[-self.keep_queries :]
                 seq.queries.layers.append(last if self._keeps_all else last.clone())
+            if seq.at is not None:
+                parts.append(self._decode(layer, rows, seq.at, seq.length, heads))
+                continue
             parts.append(
                 attend(
                     rows,
@@ -209,6 +244,23 @@ class PagedKV:
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, layer: int, rows: Tensor, at: tuple[Tensor, Tensor], end: int, heads: Tensor | None) -> Tensor:
+        """`attend` for a sequence's few last tokens, by the kernel that rounds on the device use, too: [T, H, d] -> [T, C, d]."""
+        from rowcast.kernels.gpu import decoding
+
+        return decoding.decode(
+            rows.contiguous(),
+            self._keys[layer],
+            self._values[layer],
+            *at,
+            scale=self.spec.attention_scale,
+            most_entries=end,
+            window=self.spec.windows[layer],
+            slopes=self.slopes,
+            absolute_bias_scale=self.absolute_bias_scale,
+            heads=heads,
+        )
 
     def commit(self, seq_id: int, tokens: int) -> None:
         seq = self._sequences.get(seq_id)
@@ -250,14 +302,14 @@ class PagedKV:
 
     def table(self, seq_id: int) -> Tensor:
         """For each committed entry of a sequence, where it lies among those of a layer: [length]."""
-        seq, size = self._sequences[seq_id], self._block_size
+        seq, size = self._sequences[seq_id], self.block_size
         first = torch.tensor(seq.blocks, device=self.device) * size
         return (first[:, None] + torch.arange(size, device=self.device)).flatten()[: seq.length]
 
     def rows(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
         """For `keys_at` and `values_at`: entries [heads, n] of a `table`, other ones for each head, or [n] -> [heads, n]."""
         head = torch.arange(self.spec.num_layers * self.num_kv_heads, device=self.device)[heads, None]
-        of_layer = self._keys.shape[1] * self._block_size * self.num_kv_heads
+        of_layer = self._keys.shape[1] * self.block_size * self.num_kv_heads
         found: Tensor = entries * self.num_kv_heads + (head // self.num_kv_heads * of_layer + head % self.num_kv_heads)
         return found
 

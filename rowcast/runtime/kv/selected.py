@@ -18,6 +18,7 @@ from rowcast.runtime.kv.selection import Policy, copy_bytes, head_groups
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
 from rowcast.runtime.protocols import Late
+from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
 
 
@@ -141,14 +142,8 @@ class SelectedKV:
         self._bound.clear()
         first = 0
         for step in steps:
-            shown, length = self._shown[step.seq_id], self.length(step.seq_id)
-            shown.moved_bytes = 0
-            if not self._is_current(step.seq_id, shown):
-                self._sync(step.seq_id, shown)
-            tokens, start = len(step.tokens), step.start - length
-            assert 0 <= start <= shown.proposals, f"sequence {step.seq_id}: {step.start} is outside {length}.."
-            assert start + tokens <= self._room, f"sequence {step.seq_id}: no room for {start + tokens} proposals"
-            shown.proposals = start + tokens
+            shown = self._note(step)
+            tokens, start = len(step.tokens), step.start - self.length(step.seq_id)
             own = slice(shown.entries + start, shown.entries + start + tokens)
             positions = torch.arange(step.start, step.start + tokens, device=self._parent.device)
             slot = self._slots[step.seq_id]
@@ -156,6 +151,39 @@ class SelectedKV:
                 self._positions[slot, :, :, own] = positions
             self._bound.append(_Bound(slice(first, first + tokens), slot, own, positions))
             first += tokens
+
+    shares_entries = True
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._parent.spec
+
+    @property
+    def slopes(self) -> Tensor | None:
+        return self._parent.slopes
+
+    @property
+    def absolute_bias_scale(self) -> float | None:
+        return self._parent.absolute_bias_scale
+
+    @property
+    def block_size(self) -> int:
+        """A sequence's entries are one block."""
+        return self._keys.shape[3]
+
+    @property
+    def serves_device(self) -> bool:
+        """Whether true positions do not count. As are `entries` and `reserve`, for rounds on the device (`kv.device`)."""
+        return self._positions is None
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [slots, entries, K, d]."""
+        return self._keys[:, layer].transpose(1, 2), self._values[:, layer].transpose(1, 2)
+
+    def reserve(self, step: SeqStep) -> tuple[list[int], int]:
+        """The step's tokens are proposals now; the sequence's slot, and what is added to a position to find its place there."""
+        shown = self._note(step)
+        return [self._slots[step.seq_id]], shown.entries - self.length(step.seq_id)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
         for seq in self._bound:
@@ -209,6 +237,18 @@ class SelectedKV:
         self._slots.give_back(seq_id)
         self._shown.pop(seq_id, None)
         self._policy.free(seq_id)
+
+    def _note(self, step: SeqStep) -> _Shown:
+        """Its tokens are proposals now, behind the parent's entries as they are."""
+        shown, length = self._shown[step.seq_id], self.length(step.seq_id)
+        shown.moved_bytes = 0
+        if not self._is_current(step.seq_id, shown):
+            self._sync(step.seq_id, shown)
+        tokens, start = len(step.tokens), step.start - length
+        assert 0 <= start <= shown.proposals, f"sequence {step.seq_id}: {step.start} is outside {length}.."
+        assert start + tokens <= self._room, f"sequence {step.seq_id}: no room for {start + tokens} proposals"
+        shown.proposals = start + tokens
+        return shown
 
     def _is_current(self, seq_id: int, shown: _Shown) -> bool:
         return shown.synced == self._parent.length(seq_id) and shown.rewinds == self._parent.rewinds(seq_id)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes
 from rowcast.runtime.protocols import Late
+from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
 
 
@@ -60,11 +61,40 @@ class SharedKV:
     def bind(self, steps: Sequence[SeqStep]) -> None:
         """As `KVView`. Precondition: the sequences are admitted, and the blocks cover what a round may draft."""
         for step in steps:
-            found, length = self._current(step.seq_id), self.length(step.seq_id)
-            assert length <= step.start <= length + found.count, f"sequence {step.seq_id}: {step.start} is outside {length}.."
-            found.count = step.start + len(step.tokens) - length
-            self._proposals[step.seq_id] = found
+            self._note(step)
         self._parent.lend(steps)
+
+    shares_entries = True
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._parent.spec
+
+    @property
+    def slopes(self) -> Tensor | None:
+        return self._parent.slopes
+
+    @property
+    def absolute_bias_scale(self) -> float | None:
+        return self._parent.absolute_bias_scale
+
+    @property
+    def block_size(self) -> int:
+        return self._parent.block_size
+
+    @property
+    def serves_device(self) -> bool:
+        """As are `entries` and `reserve`, for rounds on the device (`kv.device`)."""
+        return True
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The parent's."""
+        return self._parent.entries(layer)
+
+    def reserve(self, step: SeqStep) -> tuple[list[int], int]:
+        """The step's tokens are proposals now; their blocks, and 0."""
+        self._note(step)
+        return step.blocks, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
         self._parent.append(layer, k, v)
@@ -101,6 +131,13 @@ class SharedKV:
     def refreshes(self, seq_id: int) -> int:
         """0: it shows everything."""
         return 0
+
+    def _note(self, step: SeqStep) -> None:
+        """Its tokens are proposals now."""
+        found, length = self._current(step.seq_id), self.length(step.seq_id)
+        assert length <= step.start <= length + found.count, f"sequence {step.seq_id}: {step.start} is outside {length}.."
+        found.count = step.start + len(step.tokens) - length
+        self._proposals[step.seq_id] = found
 
     def _current(self, seq_id: int) -> _Proposals:
         """The proposals behind the parent's entries as they are now."""

@@ -97,7 +97,7 @@ class StreamingKV:
         if reason is not None:
             raise UserError(f"this {spec.family} model cannot run over a streaming KV view, as {reason}: give it its whole KV")
         assert budget > sinks + stride, f"{budget} entries are too few for {sinks} sinks and a stride of {stride}"
-        self._spec = spec
+        self.spec = spec
         self._device = device
         self._dtype = dtype
         self._budget = budget
@@ -105,7 +105,7 @@ class StreamingKV:
         self._stride = stride
         self._room = room
         self._slots = Slots(slots)
-        self._slopes, self._absolute_bias_scale = alibi(spec, shard, device)
+        self.slopes, self.absolute_bias_scale = alibi(spec, shard, device)
         self._rope: Rope | None = None
         if spec.rope is not None:
             # The keys come with the attention factor applied.
@@ -152,7 +152,7 @@ class StreamingKV:
         """Bytes of K/V that attention reads in one pass for this sequence's last token."""
         end = self.end(seq_id)
         shown = end - self._start(end - 1) + self._sinks
-        return visible_bytes(self._spec, self._kv_heads, self._dtype, shown)
+        return visible_bytes(self.spec, self._kv_heads, self._dtype, shown)
 
     def refreshes(self, seq_id: int) -> int:
         """0: it does not choose."""
@@ -176,6 +176,38 @@ class StreamingKV:
             rows = slice(first, first + len(step.tokens))
             self._bound.append(_Bound(rows, slot, step.start, end, base, kept, list(self._groups(step.start, end, base))))
             seq.end, first = end, rows.stop
+
+    shares_entries = False
+
+    @property
+    def block_size(self) -> int:
+        """A sequence's entries are one block."""
+        return self._keys.shape[3]
+
+    @property
+    def serves_device(self) -> bool:
+        """Whether no layer's window is shorter than the store. As `entries` and `reserve`, for rounds on the device (`kv.device`)."""
+        return all(window is None or window >= self.block_size for window in self.spec.windows)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [slots, entries, K, d]."""
+        return self._keys[layer].transpose(1, 2), self._values[layer].transpose(1, 2)
+
+    def reserve(self, step: SeqStep) -> tuple[list[int], int]:
+        """The step's tokens are proposals now; the sequence's slot, and what is added to a position to find its place there.
+
+        All of them see what the first one sees, also where a later one's recent entries would start further on: on the device a
+        round evicts nothing.
+        """
+        seq, slot = self._sequences[step.seq_id], self._slots[step.seq_id]
+        assert max(seq.length, seq.floor) <= step.start <= seq.end, f"sequence {step.seq_id} cannot go on at {step.start}"
+        seq.end = step.start
+        self._evict(seq, slot)
+        seq.end = step.start + len(step.tokens)
+        assert self._sinks + seq.end - seq.base <= self.block_size, (
+            f"sequence {step.seq_id}: no room for {len(step.tokens)} tokens"
+        )
+        return [slot], self._sinks - seq.base
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
         for seq in self._bound:
@@ -220,10 +252,10 @@ class StreamingKV:
                         q[first : first + own],
                         self._shown(keys, recent, _turn(sinks, group.turn)).transpose(0, 1),
                         self._shown(values, recent, values[:, : self._sinks]).transpose(0, 1),
-                        scale=self._spec.attention_scale,
-                        window=self._spec.windows[layer],
-                        slopes=self._slopes,
-                        absolute_bias_scale=self._absolute_bias_scale,
+                        scale=self.spec.attention_scale,
+                        window=self.spec.windows[layer],
+                        slopes=self.slopes,
+                        absolute_bias_scale=self.absolute_bias_scale,
                         heads=heads,
                     )
                 )
@@ -287,7 +319,7 @@ class StreamingKV:
         for store in (self._keys[:, slot], self._values[:, slot]):
             store[:, :, sinks : sinks + held] = store[:, :, sinks + gone : sinks + gone + held].clone()
         turned = _turn(self._sink_keys[:, slot].flatten(0, 1), self._angles(start))
-        self._keys[:, slot, :, :sinks] = turned.view(self._spec.num_layers, self._kv_heads, sinks, self._spec.head_dim)
+        self._keys[:, slot, :, :sinks] = turned.view(self.spec.num_layers, self._kv_heads, sinks, self.spec.head_dim)
         seq.base = start
 
     def _keep_last(self, layer: int, seq: _Bound, keys: Tensor, values: Tensor) -> None:

@@ -21,6 +21,8 @@ from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.protocols import Reads
 from rowcast.runtime.step import RungCounts
 
+NOT_NUMBERS = "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -121,10 +123,10 @@ class Climb:
                 self._settle(rung, climbers[i], proposals[i], verdict)
                 yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
 
-    def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, started: float) -> None:
-        """Book a pass that started then and read `reads` of the weights, shared by its sequences as they had tokens, or rows of
+    def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, seconds: float) -> None:
+        """Book a pass that took so long and read `reads` of the weights, shared by its sequences as they had tokens, or rows of
         logits, in it."""
-        seconds, total, generated = time.perf_counter() - started, sum(ran.tokens), max(1, sum(ran.generated))
+        total, generated = sum(ran.tokens), max(1, sum(ran.generated))
         overflows, fallbacks = _split(reads.overflows, ran.generated), _split(reads.fallbacks, ran.wanted)
         for i, found in enumerate(counts):
             tokens, own = ran.tokens[i], ran.generated[i]
@@ -167,14 +169,12 @@ class Climb:
                 if verdict.token < 0:  # a rung that cannot count proposes nothing more
                     del want.laws[len(want.climber.path.ids) - want.start :]
                     want.count = len(want.climber.path.ids) - want.start
-            self.note(rung, [c.counts[runner.name] for c in climbers], ran, runner.reads(), started)
+            self.note(rung, [c.counts[runner.name] for c in climbers], ran, runner.reads(), time.perf_counter() - started)
 
     def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict) -> None:
         """Cut the path to what stands, append the verifier's token, drop K/V of what does not stand."""
         if verdict.token < 0 and rung == len(self.lower):
-            raise UserError(
-                "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
-            )
+            raise UserError(NOT_NUMBERS)
         path = climber.path
         proposed = len(proposal.tokens)
         stands = len(path.ids) - proposed + verdict.accepted

@@ -1,4 +1,4 @@
-"""What a ladder takes beside the weights and the KV of a plain model: drafts, sparse rungs, caches, work space.
+"""What a ladder takes beside the weights and the KV of a plain model: drafts, sparse and low-bit rungs, caches, work space.
 
 The views allocate what is counted here, each once, when it is made.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from rowcast.placement.resident import LadderNeeds
+from rowcast.runtime import lowbit_weights
 from rowcast.runtime.banks import copied_bytes
 from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes
 from rowcast.runtime.ladder.control import GAMMAS
@@ -88,8 +89,13 @@ def ladder_needs(
                 slot_bytes += streaming_bytes(model, rung.kv, rung.sinks, ahead, width)
     for summary in summaries(ladder):
         block_bytes += summary.per_block(block_size) * summary.parts * kv_bytes_per_token(spec, width) // 2
-    last, sparse = ladder.rungs[-1], {rung.sparsity for rung in ladder.rungs if rung.sparsity is not None}
-    dense = any(rung.kind in ("self", "plain") and rung.sparsity is None for rung in ladder.rungs)
+    last, light = ladder.rungs[-1], {rung.weights for rung in ladder.rungs if rung.weights is not None}
+    sparse, few_bits = [rung for rung in light if rung.sparse], [rung.bits for rung in light if rung.bits is not None]
+    dense = any(rung.kind in ("self", "plain") and rung.weights is None for rung in ladder.rungs)
+    banks = bool(sparse) or (dense and not dense_copy)
+    alone = not (dense or sparse)
+    if few_bits:
+        work_bytes = max(work_bytes, lowbit_weights.making_bytes(spec, width))
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
@@ -101,14 +107,19 @@ def ladder_needs(
         lookahead=ahead,
         models=tuple(models),
         weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models)
-        + (bank_bytes(spec, width if dense_copy and dense else 0) if sparse else 0)
-        + sum(predictor_bytes(spec, rung, calibration) for rung in sparse),
+        + (bank_bytes(spec, width if dense_copy and dense else 0) if banks else 0)
+        + sum(predictor_bytes(spec, rung, calibration) for rung in sparse)
+        + sum(lowbit_weights.rounded_bytes(spec, bits) for bits in few_bits)
+        + max(0, len(few_bits) - alone) * lowbit_weights.bias_bytes(spec, width, banks=banks),
+        spared_bytes=lowbit_weights.spared_bytes(spec, width) + head_copy_bytes(spec) if alone else 0,
         pass_bytes=expected_bytes(spec, last, width, calibration),
-        token_bytes=score_bytes(spec) if sparse else 0,
+        token_bytes=max(score_bytes(spec) if sparse else 0, lowbit_weights.token_bytes(spec) if few_bits else 0),
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
-        copied_bytes=copied_bytes(spec, width) if sparse and dense_copy else 0,
+        copied_bytes=max(
+            copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_weights.product_bytes(spec) if few_bits else 0
+        ),
         query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
         + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),
         anyone=any(rung.kind in ("draft", "self") and rung.kv is None for rung in ladder.lower),

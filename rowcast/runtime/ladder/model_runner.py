@@ -33,7 +33,7 @@ class ModelRunner:
         """`max_batch_tokens`: most tokens in one pass. `max_position`: where the model's positions end, if they do."""
         self.name = name
         self.view = view
-        self._decoder = decoder
+        self.decoder = decoder
         self._max_batch_tokens = max_batch_tokens
         self._max_position = max_position
 
@@ -52,9 +52,9 @@ class ModelRunner:
         chosen = [view.refreshes(path.seq_id) for path in paths]
         if sum(len(path.ids) for path in paths) - sum(before) > self._max_batch_tokens:
             for path, want in zip(paths, wanted, strict=True):
-                self._catch_up(path, len(path.ids) - want)
+                self.catch_up(path, len(path.ids) - want)
         steps = [_step(path, view.end(path.seq_id), len(path.ids)) for path in paths]
-        hidden = self._decoder.run(steps, view)
+        hidden = self.decoder.run(steps, view)
         return Ran(
             _last_rows(hidden, [len(step.tokens) for step in steps], wanted),
             wanted=list(wanted),
@@ -65,10 +65,10 @@ class ModelRunner:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._decoder.logits(hidden)
+        return self.decoder.logits(hidden)
 
     def reads(self) -> Reads:
-        return self._decoder.weights.reads()
+        return self.decoder.weights.reads()
 
     def truncate(self, seq_id: int, length: int) -> None:
         if self.view.end(seq_id) > length:
@@ -83,10 +83,10 @@ class ModelRunner:
     def free(self, seq_id: int) -> None:
         self.view.free(seq_id)
 
-    def _catch_up(self, path: Path, end: int) -> None:
+    def catch_up(self, path: Path, end: int) -> None:
         """Run the path's tokens before `end`, in pieces."""
         while (start := self.view.end(path.seq_id)) < end:
-            self._decoder.run([_step(path, start, min(end, start + self._max_batch_tokens))], self.view)
+            self.decoder.run([_step(path, start, min(end, start + self._max_batch_tokens))], self.view)
 
 
 def _step(path: Path, start: int, end: int) -> SeqStep:

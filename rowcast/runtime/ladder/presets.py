@@ -98,14 +98,15 @@ def resolve(
 def check_mode(ladder: Ladder, mode: str, name: str) -> None:
     """Raise UserError where the last rung is not one of `mode`; `name`: of the ladder, as the user knows it."""
     if ladder.approximate and mode != "approximate":
+        last = "sparse" if ladder.rungs[-1].sparse else "low-bit"
         raise UserError(
-            f"the ladder {name!r:.80} ends in a sparse rung, so that its output is not the model's; use mode=approximate, or end it in "
+            f"the ladder {name!r:.80} ends in a {last} rung, so that its output is not the model's; use mode=approximate, or end it in "
             "/ plain"
         )
     if not ladder.approximate and mode == "approximate":
         raise UserError(
-            f"mode=approximate takes a ladder whose last rung is sparse, and {name!r:.80} ends in plain; use hire, dejavu or "
-            "self:mlp=0.5, or mode=exact"
+            f"mode=approximate takes a ladder whose last rung is sparse or low-bit, and {name!r:.80} ends in plain; use hire, dejavu, "
+            "self:mlp=0.5 or self:bits=4, or mode=exact"
         )
 
 

@@ -20,13 +20,13 @@ class Simulated:
 
     def __init__(self, rule: Rule, rates: Mapping[int, float], *, seed: int = 0) -> None:
         """`rates`: acceptance of one token, by verifying rung."""
-        self._rule = rule
-        self._rates = rates
+        self.rule = rule
+        self.rates = rates
         self._random = random.Random(seed)
 
     def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
-        verdicts = self._rule.verify(rung, proposals, logits)
-        return [self._override(self._rates.get(rung, 0.0), p, verdict) for p, verdict in zip(proposals, verdicts, strict=True)]
+        verdicts = self.rule.verify(rung, proposals, logits)
+        return [self._override(self.rates.get(rung, 0.0), p, verdict) for p, verdict in zip(proposals, verdicts, strict=True)]
 
     def _override(self, rate: float, proposal: Proposal, verdict: Verdict) -> Verdict:
         accepted = leading(self._random.random() < rate for _ in proposal.tokens)

@@ -1,4 +1,4 @@
-"""What a ladder is made of, as users write it: rungs by kind, KV view, sparsity and gamma. Torch-free.
+"""What a ladder is made of, as users write it: rungs by kind, KV view, sparsity, bits and gamma. Torch-free.
 
 It does not know how a rung runs, nor whether its model exists.
 """
@@ -26,6 +26,8 @@ Cut = Literal["top", "threshold"]
 """Each token's best neurons, as many for every token; or those that score above a calibrated threshold, as many on average."""
 Head = Literal["full", "hire"]
 """All rows of the LM head; or a few bits of them and exact rows for the likeliest tokens (`sparse.lm_head`)."""
+Bits = Literal[8, 4]
+"""All weights, rounded to so many bits when the model is loaded (`lowbit_weights`)."""
 
 MOST_GAMMA = 64
 MOST_LOWER_RUNGS = 4
@@ -46,7 +48,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
     "draft": ("model", "kv", "sinks", "gamma"),
     "self": (
-        *("mlp", *_NEURON_KEYS, "heads", "lm"),
+        *("mlp", *_NEURON_KEYS, "heads", "lm", "bits"),
         *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
     ),
     "plain": (),
@@ -61,6 +63,8 @@ _BOUNDS = {"kv": (1, 1 << 24), "chunk": (1, 1 << 10), "sinks": (0, 1 << 24), "re
 _BOUNDS |= {"gamma": (1, MOST_GAMMA), "group": (1, 64)}
 _SHARES = {"mlp": (0.0, 1.0), "common": (0.0, 1.0), "heads": (0.0, 1.0), "over": (1.0, 8.0)}
 """Bounds of numbers that need not be whole; 0 itself is not allowed."""
+_CHOICES = {"bits": get_args(Bits)}
+"""Numbers of which one is chosen."""
 _NAMES = {
     "view": get_args(View),
     "score": get_args(Score),
@@ -94,11 +98,13 @@ class Rung:
     """self: share of the query heads that a token uses, on average over layers. None: all."""
     lm: Head = "full"
     """self: full: all rows of the LM head. hire: a few bits of them, and the rows that may be among the largest exactly."""
+    bits: Bits | None = None
+    """self: all weights, in so many bits each. None: in the model's own format."""
     model: str | None = None
     """draft: a directory, GGUF file or hub id. None: the one that the caller of the ladder names."""
     kv: int | None = _UNSET
-    """Entries that the KV view shows. None: all, or it has no KV (ngram). Left out: 256 for a draft, all for a sparse self; any other
-    self needs it."""
+    """Entries that the KV view shows. None: all, or it has no KV (ngram). Left out: 256 for a draft, all for a self that is sparse or
+    has `bits`; any other self needs it."""
     view: View | None = None
     """self: which entries. Left out: retrieval. A draft with `kv` is streaming. None: all of them, or no KV."""
     score: Score = "bounds"
@@ -142,10 +148,10 @@ class Rung:
                 f"{key.name}={getattr(self, key.name)!r:.60} is not a setting of a rung {self.kind}; {_settings(self.kind)}"
             )
         if self.kv == _UNSET:
-            if self.kind == "self" and not self.sparse:
+            if self.kind == "self" and not self.light:
                 raise UserError(
-                    "a rung self needs kv, the KV entries that it sees, or mlp, heads or lm=hire, the weights that it reads; write for "
-                    "example self:kv=512 or self:mlp=0.5"
+                    "a rung self needs kv, the KV entries that it sees, or mlp, heads, lm=hire or bits, what it reads of the weights; "
+                    "write for example self:kv=512, self:mlp=0.5 or self:bits=4"
                 )
             object.__setattr__(self, "kv", _DRAFT_KV if self.kind == "draft" else None)
         self._check_view()
@@ -167,12 +173,20 @@ class Rung:
         """Whether it reads chosen weights only."""
         return self.mlp is not None or self.heads is not None or self.lm == "hire"
 
+    @property
+    def light(self) -> bool:
+        """Whether it reads less of the weights than plain does: chosen ones only, or a few bits of each."""
+        return self.sparse or self.bits is not None
+
     @cached_property
-    def sparsity(self) -> Rung | None:
-        """The settings that say which weights it reads: rungs that are equal in them share their weights. None: all weights.
+    def weights(self) -> Rung | None:
+        """The settings that say what it reads of the model's weights: rungs that are equal in them share one view. None: what plain
+        reads.
 
         A rung that skips heads knows which entries of its own KV view lack them, so that it shares nothing with other views.
         """
+        if self.bits is not None:
+            return Rung(kind="self", bits=self.bits)
         if not self.sparse or self.heads is not None:
             return replace(self, gamma=None) if self.sparse else None
         chosen: dict[str, Any] = {key: getattr(self, key) for key in (*_NEURON_KEYS, "lm")}
@@ -186,11 +200,11 @@ class Rung:
     @property
     def pays_from(self) -> int:
         """Committed tokens from which run-time control uses it, where gamma is not pinned."""
-        return 2 * (self.kv or 0) if self.kind == "self" and not self.sparse else 0
+        return 2 * (self.kv or 0) if self.kind == "self" and not self.light else 0
 
     @property
     def _default_kv(self) -> int | None:
-        return _DRAFT_KV if self.kind == "draft" else None if self.sparse else _UNSET
+        return _DRAFT_KV if self.kind == "draft" else None if self.light else _UNSET
 
     def _check_view(self) -> None:
         if self.kind != "self":
@@ -198,7 +212,7 @@ class Rung:
                 raise UserError(f"view={self.view!r:.60} is not a setting of a rung {self.kind}; {_settings(self.kind)}")
             object.__setattr__(self, "view", "streaming" if self.kind == "draft" and self.kv is not None else None)
             return
-        if self.kv is None and self.sparse:
+        if self.kv is None and self.light:
             idle = [key for key in ("view", *_VIEW_KEYS, "sinks") if getattr(self, key) != _DEFAULTS[key]]
             if idle:
                 raise UserError(
@@ -215,7 +229,7 @@ class Rung:
     def _check_values(self) -> None:
         for key, (least, most) in _BOUNDS.items():
             value = getattr(self, key)
-            if (value is None and ((key, self.kind) != ("kv", "self") or self.sparse)) or key not in _KEYS[self.kind]:
+            if (value is None and ((key, self.kind) != ("kv", "self") or self.light)) or key not in _KEYS[self.kind]:
                 continue
             if type(value) is not int or not least <= value <= most:
                 raise UserError(
@@ -229,6 +243,12 @@ class Rung:
                 bounds = f"from {low:g} to {high:g}" if low else f"above 0 and up to {high:g}"
                 raise UserError(f"{key}={value!r:.60} of the rung {self.kind} is not a number {bounds}; correct it")
             object.__setattr__(self, key, float(value))
+        for key, numbers in _CHOICES.items():
+            value = getattr(self, key)
+            if value is not None and (type(value) is not int or value not in numbers):
+                raise UserError(
+                    f"{key}={value!r:.60} of the rung {self.kind} is not one of {', '.join(map(str, numbers))}; choose one"
+                )
         for key, names in _NAMES.items():
             value = getattr(self, key)
             if value is not None and value not in names:
@@ -255,6 +275,12 @@ class Rung:
             )
 
     def _check_sparsity(self) -> None:
+        chosen = [key for key in ("mlp", "heads", "lm") if getattr(self, key) != _DEFAULTS[key]]
+        if self.bits is not None and chosen:
+            raise UserError(
+                f"{chosen[0]}={getattr(self, chosen[0])} and bits={self.bits} of the rung {self.kind} cannot be had together, as bits "
+                "rounds all weights; leave one out"
+            )
         for key in _NEURON_KEYS:
             if self.mlp is None and getattr(self, key) != _DEFAULTS[key]:
                 raise UserError(f"{key}={getattr(self, key)} chooses neurons, and the rung {self.kind} uses all; add mlp=0.5")
@@ -273,8 +299,8 @@ _DEFAULTS = {key.name: key.default for key in fields(Rung)}
 
 @dataclass(frozen=True)
 class Ladder:
-    """Rungs, cheapest first; each proposes to the next, the last one decides: plain, or a sparse self over all of the KV. Every
-    mistake raises UserError."""
+    """Rungs, cheapest first; each proposes to the next, the last one decides: plain, or a self over all of the KV that is sparse or has
+    bits. Every mistake raises UserError."""
 
     rungs: tuple[Rung, ...]
 
@@ -293,8 +319,8 @@ class Ladder:
         kinds = [rung.kind for rung in self.rungs]
         if not kinds or (kinds[-1] != "plain" and not self.approximate):
             raise UserError(
-                f"the ladder {str(self)!r:.80} ends in {kinds[-1] if kinds else 'nothing'}; its last rung has to be plain, or a sparse "
-                "self with kv=full"
+                f"the ladder {str(self)!r:.80} ends in {kinds[-1] if kinds else 'nothing'}; its last rung has to be plain, or with "
+                "kv=full a self that has mlp, heads, lm=hire or bits"
             )
         if self.rungs[-1].gamma is not None:
             raise UserError(
@@ -327,7 +353,7 @@ class Ladder:
     def approximate(self) -> bool:
         """Whether the last rung is not the whole model, so that the output's law is not the model's."""
         last = self.rungs[-1]
-        return last.kind == "self" and last.sparse and last.kv is None
+        return last.kind == "self" and last.light and last.kv is None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -354,7 +380,7 @@ def _value(key: str, text: str) -> int | float | str | None:
         return None
     if key in _SHARES and re.fullmatch(r"\d{0,9}\.?\d{1,18}(e-?\d{1,2})?", text):
         return float(text)
-    if key in _BOUNDS and re.fullmatch(r"\d{1,9}", text):
+    if (key in _BOUNDS or key in _CHOICES) and re.fullmatch(r"\d{1,9}", text):
         return int(text)
     return text
 

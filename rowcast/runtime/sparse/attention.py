@@ -89,7 +89,7 @@ class SparseAttention:
         """What the layer's `qkv` computed."""
         return self._heads
 
-    def out(self, layer: int, heads: Tensor) -> Tensor:
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:
         """Of the chosen heads, each token by its own: [T, C, d] -> [T, D]."""
         bank, selector, choice, count = self._banks.attention[layer], self._selectors[layer], self._choice, self._count
         if self._lazy is not None:
@@ -108,7 +108,7 @@ class SparseAttention:
             heads = heads * own[:, :, None]
         rows = None if choice is None or choice.ids is None else self._rows(choice.ids)
         self._read(bank.o, rows)
-        return bank.out(heads.flatten(1), rows)
+        return bank.out(heads.flatten(1), rows, residual)
 
     def _choose(self, layer: int, x: Tensor) -> HeadChoice | None:
         selector = self._selectors[layer]

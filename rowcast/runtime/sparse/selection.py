@@ -14,11 +14,13 @@ from torch import Tensor
 from rowcast.kernels import select
 from rowcast.kernels.lowbit import LowBit
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.scorers import FewBits, Proxy, Scored, Scorer
+from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy, Scored, Scorer
 
 SHARDS = 8
 """Virtual shards of a layer that a top-k is taken in. Ranks hold whole ones where their number divides it: then what a token's set is
 does not depend on it. Other numbers of ranks have as many shards as come nearest below."""
+_MOST_OF_SHARD = 1 << 14
+"""Neurons that `kernels.gpu.select` takes in one shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,29 @@ class Selector:
             return None
         return scorer.pre.weight if isinstance(scorer.pre, FewBits) and scorer.pre.bias is None else None
 
+    @property
+    def threshold(self) -> float | None:
+        """That scores have to exceed; None for other cuts."""
+        return self._threshold
+
+    @property
+    def top(self) -> tuple[Places, Places] | None:
+        """What is kept of each shard, and what is taken of it first, where these are its best scores; None for other cuts."""
+        return (self._cut.places, self._cut.first) if isinstance(self._cut, _Top) else None
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a GPU can choose without the host (`on_device`): the cuts above, by a proxy."""
+        if not isinstance(self.scorer, Proxy) or not isinstance(self.scorer.pre, (FewBits, LowRank)):
+            return False
+        return self._threshold is not None or (
+            self.top is not None and self.keep > 0 and max(self.top[0].sizes) <= _MOST_OF_SHARD
+        )
+
+    def union_capacity(self, tokens: int) -> int | None:
+        """Rows that the buffer of so many tokens' union holds; None: N."""
+        return None if self._capacity is None else min(self._neurons, self._capacity * tokens)
+
     def __call__(self, x: Tensor, few: bool) -> Selection:
         """x [T, D], the hidden state that the scorer reads. `few`: read the union only; else all rows are."""
         scored = self.scorer(x)
@@ -185,7 +210,8 @@ class Selector:
         if not few:
             return Selection(None, mask, scored)
         ids, own = select.union(mask)
-        if self._capacity is not None and len(ids) > min(self._neurons, self._capacity * x.shape[0]):
+        capacity = self.union_capacity(x.shape[0])
+        if capacity is not None and len(ids) > capacity:
             return Selection(None, mask, scored, overflow=True)
         return Selection(ids, own, scored)
 

@@ -1,10 +1,11 @@
-"""What a sparse rung takes beside the model's weights, and what a pass of it reads: sizes before anything is loaded."""
+"""What a sparse rung takes beside the model's weights, and what a pass of any rung reads: sizes before anything is loaded."""
 
 from __future__ import annotations
 
-from rowcast.kernels.lowbit import BLOCK
+from rowcast.kernels.lowbit import stored_bytes
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.lowbit_weights import replaced_bytes, rounded_bytes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import AHEAD, BITS, DIRECTIONS, FITTED, head_bits
 from rowcast.runtime.spec import ModelSpec, layer_parameters
@@ -39,20 +40,14 @@ def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
     if rung.mlp is None or name not in (*BITS, *FITTED):
         return 0
     if name in BITS:
-        each = low_bit_bytes(rows, hidden, BITS[name]) + 4 * rows * spec.mlp_bias
+        each = stored_bytes(rows, hidden, BITS[name]) + 4 * rows * spec.mlp_bias
         if rung.by != name:
-            each += low_bit_bytes(hidden, hidden, 8)
+            each += stored_bytes(hidden, hidden, 8)
     else:
         assert calibration is not None
         rank = calibration.tensor(f"layers.0.{rung.by}.a").shape[0]
-        each = low_bit_bytes(rank, hidden, 8) + low_bit_bytes(rows, rank, 8) + 4 * rows
+        each = stored_bytes(rank, hidden, 8) + stored_bytes(rows, rank, 8) + 4 * rows
     return spec.num_layers * each
-
-
-def low_bit_bytes(rows: int, columns: int, bits: int) -> int:
-    """Of codes, and a 16-bit scale for each group."""
-    groups = -(-columns // BLOCK)
-    return rows * groups * (BLOCK * bits // 8 + 2)
 
 
 def score_bytes(spec: ModelSpec) -> int:
@@ -65,6 +60,8 @@ def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibra
 
     Of lm=hire what the calibration measured; without one its first stage and `_REFINED` of the second, a guess.
     """
+    if rung.bits is not None:
+        return pass_bytes(spec, width) - replaced_bytes(spec, width) + rounded_bytes(spec, rung.bits)
     found = pass_bytes(spec, width) + _scorer_bytes(spec, rung, calibration)
     row = spec.num_layers * spec.hidden_size * width
     if rung.mlp is not None:
@@ -97,8 +94,8 @@ def _head_selector_bytes(spec: ModelSpec) -> int:
 
 def _head_stage_bytes(spec: ModelSpec, stage: int, calibration: Calibration | None) -> int:
     """One of the LM head's proxies with its radii; the first has the directions and a correction along them."""
-    found = low_bit_bytes(spec.vocab_size, spec.embed_size, head_bits(calibration)[stage]) + 8 * spec.vocab_size
+    found = stored_bytes(spec.vocab_size, spec.embed_size, head_bits(calibration)[stage]) + 8 * spec.vocab_size
     if stage or calibration is None or DIRECTIONS not in calibration:
         return found
     count = len(calibration.tensor(DIRECTIONS))
-    return found + low_bit_bytes(spec.vocab_size, count, head_bits(calibration)[0]) + 4 * count * spec.embed_size
+    return found + stored_bytes(spec.vocab_size, count, head_bits(calibration)[0]) + 4 * count * spec.embed_size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rowcast.kernels import lowbit
+from rowcast.kernels import gpu, lowbit
 from rowcast.kernels.rows import library_for_tables
 from rowcast.runtime.banks import FEW_TOKENS, AttentionBank, BankWeights, FfnBank, product
 from rowcast.runtime.protocols import KVView, Reads, Tokens
@@ -16,6 +17,10 @@ from rowcast.runtime.sparse.heads import HeadOracle, HeadSelector
 from rowcast.runtime.sparse.lm_head import CertifiedHead
 from rowcast.runtime.sparse.scorers import Scored
 from rowcast.runtime.sparse.selection import Selection, Selector
+from rowcast.runtime.weights import plus
+
+if TYPE_CHECKING:
+    from rowcast.runtime.sparse.on_device import DevicePasses
 
 SPARSE_TOKENS = 8
 """Up to so many tokens the union of their rows is read; above, all rows are, and each token still uses its own set."""
@@ -28,7 +33,7 @@ class SparseWeights:
     """Chosen rows of a model in the bank layout. Implements `WeightView`.
 
     What a token's output is depends on the token alone: its own set. Unions over tokens, many tokens, and overflow decide only what
-    is read. Prompt tokens use all rows.
+    is read. Prompt tokens use all rows. Rounds that the device runs by itself choose there (`on_device`).
     """
 
     def __init__(
@@ -61,8 +66,19 @@ class SparseWeights:
             self._outer_bytes -= banks.outer.head_rows.nbytes
         self.embed, self.norm = banks.embed, banks.norm
         self.heads, self.out = self._attention.heads, self._attention.out
+        self.on_device = lm is None and heads is None and all(s is None or s.on_device for s in neurons)
+        self._device: DevicePasses | None = None
+        """Made for the first of its passes."""
+        self._passes: DevicePasses | None = None
+        """Of the pass that runs, where it is the device's own."""
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
+        self._passes = None if tokens.steps else self._on_device()
+        if self._passes is not None:
+            self.heads, self.out = self._passes.heads, self._passes.out
+            self._passes.begin(len(tokens.ids))
+            return
+        self.heads, self.out = self._attention.heads, self._attention.out
         self._generated = tokens.generated
         self._reads.bytes += self._outer_bytes
         self._attention.begin(tokens, kv, self._few, self._reads)
@@ -79,24 +95,31 @@ class SparseWeights:
             reads.fallbacks += head.fallbacks
         return reads
 
+    def device_reads(self) -> Reads:
+        return Reads() if self._device is None else self._device.reads()
+
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
+        if self._passes is not None:
+            return self._passes.qkv(layer, x)
         selector = self._neurons[layer]
         if selector is not None and selector.scorer.reads == "ahead" and any(self._generated):
             self._ahead = selector(x, self._few)
         return self._attention.qkv(layer, x)
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
+        if self._passes is not None:
+            return self._passes.mlp(layer, x, residual)
         self._attention.look_ahead(layer + 1, x)
         bank, selector, generated = self._banks.ffn[layer], self._neurons[layer], sum(self._generated)
         neurons, tokens = len(bank.order), x.shape[0]
         self._reads.neurons_of += neurons * generated
         if selector is None or not generated:
             self._count(bank, neurons, neurons, neurons * generated)
-            return bank.out(bank.hidden(x))
+            return bank.out(bank.hidden(x), residual=residual)
         self._reads.bytes += selector.scorer.bytes
         if tokens == 1 and self._one_call[layer]:
             self._count(bank, selector.keep, selector.keep, selector.keep)
-            return _in_one_call(bank, selector, x)
+            return plus(_in_one_call(bank, selector, x), residual)
         chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
         assert chosen is not None
         self._reads.overflows += chosen.overflow
@@ -104,7 +127,7 @@ class SparseWeights:
         rows = neurons if ids is None else len(ids)
         if own is None and not selector.reranks and chosen.scored.proxy:
             self._count(bank, rows, rows, rows)
-            return bank.ffn(x, ids)
+            return bank.ffn(x, ids, residual)
         hidden = _hidden(bank, x, ids, chosen.scored)
         if selector.reranks:
             score = bank.score(hidden, ids)
@@ -117,13 +140,22 @@ class SparseWeights:
         self._count(bank, rows, out_rows, used, chosen.scored)
         if self._observer is not None and ids is None and own is not None:
             self._observer(layer, selector, hidden, own)
-        return bank.out(hidden if own is None else hidden * own, ids)
+        return bank.out(hidden if own is None else hidden * own, ids, residual)
 
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
         if self._lm is None:
             return self._banks.head(x)
         outer = self._banks.outer
         return outer.pad(self._lm.logits(outer.head_input(x)))
+
+    def _on_device(self) -> DevicePasses:
+        if self._device is None:
+            assert self.on_device, "rows are chosen by the host"
+            from rowcast.runtime.sparse.on_device import DevicePasses
+
+            qkvo = sum(bank.qkv.nbytes + bank.o.nbytes for bank in self._banks.attention)
+            self._device = DevicePasses(self._banks, self._neurons, self._sparse_tokens, self._outer_bytes + qkvo)
+        return self._device
 
     @property
     def _few(self) -> bool:
@@ -153,8 +185,8 @@ def _in_one_call(bank: FfnBank, selector: Selector, x: Tensor) -> Tensor:  # [1,
 
 
 def _skips(bank: FfnBank, hidden: Tensor, ids: Tensor | None) -> bool:
-    """Whether `FfnBank.out` leaves out rows that no token has a use for: the native part does, library products do not."""
-    return (ids is not None or len(hidden) <= FEW_TOKENS) and library_for_tables(hidden, bank.down) is not None
+    """Whether `FfnBank.out` leaves out rows that no token has a use for: the native part does, a GPU and library products do not."""
+    return not gpu.takes(hidden) and (ids is not None or len(hidden) <= FEW_TOKENS) and library_for_tables(hidden, bank.down) is not None
 
 
 def _hidden(bank: FfnBank, x: Tensor, ids: Tensor | None, scored: Scored) -> Tensor:

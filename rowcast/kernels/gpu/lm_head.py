@@ -1,0 +1,244 @@
+"""The certified LM head on a GPU: exact top-k of all logits from a few bits of most rows, without asking the device.
+
+The stages and their bounds are those of `runtime/sparse/lm_head.py`, which makes the proxies, radii and directions and is the
+reference. Here each list of rows that may still win lies on the device, with a fixed capacity and a count. Where one overflows the
+rows of the list are not read but all rows are, by a product that has nothing to do otherwise: the answer is exact either way.
+
+The order of a list depends on timing, no result does: a row's product does not depend on its place, and the last choice is by value,
+then by id. The k-th largest lower bound is that of groups of rows, which is not above that of all rows: a few rows more may be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import torch
+import triton
+from torch import Tensor
+
+from rowcast.kernels.gpu import MOST_TOKENS, lowbit, products
+from rowcast.kernels.gpu.lm_head_kernels import bounds_kernel, choose_kernel, finer_kernel, parts_kernel, top_kernel
+from rowcast.kernels.lowbit import LowBit
+
+MOST_K: Final = 64
+MOST_STAGES: Final = 4
+_CELLS: Final = 8
+_PARTS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A proxy of what the stages before have left of the rows."""
+
+    proxy: LowBit
+    """[V, E]."""
+    correction: LowBit | None
+    """[V, m], the first proxy's error along the directions; None: later stages, and heads without directions."""
+    radii: Tensor
+    """[V, 2] float32, rounded up: lengths of what is left across and along the directions, the latter with room for rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best logits of T tokens."""
+
+    values: Tensor
+    """float32 [T, k], descending; rounded to the rows' dtype."""
+    ids: Tensor
+    """int64 [T, k]; of equal values the lower id is first."""
+    rescored: Tensor
+    """int64 [T]: rows that the token alone would read in full; all where a list overflowed."""
+    fallback: Tensor
+    """bool [T]: a list overflowed, so that all rows were read. The same for all tokens of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacities:
+    """Rows that lists can hold, over all tokens of a call."""
+
+    refined: int
+    """That a later stage looks at."""
+    exact: int
+    """That are read in full."""
+
+    @staticmethod
+    def of(rows: int) -> Capacities:
+        """Where refining reads a quarter of the second proxy, and exact rows an eighth of the head."""
+        return Capacities(max(rows // 4, 4 * MOST_K), max(rows // 8, 4 * MOST_K))
+
+
+def top(
+    rows: Tensor, stages: Sequence[Stage], directions: Tensor, x: Tensor, k: int = 1, capacities: Capacities | None = None
+) -> Found:
+    """The `k` largest logits of each token, exactly: rows [V, E], directions float32 [m, E] (m = 0: none), x [T, E] of rows' dtype.
+
+    1 <= k <= min(V, 64), 1 <= T <= 16; the bounds cover float32 sums in any order. Does not modify its arguments; can be captured.
+    Calls of one device share a buffer: they must run one after the other; the first must not be captured.
+    """
+    tokens, columns = x.shape
+    total = len(rows)
+    assert 0 < tokens <= MOST_TOKENS and 0 < k <= min(total, MOST_K) and 0 < len(stages) <= MOST_STAGES
+    assert x.dtype == rows.dtype and directions.shape == (len(directions), columns) and directions.is_contiguous()
+    assert all(stage.radii.is_contiguous() for stage in stages)
+    capacities = capacities or Capacities.of(total)
+    relative = 0.0 if rows.dtype == torch.float32 else torch.finfo(rows.dtype).eps
+    x = x.contiguous()
+    new = _New(x.device)
+    arrivals = _arrivals(x.device)
+    counts, rescored = new.int32(_CELLS), torch.empty(tokens, dtype=torch.int64, device=x.device)
+    along, lengths, thresholds = new.float32(tokens, len(directions)), new.float32(tokens, 2), new.float32(tokens)
+
+    parts_kernel[(len(directions) + 1, tokens)](
+        x,
+        directions,
+        along,
+        torch.empty(tokens, dtype=torch.float64, device=x.device),
+        lengths,
+        counts,
+        rescored,
+        arrivals,
+        columns,
+        CELLS=_CELLS,
+        BLOCK=min(1024, triton.next_power_of_2(columns)),
+        DIRECTIONS=triton.next_power_of_2(max(1, len(directions))),
+    )
+    first, *refinements = stages
+    corrected = None if first.correction is None else lowbit.product(first.correction, along)
+    estimate = lowbit.product(first.proxy, x, residual=corrected)
+
+    groups, each = (8, 128) if x.is_cuda else (16, 16)  # the interpreter has small heads
+    blocks = triton.cdiv(total, groups * each)
+    bounds_kernel[(blocks, tokens)](
+        estimate,
+        first.radii,
+        lengths,
+        new.float32(tokens, blocks * groups),
+        thresholds,
+        arrivals,
+        total,
+        K=k,
+        RELATIVE=relative,
+        GROUPS=groups,
+        EACH=each,
+        MAXIMA=triton.next_power_of_2(blocks * groups),
+    )
+    listed: _List | None = None
+    for number, stage in enumerate(stages):
+        if listed is not None:
+            refinement = lowbit.product(stage.proxy, x, ids=listed.ids, count=listed.count)
+            finer_kernel[(tokens,)](
+                listed.estimate,
+                refinement,
+                listed.ids,
+                listed.owners,
+                listed.count,
+                stage.radii,
+                lengths,
+                thresholds,
+                listed.capacity,
+                K=k,
+                RELATIVE=relative,
+                SIZE=_finer_size(x.device),
+                num_warps=8,
+            )
+            estimate = refinement
+        last = number == len(refinements)
+        capacity = min(total, capacities.exact if last else capacities.refined)
+        after = _List(new.int32(capacity), new.int32(capacity), None if last else new.float32(tokens, capacity), counts[number:])
+        places = estimate.shape[1]
+        block = _block(x.device)
+        choose_kernel[(triton.cdiv(places, block),)](
+            estimate,
+            None if listed is None else listed.ids,
+            None if listed is None else listed.owners,
+            None if listed is None else listed.count,
+            stage.radii,
+            lengths,
+            thresholds,
+            after.ids,
+            after.owners,
+            after.estimate,
+            after.count,
+            counts[_CELLS - 2 :] if last else None,
+            rescored,
+            arrivals,
+            tokens,
+            places,
+            capacity,
+            total,
+            RELATIVE=relative,
+            BLOCK=block,
+        )
+        listed = after
+    assert listed is not None
+
+    verdict = counts[_CELLS - 2 :]
+    exact = products.rows_in(rows, x, listed.ids, verdict[:1])
+    whole = products.rows_in(rows, x, count=verdict[1:])
+    values, ids = new.float32(tokens, k), torch.empty(tokens, k, dtype=torch.int64, device=x.device)
+    fallback = torch.empty(tokens, dtype=torch.uint8, device=x.device)
+    kept = triton.next_power_of_2(k)
+    top_kernel[(_PARTS, tokens)](
+        exact,
+        listed.ids,
+        listed.owners,
+        whole,
+        verdict,
+        torch.empty(tokens, _PARTS, kept, dtype=torch.int64, device=x.device),
+        values,
+        ids,
+        fallback,
+        arrivals,
+        listed.capacity,
+        total,
+        K=k,
+        KEPT=kept,
+        CHUNK=max(2 * kept, _block(x.device)),
+        PROGRAMS=_PARTS,
+    )
+    return Found(values, ids, rescored, fallback.view(torch.bool))
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """Rows that may still win."""
+
+    ids: Tensor
+    owners: Tensor
+    estimate: Tensor | None
+    count: Tensor
+
+    @property
+    def capacity(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """Buffers of a device, not initialised."""
+
+    device: torch.device
+
+    def int32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=self.device)
+
+    def float32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+def _block(device: torch.device) -> int:
+    return 1024 if device.type == "cuda" else 256
+
+
+def _finer_size(device: torch.device) -> int:
+    return 4096 if device.type == "cuda" else 512
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Programs that have arrived, by token; the last one sets it back to 0."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "the first call must not be captured"
+    return torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device)

@@ -1,0 +1,150 @@
+"""Products with weights of 2, 3, 4 or 8 bits, for 1 to 16 tokens. The reference is `rowcast.kernels.lowbit`.
+
+Inputs are multiplied as they are in bfloat16 and float16, and within 2^-17 in float32 (two bfloat16 parts), which keeps
+`rowcast.kernels.lowbit.INPUT_ROUNDING`; levels are exact and sums float32. A row's result does not depend on the number of tokens.
+Scratch: `scratch.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rowcast.kernels.gpu import MOST_TOKENS, multiprocessors
+from rowcast.kernels.gpu.lowbit_kernels import lowbit_kernel
+from rowcast.kernels.gpu.overlap import overlap
+from rowcast.kernels.gpu.scratch import partial_sums
+from rowcast.kernels.lowbit import BLOCK, LowBit
+
+EVICT = "evict_first"
+_MOST_AHEAD = 256
+"""Bytes of a row that are asked for while the kernel before ends."""
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: tiles of `rows`, `unroll` blocks of 64 columns a step, `splits` of the columns."""
+
+    rows: int
+    unroll: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def product(
+    q: LowBit,
+    x: Tensor,
+    bias: Tensor | None = None,
+    ids: Tensor | None = None,
+    count: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x W^T with the dequantised weight, plus bias[row] and residual: x [T, D], bias [R], residual [T, C] -> [T, C] of `dtype`.
+
+    ids: int32 [C], the rows; None: all. count: int32 [1] on the device, how many of the places are valid (None: all); what the others
+    hold is undefined.
+    """
+    return _run(q, x, q.rows if ids is None else ids.shape[0], bias=bias, ids=ids, count=count, dtype=dtype, residual=residual)
+
+
+def gated_scores(q: LowBit, x: Tensor, norms: Tensor, activation: str) -> Tensor:
+    """|act(g) * u| * norms, with the N rows of g and then the N of u in `q`: x [T, D], norms float32 [N] -> float32 [T, N]."""
+    return _run(q, x, norms.shape[0], gated=True, activation=activation, norms=norms)
+
+
+def scores(q: LowBit, x: Tensor, norms: Tensor, activation: str, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """Each neuron's contribution by its estimated pre-activation x W^T + bias: |act| * norms, with ReLU the signed pre-activation times
+    the norms; gated as `gated_scores`. x [T, D], norms float32 [N], bias [R] -> float32 [T, N]."""
+    signed = activation == "relu" and not gated
+    return _run(q, x, norms.shape[0], bias=bias, gated=gated, activation=activation, norms=norms, signed=signed)
+
+
+def ffn_hidden(q: LowBit, x: Tensor, activation: str, bias: Tensor | None = None, gated: bool = True) -> Tensor:
+    """act(g) * u, with the N rows of g and then the N of u in `q`, or act(u) where not gated: x [T, D] -> [T, N] of x's dtype."""
+    return _run(q, x, q.rows // 2 if gated else q.rows, bias=bias, gated=gated, activation=activation, dtype=x.dtype)
+
+
+def _run(
+    q: LowBit,
+    x: Tensor,
+    places: int,
+    *,
+    bias: Tensor | None = None,
+    ids: Tensor | None = None,
+    count: Tensor | None = None,
+    gated: bool = False,
+    activation: str = "none",
+    norms: Tensor | None = None,
+    signed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    residual: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    tokens = x.shape[0]
+    assert 0 < tokens <= MOST_TOKENS and x.shape[1] == q.columns
+    assert not gated or (ids is None and q.rows == 2 * places)
+    assert q.codes.stride(1) == q.scales.stride(1) == 1
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    assert residual is None or residual.shape == (tokens, places)
+    blocks = q.padded // BLOCK
+    tiles = tiles or tiles_for(places, blocks, q.bits, gated, x.element_size(), multiprocessors(x.device))
+    out = torch.empty(tokens, places, dtype=dtype, device=x.device)
+    row_tiles = triton.cdiv(places, tiles.rows)
+    partial, counters = partial_sums(x.device, tiles.splits, (2 if gated else 1) * tokens * places, row_tiles)
+    lowbit_kernel[(row_tiles, tiles.splits)](
+        q.codes,
+        q.scales,
+        x,
+        ids,
+        count,
+        bias,
+        norms,
+        residual,
+        out,
+        partial,
+        counters,
+        tokens,
+        places,
+        q.columns,
+        q.codes.stride(0),
+        q.scales.stride(0),
+        blocks // tiles.unroll,
+        PAIRS=_in_pairs(q, tiles.unroll),
+        SECTORS=-(-blocks // tiles.splits * BLOCK // q.group // 16) + 1,
+        BITS=q.bits,
+        GROUP=q.group // BLOCK,
+        GATED=gated,
+        ACTIVATION=activation,
+        SIGNED=signed,
+        WHOLE=q.columns % BLOCK == 0,
+        SPLITS=tiles.splits,
+        UNROLL=tiles.unroll,
+        ROWS=tiles.rows,
+        TOKENS=8 if tokens <= 8 and x.is_cuda else MOST_TOKENS,
+        AHEAD=0
+        if q.bits == 3 or ids is not None
+        else min(_MOST_AHEAD, blocks // tiles.unroll // tiles.splits * tiles.unroll * 8 * q.bits),
+        ASM=x.is_cuda,
+        EVICT=EVICT,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **overlap(x),
+    )
+    return out
+
+
+def tiles_for(places: int, blocks: int, bits: int, gated: bool, width: int, units: int) -> Tiles:
+    """For a product with `places` rows of `blocks` blocks; width: bytes of an input's element; units: the GPU's multiprocessors."""
+    unroll = 2 if blocks % 2 == 0 else 1
+    rows = 64
+    splits = max(1, min(64, blocks // unroll // 2, 8 * units // triton.cdiv(places, rows)))
+    return Tiles(rows, unroll, splits, 2, 3)
+
+
+def _in_pairs(q: LowBit, unroll: int) -> bool:
+    return q.group == BLOCK and unroll % 2 == 0 and q.scales.stride(0) % 2 == 0 and q.scales.data_ptr() % 4 == 0

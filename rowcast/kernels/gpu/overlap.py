@@ -1,0 +1,29 @@
+"""Launches that overlap (programmatic dependent launch): a kernel starts while the one before it on its stream ends.
+
+A kernel compiled with OVERLAP calls `gdc_wait` before it reads what kernels before it wrote, and every program of it does, since its
+own end tells the next kernel that these have ended, too. It calls `gdc_launch_dependents` when its loads are done: earlier, programs of
+the next kernel would take shared memory away from its own. Kernels that know nothing of this may stand before and behind it.
+
+Weights, ids and counts are read before the wait. So a kernel that writes ids or counts must not call `gdc_launch_dependents`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+ENABLED: Final = True
+_FIRST_CAPABILITY: Final = (9, 0)
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """Arguments of a launch for tensors on x's device: the constant OVERLAP, and the launch's attribute."""
+    return {"OVERLAP": True, "launch_pdl": True} if ENABLED and _supported(x.device) else {"OVERLAP": False}

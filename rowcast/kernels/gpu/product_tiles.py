@@ -1,0 +1,59 @@
+"""How products are cut into tiles, from the shapes of tables and the GPU's size alone; docs/experiments.md has the sweeps.
+
+What decides: enough bytes under way, about 50 to 100 KB a multiprocessor; all programs in one wave or in very many; few programs that
+share a sum, since adding their parts takes 1 to 2 us at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+_NO_LIMIT: Final = 1 << 30
+
+
+class Tiles(NamedTuple):
+    """How a product is cut. For `rows_out`, `rows` are columns of the table and `depth` is a number of its rows."""
+
+    rows: int
+    """Of the result that a program computes at a time."""
+    depth: int
+    """Of a step along the sum."""
+    splits: int
+    """Programs that share a sum."""
+    stages: int
+    """Steps that are under way at once, the one being multiplied included."""
+    warps: int = 4
+    programs: int = _NO_LIMIT
+    """Most of them, where the number of tiles is known to the device alone."""
+    parts: int = 1
+    """Of a sum of `rows_in`, which are added in order, whether one program computes them or as many as there are parts."""
+
+
+def tiles_in(capacity: int, columns: int, width: int, tables: int, chosen: bool, units: int) -> Tiles:
+    """For `rows_in` and `ffn_hidden`. width: bytes of an element; tables: 2 with a gate; units: the GPU's multiprocessors.
+
+    The order of addition follows from `columns` and `width` alone: all tiles have 64 rows, so that one instruction multiplies them, and
+    the same parts.
+    """
+    if width == 4:  # Without matrix units.
+        return Tiles(16, 32, 1, 2)
+    parts = max(1, min(4, columns // 512), columns // 1536)
+    if chosen or capacity * 3 < 64 * units:  # Rows alone make too few programs.
+        return Tiles(64, 128, parts, 4, 4, 3 * units, parts)
+    if tables == 2:
+        return Tiles(64, 128, 1, 4, parts=parts)
+    return Tiles(64, 128, 1, 6, parts=parts) if columns >= 1024 else Tiles(64, 64, 1, 6, parts=parts)
+
+
+def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int) -> Tiles:
+    """For `rows_out`."""
+    if width == 4:
+        return Tiles(64, 32, 4, 2)
+    narrow, wide = -(-columns // 64), -(-columns // 128)
+    if chosen:  # How many rows is known to the device alone: nearly two programs a multiprocessor.
+        return Tiles(64, 64, max(1, min(8, 2 * units // narrow)), 4)
+    most = max(1, capacity // 384)
+    narrow_splits, wide_splits = (max(1, min(most, units // tiles)) for tiles in (narrow, wide))
+    if narrow > units or wide * wide_splits > narrow * narrow_splits:  # The one with more programs in a single wave.
+        return Tiles(128, 64, wide_splits, 6)
+    return Tiles(64, 256, narrow_splits, 3) if capacity >= 1024 * narrow_splits else Tiles(64, 128, narrow_splits, 4)

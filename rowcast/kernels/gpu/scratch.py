@@ -1,0 +1,50 @@
+"""What kernels need beside their results: partial sums, and counters by which the last CTA to arrive is found.
+
+Partial sums are allocated by the call. Counters are at 0 between calls. Calls can be captured; the first must not be.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_COUNTERS: Final = 1 << 16
+_LINE: Final = 32
+"""Counters of a cache line."""
+
+
+class _Counters:
+    """Zeros, which every call that takes some leaves at 0. Calls take them in turn, so that those of several streams do not meet."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "the first call must not be captured"
+        self._zeros = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self._next = 0
+
+    def take(self, number: int) -> Tensor:
+        number = -(-number // _LINE) * _LINE  # Kernels are compiled by the alignment of their pointers, too.
+        assert number <= _COUNTERS
+        if self._next + number > _COUNTERS:
+            self._next = 0
+        taken = self._zeros[self._next : self._next + number]
+        self._next += number
+        return taken
+
+
+_made: dict[torch.device, _Counters] = {}
+
+
+def counters(device: torch.device, number: int) -> Tensor:
+    """int32, at 0; the kernel has to leave them so."""
+    if device not in _made:
+        _made[device] = _Counters(device)
+    return _made[device].take(number)
+
+
+def partial_sums(device: torch.device, splits: int, values: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
+    """float32 for each split, and a counter for each tile; None, None for a sum that is not split."""
+    if splits == 1:
+        return None, None
+    return torch.empty(splits * values, dtype=torch.float32, device=device), counters(device, tiles)

@@ -1,0 +1,1 @@
+"""Rounds of the ladder that the device runs by itself: see `rounds`."""

@@ -1,0 +1,451 @@
+"""A round of the ladder that the device runs by itself, under the coupled rule.
+
+The host says beforehand which passes the round has (`program`), fills the round's state (`state`), and reads the result back once,
+when all is over. In between nothing is asked of the device: how many proposals stood, and so which tokens a pass runs and where their
+K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when it is
+used for the second time. Without capture the same calls are made one by one: the output is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rowcast.kernels import rounds
+from rowcast.kernels.gpu import drawing
+from rowcast.kernels.rounds import FAILED, HISTORY
+from rowcast.placement.resident import LOGIT_ELEMENTS
+from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
+from rowcast.runtime.device_round.state import RoundState
+from rowcast.runtime.kv.device import BoundStore, DeviceStore, Placement
+from rowcast.runtime.kv.paged import PagedKV
+from rowcast.runtime.ladder import climb
+from rowcast.runtime.ladder.climb import Climber
+from rowcast.runtime.ladder.model_runner import ModelRunner
+from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
+from rowcast.runtime.logits import keep_min_p_, keep_top_
+from rowcast.runtime.protocols import CountsOnDevice, Reads, Tokens
+from rowcast.runtime.sampler import Sampler
+from rowcast.runtime.step import SeqStep
+
+LEAST_ENTRIES = 1024
+"""Longest context, rounded up to a power of two from here on: each has graphs of its own."""
+_GRAPHS = 256
+"""Most graphs kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What sampling parameters ask of a pass beside numbers."""
+
+    min_p: bool
+    """Some sequence has min_p."""
+    truncates: bool
+    """Some sequence has top_k or top_p."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A round that was launched before anybody asked for it."""
+
+    rows: list[tuple[int, int]]
+    """Of each sequence: its id, and how many tokens it has."""
+    batch: int
+    most: int
+    clocks: list[Callable[[], float]]
+
+
+class DeviceRounds:
+    """Rounds on the device over the rungs of a ladder. Keeps nothing of a sequence from round to round."""
+
+    def __init__(
+        self,
+        lower: Sequence[Runner | Lookup],
+        top: ModelRunner,
+        sampler: Sampler,
+        *,
+        lookahead: int,
+        capture: bool,
+        rates: Mapping[int, float] | None = None,
+    ) -> None:
+        """`lookahead`: tokens that a round drafts at most for one sequence. `rates`: simulated acceptance by verifying rung, for timing
+        shapes without weights. Precondition: `why_not` found nothing."""
+        self._rungs = [*lower, top]
+        self._top = top
+        self._sampler = sampler
+        self._lookahead = lookahead
+        self._capture = capture
+        self._rates = rates or {}
+        self._device = sampler.device
+        self._lookup = bool(lower) and isinstance(lower[0], Lookup)
+        self._stores = [cast(DeviceStore, rung.view) if isinstance(rung, ModelRunner) else None for rung in self._rungs]
+        self._own_kv = [store is not None and not store.shares_entries for store in self._stores[:-1]]
+        self._shared = [rung for rung, store in enumerate(self._stores[:-1]) if store is not None and store.shares_entries]
+        self._states: dict[tuple[int, int], RoundState] = {}
+        self._graphs: dict[tuple[int, int, Pass, Sampling], torch.cuda.CUDAGraph | None] = {}
+        """By batch, bound of contexts, pass and sampling; None: run once, so that all kernels are compiled."""
+        self._reads: dict[tuple[int, Pass], Reads] = {}
+        """What a pass reads of the weights."""
+        self._pool: Any = None
+        self._queries: dict[tuple[int, int], Tensor] = {}
+        self._programs: dict[tuple[int, ...], tuple[Pass, ...]] = {}
+        self._ahead: _Ahead | None = None
+        self._sampling = Sampling(False, False)
+        """Of the newest round."""
+
+    @staticmethod
+    def why_not(lower: Sequence[Runner | Lookup], top: ModelRunner) -> str | None:
+        """Why these rungs' rounds need the host; None if the device can run them."""
+        for rung in (*lower, top):
+            if isinstance(rung, Lookup):
+                continue
+            assert isinstance(rung, ModelRunner)
+            if not isinstance(rung.view, DeviceStore) or not rung.view.serves_device:
+                return f"the KV view of {rung.name} needs true positions"
+            if not rung.decoder.weights.on_device:
+                return f"the weights of {rung.name} are chosen by the host"
+        return None
+
+    def serves(self, seq_id: int) -> bool:
+        """Whether the sequence's sampling parameters are numbers in device tensors: no penalties, biases, log-probabilities."""
+        sequence = self._sampler.sequence(seq_id)
+        params = sequence.params
+        edits = params.penalises or params.logit_bias or params.allowed_token_ids or sequence.bad_words
+        return not edits and params.logprobs is None and not (params.min_tokens and sequence.stop_ids)
+
+    def forget(self) -> None:
+        """KV of some sequence is void: what was launched ahead does not count."""
+        self._ahead = None
+
+    def run(self, climbers: Sequence[Climber], steps: Sequence[SeqStep], work: climb.Climb) -> list[list[int]]:
+        """One round over decoding sequences: the tokens that each gains, -1 behind them where the last rung's logits are NaN.
+
+        Paths have these tokens then, views hold none of what was rejected. Passes and outcomes are told to `work`, counts to the
+        climbers. Precondition: at most `BATCHES[-1]` sequences, all of them served.
+
+        Where there is the last rung only, the next round of the same sequences is launched before the host looks at this one's
+        tokens. If they do not go on, or others join them, it is run in vain: what it wrote lies behind what anybody has committed.
+        """
+        gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
+        rooms = [min(step.room, self._lookahead) if any(c.gammas) else 0 for c, step in zip(climbers, steps, strict=True)]
+        program = self._program(gammas if any(rooms) else (0,) * len(gammas))
+        batch = next(size for size in BATCHES if size >= len(climbers))
+        most = self._bound([c.path.committed + self._lookahead + 1 for c in climbers])
+        state = self._state(batch, most)
+        used = sorted({p.rung for p in program} | ({0} if self._lookup and gammas[0] else set()))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.rows == _rows(climbers) and (ahead.batch, ahead.most) == (batch, most):
+            clocks = ahead.clocks
+            for climber in climbers:
+                self._reserve(len(self._rungs) - 1, climber, 0)
+        else:
+            self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
+            clocks = [self._run(state, p, most, self._sampling, number) for number, p in enumerate(program)]
+        report, stats = state.read()
+        gained = []
+        for row, climber in enumerate(climbers):
+            tokens: list[int] = report[row, 2 : 2 + report[row, 0]].tolist()
+            climber.path.ids[climber.path.committed :] = tokens
+            gained.append([*tokens, -1] if report[row, 1] & FAILED else tokens)
+        if self._may_go_ahead(climbers, steps, most):
+            lengths = [(c.path.seq_id, len(c.path.ids)) for c in climbers]
+            self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0)])
+        self._keep_queries(program[-1].tokens, batch, climbers)
+        self._tell(work, program, batch, climbers, stats, clocks)
+        self._settle(climbers, used)
+        return gained
+
+    # Before the passes.
+
+    def _fill(self, state: RoundState, climbers: Sequence[Climber], rooms: Sequence[int], used: Sequence[int]) -> Sampling:
+        """Put the sequences into the state. `rooms`: tokens that each may draft at most."""
+        for climber in climbers:
+            for rung in used:
+                runner = self._rungs[rung]
+                # What a rung lacks beyond the newest two tokens it runs before the round.
+                if isinstance(runner, ModelRunner) and runner.view.end(climber.path.seq_id) < climber.path.committed - 2:
+                    runner.catch_up(climber.path, climber.path.committed - 1)
+        min_p = truncates = False
+        with state.filling() as fields:
+            for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
+                fields[name].fill(value)
+            for row, (climber, room) in enumerate(zip(climbers, rooms, strict=True)):
+                path, base = climber.path, climber.path.committed - 1
+                known = path.ids[max(0, base - HISTORY) : path.committed]
+                fields["path"][row, HISTORY + 1 - len(known) : HISTORY + 1] = known
+                fields["active"][row], fields["base"][row], fields["room"][row] = 1, base, room
+                fields["gammas"][:-1, row] = climber.gammas
+                for rung in used:
+                    self._fill_rung(state, fields, row, rung, climber, room)
+                sequence = self._sampler.sequence(path.seq_id)
+                params, vocabulary = sequence.params, self._sampler.vocab_size
+                random = not params.greedy
+                top_k = params.top_k if random and 0 < params.top_k < vocabulary else vocabulary
+                top_p = params.top_p if random and params.top_p < 1 else math.inf
+                fields["temperature"][row] = params.temperature if random else 0.0
+                fields["log_min_p"][row] = math.log(params.min_p) if params.min_p and random else -math.inf
+                fields["top_k"][row], fields["top_p"][row] = top_k, top_p
+                fields["seeds"][row], fields["sample_index"][row] = sequence.seed, sequence.sample_index
+                fields["prompt_lengths"][row] = path.prompt_length
+                min_p |= bool(params.min_p) and random
+                truncates |= top_k < vocabulary or top_p < math.inf
+        return Sampling(min_p, truncates)
+
+    def _fill_rung(self, state: RoundState, fields: dict[str, Any], row: int, rung: int, climber: Climber, room: int) -> None:
+        """What a rung has of a sequence, and where the rest will go; of a lookup, what it proposes."""
+        path, runner = climber.path, self._rungs[rung]
+        if isinstance(runner, Lookup):
+            started = time.perf_counter()
+            above = sum(gamma > 0 for gamma in climber.gammas[1:])  # each adds a token of its own
+            found = runner.propose(path, min(climber.gammas[rung], room - above)) if climber.gammas[rung] and room > above else []
+            fields["path"][row, HISTORY + 1 : HISTORY + 1 + len(found)] = found
+            fields["drafted"][row] = len(found)
+            climber.counts[runner.name].seconds += time.perf_counter() - started
+            return
+        assert isinstance(runner, ModelRunner)
+        fields["have"][rung, row] = runner.view.end(path.seq_id) - (path.committed - 1)
+        blocks, fields["offsets"][rung, row] = self._reserve(rung, climber, room)
+        state.place(rung, row, blocks)
+
+    def _reserve(self, rung: int, climber: Climber, room: int) -> tuple[list[int], int]:
+        """Make room in the rung's view for what it lacks and for `room` tokens more."""
+        path, store, view = climber.path, self._stores[rung], cast(ModelRunner, self._rungs[rung]).view
+        assert store is not None
+        start = view.end(path.seq_id)
+        tokens = [0] * (path.committed + room - start)
+        return store.reserve(SeqStep(path.seq_id, tokens, start, path.blocks, path.prompt_length, sample=True))
+
+    def _may_go_ahead(self, climbers: Sequence[Climber], steps: Sequence[SeqStep], most: int) -> bool:
+        """Whether the next round can be launched now: one pass, for which there are blocks, of sequences that are not at their end."""
+        if len(self._rungs) > 1 or self._device.type != "cuda" or self._kept(1, 1) is not None:
+            return False
+        lengths = [len(c.path.ids) for c in climbers]
+        store = self._stores[-1]
+        assert store is not None
+        return (
+            all(step.left > 1 for step in steps)
+            and all(len(c.path.blocks) * store.block_size >= length for c, length in zip(climbers, lengths, strict=True))
+            and self._bound([length + self._lookahead + 1 for length in lengths]) == most
+        )
+
+    # The passes.
+
+    def _run(self, state: RoundState, p: Pass, most: int, sampling: Sampling, number: int) -> Callable[[], float]:
+        """Run the round's pass `number`; returns its seconds, to be asked for after the round."""
+        key = (state.batch, most, p, sampling)
+        if self._capture and key in self._graphs and self._graphs[key] is None:
+            self._graphs[key] = self._captured(state, p, most, sampling)
+        graph = self._graphs.get(key)
+        start = self._clock()
+        if graph is not None:
+            graph.replay()
+        else:
+            runner = cast(ModelRunner, self._rungs[p.rung])
+            runner.reads()
+            self._pass(state, p, most, sampling)
+            self._reads[state.batch, p] = runner.reads()
+            if len(self._graphs) >= _GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            self._graphs[key] = None
+        state.keep_stats(number)
+        end = self._clock()
+        return lambda: _seconds(start, end)
+
+    def _pass(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> None:
+        """From the tokens of a pass to its verdict. Asks the device nothing."""
+        runner, store = cast(ModelRunner, self._rungs[p.rung]), self._stores[p.rung]
+        assert store is not None
+        at = state.inputs(p.rung, p.tokens, store.block_size)
+        rounds.prepare(state.round, at)
+        rope = runner.decoder.spec.rope
+        dynamic = rope is not None and rope.scaling == "dynamic"
+        lengths = state["prompt_lengths"].repeat_interleave(p.tokens, output_size=len(at.ids)) if dynamic else at.positions
+        bound = BoundStore(
+            store,
+            Placement(at.tables, at.starts, at.counts, at.slots, most),
+            self._kept(state.batch, p.tokens) if runner is self._top else None,
+        )
+        hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
+        rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
+        drawn = [
+            self._draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling)
+            for first in range(0, len(hidden), rows)
+        ]
+        own = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        rate = self._rates.get(p.rung)
+        if rate is not None and p.judges:
+            own = _simulated(state.round, p, own, rate)
+        if runner is self._top:
+            rounds.commit(state.round, at, own, state.newest, self._shared)
+        else:
+            rounds.verdict(state.round, at, own, state.newest)
+
+    def _draw(self, state: RoundState, logits: Tensor, at: rounds.Pass, first: int, sampling: Sampling) -> Tensor:
+        """Each row's own next token: logits [n, V] of rows first, first + 1, ..., of whole sequences -> [n]."""
+        some = slice(first, first + len(logits))
+        tokens = at.tokens
+        of = slice(first // tokens, (first + len(logits)) // tokens)
+        temperature = state["temperature"][of]
+        log_min_p: Tensor | None = state["log_min_p"][of] if sampling.min_p else None
+        if sampling.truncates:
+            logits, temperature, log_min_p = self._truncated(state, logits, of, tokens), (temperature != 0).float(), None
+        return drawing.draw(
+            logits,
+            temperature,
+            log_min_p,
+            state["seeds"][of],
+            state["sample_index"][of],
+            at.positions[some],
+            rows=at.wanted[some],
+            group=tokens,
+            offset=1,
+        )
+
+    def _truncated(self, state: RoundState, logits: Tensor, of: slice, tokens: int) -> Tensor:
+        """The laws of rows of which some have top_k or top_p, to be drawn from at temperature 1; greedy rows stay as they are."""
+
+        def each(name: str) -> Tensor:
+            return state[name][of].repeat_interleave(tokens, output_size=len(logits))[:, None]
+
+        temperature = each("temperature")
+        law = logits.float() / torch.where(temperature == 0, 1.0, temperature)
+        keep_min_p_(law, each("log_min_p"))
+        keep_top_(law, each("top_k"), each("top_p"), self._sampler.vocab_size)
+        return law
+
+    def _captured(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._pass(state, p, most, sampling)
+        cast(ModelRunner, self._rungs[p.rung]).reads()
+        return graph
+
+    # After the passes.
+
+    def _settle(self, climbers: Sequence[Climber], used: Sequence[int]) -> None:
+        """Views drop what was rejected: of the path's tokens all but the newest may be held."""
+        for climber in climbers:
+            for rung in used:
+                self._rungs[rung].truncate(climber.path.seq_id, len(climber.path.ids) - 1)
+
+    def _tell(
+        self,
+        work: climb.Climb,
+        program: Sequence[Pass],
+        batch: int,
+        climbers: Sequence[Climber],
+        stats: Any,
+        clocks: Sequence[Callable[[], float]],
+    ) -> None:
+        reads = self._reads_of(program, batch)
+        for number, (p, clock) in enumerate(zip(program, clocks, strict=True)):
+            runner = cast(ModelRunner, self._rungs[p.rung])
+            for climber, (accepted, proposed, _) in zip(climbers, stats[number].tolist(), strict=False):
+                below = climber.below(p.rung)
+                if proposed and below is not None:
+                    climber.counts[self._rungs[below].name].note(proposed, accepted)
+                    work.outcomes.append(climb.Outcome(climber.path.seq_id, below, p.rung, proposed, accepted))
+            took = [(climber, ran) for climber, ran in zip(climbers, stats[number, :, 2].tolist(), strict=False) if ran]
+            if took:
+                tokens = [ran for _, ran in took]
+                kv_bytes = [runner.view.bytes_read(climber.path.seq_id) for climber, _ in took]
+                ran = Ran(torch.empty(0), tokens, tokens, tokens, kv_bytes, [0] * len(took))
+                work.note(p.rung, [c.counts[runner.name] for c, _ in took], ran, reads[number], clock())
+
+    def _reads_of(self, program: Sequence[Pass], batch: int) -> list[Reads]:
+        """What each pass read of the weights. Where the device has counted, a view's passes share it as they had tokens."""
+        found = [self._reads[batch, p] for p in program]
+        views = [cast(ModelRunner, self._rungs[p.rung]).decoder.weights for p in program]
+        for view in {id(view): view for view in views if isinstance(view, CountsOnDevice)}.values():
+            mine = [number for number, other in enumerate(views) if other is view]
+            shares = _shared_out(view.device_reads(), [program[number].tokens for number in mine])
+            for number, share in zip(mine, shares, strict=True):
+                found[number] = share
+        return found
+
+    def _keep_queries(self, tokens: int, batch: int, climbers: Sequence[Climber]) -> None:
+        """Leave the last pass's queries where views that choose entries by them look."""
+        view, kept = self._top.view, self._kept(batch, tokens)
+        if kept is None:
+            return
+        assert isinstance(view, PagedKV)
+        for row, climber in enumerate(climbers):
+            stood = len(climber.path.ids) - climber.path.committed
+            own = kept[:, row * tokens : row * tokens + stood]
+            first = max(0, stood - view.keep_queries)
+            view.keep(climber.path.seq_id, climber.path.committed - 1 + first, own[:, first:].clone())
+
+    def _kept(self, batch: int, tokens: int) -> Tensor | None:
+        """Where a last pass leaves its queries, [layers, B * T, H, d]; None where nobody wants them."""
+        view = self._top.view
+        if not isinstance(view, PagedKV) or not view.keep_queries:
+            return None
+        found = self._queries.get((batch, tokens))
+        if found is None:
+            spec = self._top.decoder.spec
+            shape = spec.num_layers, batch * tokens, spec.num_heads, spec.head_dim
+            found = self._queries[batch, tokens] = torch.zeros(shape, dtype=view.dtype, device=self._device)
+        return found
+
+    def _program(self, gammas: tuple[int, ...]) -> tuple[Pass, ...]:
+        """The same whatever room there is, so that the end of a request needs no graphs of its own."""
+        found = self._programs.get(gammas)
+        if found is None:
+            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=self._lookahead)
+            self._programs[gammas] = found
+        return found
+
+    def _state(self, batch: int, most: int) -> RoundState:
+        found = self._states.get((batch, most))
+        if found is None:
+            widths = [0 if store is None else -(-most // store.block_size) for store in self._stores]
+            passes = 2 * (self._lookahead + 1) * len(self._rungs)  # more than any gammas make
+            found = self._states[batch, most] = RoundState(batch, self._lookahead + 1, widths, passes, self._device)
+        return found
+
+    def _bound(self, lengths: Sequence[int]) -> int:
+        most = LEAST_ENTRIES
+        while most < max(lengths):
+            most *= 2
+        return most
+
+    def _clock(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def _rows(climbers: Sequence[Climber]) -> list[tuple[int, int]]:
+    return [(climber.path.seq_id, climber.path.committed) for climber in climbers]
+
+
+def _seconds(start: Any, end: Any) -> float:
+    return float(end - start) if isinstance(start, float) else float(start.elapsed_time(end)) * 1e-3
+
+
+def _shared_out(reads: Reads, parts: Sequence[int]) -> list[Reads]:
+    """Them as the parts are to each other, in whole numbers; the sums stay."""
+    ends = list(accumulate(parts))
+    return [
+        Reads(*(n * end // ends[-1] - n * (end - part) // ends[-1] for n in astuple(reads)))
+        for end, part in zip(ends, parts, strict=True)
+    ]
+
+
+def _simulated(state: rounds.Round, p: Pass, drawn: Tensor, rate: float) -> Tensor:
+    """Let each proposal stand with that chance: then the draw behind a token is the next token of the path, else another one."""
+    following = HISTORY + 1 + state.have[p.rung, :, None] + torch.arange(p.tokens, device=drawn.device)
+    proposed = state.path.gather(1, following.clamp(0, state.path.shape[1] - 1).long()).flatten()
+    stands = torch.rand(len(drawn), device=drawn.device) < rate
+    return torch.where(stands, proposed, torch.where(drawn == proposed, (drawn + 1) % 2, drawn))

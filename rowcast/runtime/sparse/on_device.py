@@ -1,0 +1,201 @@
+"""The sparse view's passes in rounds that the device runs by itself: rows are chosen on the device, into buffers of a fixed capacity.
+
+Sets are those that the host would choose (`selection`), where scores do not tie within rounding. Nothing is asked of the device, so
+that a pass can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowcast.kernels import gpu
+from rowcast.kernels.gpu import lowbit, products, select
+from rowcast.runtime.banks import BankWeights, FfnBank
+from rowcast.runtime.protocols import ALL_HEADS, Heads, Reads
+from rowcast.runtime.sparse.device_counts import DeviceCounts
+from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
+from rowcast.runtime.sparse.selection import Places, Selector
+
+
+class DevicePasses:
+    """The sub-layers of a pass. What a selector reads ahead is found on a stream of its own, while attention runs."""
+
+    def __init__(self, banks: BankWeights, neurons: Sequence[Selector | None], sparse_tokens: int, outer_bytes: int) -> None:
+        """`outer_bytes`: read by a pass beside the layers' rows. Precondition: all selectors are `on_device`."""
+        self._banks = banks
+        self._outer_bytes = outer_bytes
+        self.device = banks.ffn[0].up_down.device
+        self._counts = counts = DeviceCounts(self.device)
+        self._neurons = [
+            None if selector is None else DeviceNeurons(bank, selector, sparse_tokens, counts)
+            for bank, selector in zip(banks.ffn, neurons, strict=True)
+        ]
+        self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._ahead: tuple[Tensor, Choice] | None = None
+        """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
+        chooses."""
+
+    def begin(self, tokens: int) -> None:
+        self._counts.begin()
+        reads = self._counts.pass_reads
+        reads.bytes = self._outer_bytes
+        reads.heads = reads.heads_of = tokens * self._banks.split.heads * self._banks.spec.num_layers
+        reads.neurons_of = tokens * sum(len(bank.order) for bank in self._banks.ffn)
+
+    def reads(self) -> Reads:
+        """Of all passes since the last call, replayed ones included. Waits for the device."""
+        return self._counts.read()
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
+        neurons = self._neurons[layer]
+        if neurons is not None and neurons.reads_ahead:
+            self._look_ahead(neurons, x)
+        return self._banks.qkv(layer, x)
+
+    def heads(self, layer: int) -> Heads:
+        return ALL_HEADS
+
+    def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, C, d] -> [T, D]
+        return self._banks.out(layer, heads, residual)
+
+    def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
+        neurons, bank = self._neurons[layer], self._banks.ffn[layer]
+        if neurons is None:
+            count_rows(self._counts.pass_reads, bank, len(bank.order), len(bank.order))
+            self._counts.pass_reads.neurons += x.shape[0] * len(bank.order)
+            y = self._banks.mlp(layer, x, residual)
+        else:
+            y = neurons.mlp(x, self._seen_ahead() if neurons.reads_ahead else neurons.choose(x), residual)
+        if layer == self._banks.spec.num_layers - 1:
+            self._counts.end()
+        return y
+
+    def _look_ahead(self, neurons: DeviceNeurons, x: Tensor) -> None:
+        if self._side is None:
+            self._ahead = x, neurons.choose(x)
+            return
+        # Its tensors are the side stream's, which is always behind this one when it takes their memory again.
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            self._ahead = x, neurons.choose(x)
+
+    def _seen_ahead(self) -> Choice:
+        assert self._ahead is not None
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        _, choice = self._ahead
+        self._ahead = None
+        return choice
+
+
+Choice = select.Chosen | Tensor
+"""The rows that are read, with each token's own among them; or all rows are, and this is which are each token's own, bool [T, N]."""
+
+
+class DeviceNeurons:
+    """One layer's MLP by its selector, as `SparseWeights.mlp` for generated tokens."""
+
+    def __init__(self, bank: FfnBank, selector: Selector, sparse_tokens: int, counts: DeviceCounts) -> None:
+        self._bank = bank
+        self._selector = selector
+        self._sparse_tokens = min(sparse_tokens, gpu.MOST_TOKENS)
+        self._counts = counts
+        assert isinstance(selector.scorer, Proxy)
+        self._proxy = selector.scorer
+        self._kept: select.Places | None = None
+        self._first: select.Places | None = None
+        """Of the best scores of each shard: those that are kept, and those that are taken first."""
+        if selector.top is not None:
+            self._kept, self._first = map(_places, selector.top)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `choose` takes the attention's input, not the MLP's."""
+        return self._proxy.reads == "ahead"
+
+    def choose(self, x: Tensor) -> Choice:
+        """x [T, D], the hidden state that the scorer reads."""
+        tokens, scores, threshold = x.shape[0], proxy_scores(self._proxy, x), self._selector.threshold
+        self._counts.pass_reads.bytes += self._proxy.bytes
+        few = tokens <= self._sparse_tokens
+        capacity = self._selector.union_capacity(tokens)
+        if threshold is None:
+            assert self._first is not None
+            self._counts.pass_reads.neurons += tokens * self._selector.keep
+            return select.top_ids(scores, self._first, capacity) if few else top_mask(scores, self._first)
+        if few and tokens == 1 and capacity is None:
+            found = select.above_ids(scores, threshold)
+            self._counts.add("neurons", found.count)
+            return found
+        own = scores > threshold
+        self._counts.add("neurons", own.sum())
+        return select.above_ids(scores, threshold, capacity) if few else own
+
+    def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
+        """x [T, D] -> [T, D], plus a residual."""
+        bank, reranks, neurons = self._bank, self._selector.reranks, len(self._bank.order)
+        if isinstance(choice, Tensor):
+            count_rows(self._counts.pass_reads, bank, neurons, neurons)
+            hidden = bank.hidden(x)
+            if reranks:
+                assert self._kept is not None
+                choice = top_mask(bank.score(hidden).masked_fill_(~choice, float("-inf")), self._kept)
+            return bank.out(hidden * choice, residual=residual)
+        if choice.overflow is not None:
+            self._counts.add("overflows", choice.overflow)
+        ids, own = choice.ids, choice.own
+        # A single token's best are as many as there are places.
+        count = None if own is None and self._first is not None else choice.count
+        if count is None:
+            count_rows(self._counts.pass_reads, bank, len(ids), self._selector.keep)
+        else:
+            count_rows(self._counts.pass_reads, bank, 0, 0)
+            self._counts.add("bytes", count, bank.in_row_bytes + bank.out_row_bytes)
+        hidden = products.ffn_hidden(
+            bank.gate, bank.up, bank.gate_bias, bank.up_bias, x, ids, count, bank.activation, None if reranks else own
+        )
+        if reranks:
+            assert self._kept is not None
+            if own is None:
+                ids, _, hidden = select.rerank_one(hidden, choice, self._kept, bank.norms)
+            else:
+                hidden = hidden * select.rerank(hidden, choice, self._kept, bank.norms)
+        return products.rows_out(bank.down, hidden, ids, count, bank.down_bias, residual)
+
+
+def proxy_scores(proxy: Proxy, x: Tensor) -> Tensor:
+    """`proxy`'s scores, [T, D] -> float32 [T, N], in as few launches as there are products."""
+    if x.shape[0] > gpu.MOST_TOKENS:
+        return proxy(x).values
+    x = x if proxy.ahead is None else proxy.ahead(x)
+    pre = proxy.pre
+    if isinstance(pre, FewBits):
+        return lowbit.scores(pre.weight, x, proxy.norms, proxy.activation, pre.bias, proxy.gated)
+    assert isinstance(pre, LowRank)
+    return lowbit.scores(pre.b, lowbit.product(pre.a, x), proxy.norms, proxy.activation, pre.bias, proxy.gated)
+
+
+def top_mask(scores: Tensor, places: select.Places) -> Tensor:
+    """Each token's best of each shard, for any number of tokens: float32 [T, N] -> bool [T, N]."""
+    found = []
+    for part in torch.tensor_split(scores, -(-len(scores) // gpu.MOST_TOKENS)):
+        # Of no union fits into no places, so that `own` is of all rows; a single token would have none.
+        own = select.top_ids(part if len(part) > 1 else part.expand(2, -1), places, capacity=0).own
+        assert own is not None
+        found.append(own[: len(part)])
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def count_rows(reads: Reads, bank: FfnBank, in_rows: int, out_rows: int) -> None:
+    """Bytes of so many rows, and of the bias that every pass reads."""
+    reads.bytes += in_rows * bank.in_row_bytes + out_rows * bank.out_row_bytes
+    if bank.down_bias is not None:
+        reads.bytes += bank.down_bias.nbytes
+
+
+def _places(places: Places) -> select.Places:
+    return select.Places(tuple(places.sizes), tuple(places.kept))

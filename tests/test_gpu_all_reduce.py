@@ -1,0 +1,109 @@
+"""All-reduce of small messages: one shot where two GPUs reach each other, the process group's own everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from rowcast.kernels.gpu.all_reduce import FastAllReduce
+
+RANKS = 2
+HIDDEN = 12288
+"""A message of 24 KiB in bf16."""
+
+Work = Callable[[dist.ProcessGroup, int], dict[str, Any]]
+
+
+def _rank(rank: int, folder: str, backend: str, work: Work) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    group = dist.group.WORLD
+    assert group is not None
+    torch.save(work(group, rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run(folder: Path, backend: str, work: Work) -> list[dict[str, Any]]:
+    """What each rank's `work` returns."""
+    spawn(_rank, (str(folder), backend, work), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(RANKS)]
+
+
+def _part(rank: int, tokens: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(10 * seed + rank)).to(dtype)
+
+
+def _by_gloo(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
+    reduce = FastAllReduce(group, HIDDEN, torch.float32, torch.device("cpu"))
+    x = _part(rank, 2, 0, torch.float32)
+    result = reduce(x)
+    return {"one_shot": reduce.one_shot, "reason": reduce.reason, "sum": result, "in_place": result.data_ptr() == x.data_ptr()}
+
+
+def test_without_gpus_the_group_adds(tmp_path: Path) -> None:
+    expected = _part(0, 2, 0, torch.float32) + _part(1, 2, 0, torch.float32)
+    for found in _run(tmp_path, "gloo", _by_gloo):
+        assert not found["one_shot"] and found["reason"] == "all-reduce by gloo: the device is cpu"
+        assert torch.equal(found["sum"], expected) and found["in_place"]
+
+
+def _by_gpu(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
+    device = torch.device("cuda", rank)
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reduce = FastAllReduce(group, 16 * HIDDEN, dtype, device)
+        sums = [reduce(_part(rank, tokens, tokens, dtype).to(device)) for tokens in (1, 7, 16, 40)]
+        some = _part(rank, 7, 7, dtype).to(device)
+        alone = torch.cat([reduce(some[token : token + 1].clone()) for token in range(7)])
+        x, y = torch.zeros(1, HIDDEN, dtype=dtype, device=device), torch.zeros(7, HIDDEN, dtype=dtype, device=device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            reduce(x)
+            reduce(y)
+        replayed = []
+        for seed in range(50):
+            x.copy_(_part(rank, 1, seed, dtype))
+            y.copy_(_part(rank, 7, seed, dtype))
+            graph.replay()
+            replayed.append((x.clone(), y.clone()))
+        found[str(dtype)] = {
+            "one_shot": reduce.one_shot,
+            "reason": reduce.reason,
+            "sums": sums,
+            "alone": alone,
+            "odd": reduce(torch.full((3,), rank + 1.0, dtype=dtype, device=device)),
+            "replayed": replayed,
+        }
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+def test_two_gpus(tmp_path: Path) -> None:
+    first, second = _run(tmp_path, "nccl", _by_gpu)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours, theirs = first[str(dtype)], second[str(dtype)]
+        assert ours["reason"] == theirs["reason"]
+        if dtype == torch.float16:
+            assert ours["reason"] == "all-reduce by nccl: torch adds float32 and bfloat16 in one shot, not float16"
+        elif not ours["one_shot"]:
+            assert "cannot be shared" in ours["reason"], ours["reason"]
+        for tokens, a, b in zip((1, 7, 16, 40), ours["sums"], theirs["sums"], strict=True):
+            assert torch.equal(a, _part(0, tokens, tokens, dtype) + _part(1, tokens, tokens, dtype))
+            assert torch.equal(a, b)
+        assert torch.equal(ours["alone"], ours["sums"][1])
+        assert ours["odd"].tolist() == [3.0] * 3
+        for seed, (a, b) in enumerate(zip(ours["replayed"], theirs["replayed"], strict=True)):
+            for tokens, x, y in zip((1, 7), a, b, strict=True):
+                assert torch.equal(x, _part(0, tokens, seed, dtype) + _part(1, tokens, seed, dtype))
+                assert torch.equal(x, y)

@@ -1,0 +1,250 @@
+"""Sparse rungs in rounds that the device runs by itself: the sets, the numbers and the tokens that the host's choice gives.
+
+Here through Triton's interpreter; on a GPU the same, and captured in graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from test_speculation import ids, prompts
+from tiny import VOCAB, tiny_model
+from torch import Tensor
+from triton_interpreting import take_arrays_as_bounds
+
+from rowcast import LLM, SamplingParams
+from rowcast.kernels import gpu, lowbit
+from rowcast.runtime.banks import BankWeights, FfnBank
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.protocols import KVView, Reads, Tokens
+from rowcast.runtime.sparse.scorers import FewBits, InputMap, LowRank, Proxy, Scorer
+from rowcast.runtime.sparse.selection import Selector
+from rowcast.runtime.sparse.weights import SparseWeights
+from rowcast.runtime.step import SeqStep
+
+take_arrays_as_bounds()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYERS = 2 if DEVICE.type == "cuda" else 1
+"""The interpreter takes its time."""
+TOKENS = (1, 3, 9, 8, 20)
+NO_KV = cast(KVView, None)
+Make = Callable[[FfnBank], Selector]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gpu, "interpreted", DEVICE.type == "cpu")
+    yield
+
+
+class Model:
+    def __init__(self, name: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        tiny_model(name, path, num_hidden_layers=LAYERS)
+        self.path, self.spec = path, spec_from_config(json.loads((path / "config.json").read_text()))
+        source = SafetensorsSource.open(path)
+        self.banks = BankWeights(self.spec, source, SoloComm(), dtype=dtype, device=DEVICE)
+
+    def inputs(self, tokens: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(tokens, self.spec.hidden_size, generator=generator).to(DEVICE)
+
+
+@pytest.fixture(scope="module", params=["opt", "llama-bias"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model("llama-gqa", tmp_path_factory.mktemp("llama"))
+
+
+def few_bits(bank: FfnBank, bits: int = 4) -> FewBits:
+    tables = [table for table in (bank.gate, bank.up) if table is not None]
+    biases = [bias for bias in (bank.gate_bias, bank.up_bias) if bias is not None]
+    return FewBits(lowbit.quantise(torch.cat(tables), bits), torch.cat(biases) if biases else None)
+
+
+def proxy(bank: FfnBank, **how: Any) -> Proxy:
+    return Proxy(few_bits(bank), bank.norms, bank.activation, bank.gate is not None, **how)
+
+
+def low_rank(bank: FfnBank) -> Proxy:
+    generator, rows = torch.Generator().manual_seed(5), len(bank.order) * (1 if bank.gate is None else 2)
+    a, b, bias = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((16, bank.up.shape[1]), (rows, 16), (rows,)))
+    pre = LowRank(lowbit.quantise(a, 8), lowbit.quantise(b, 8), bias)
+    return Proxy(pre, bank.norms, bank.activation, bank.gate is not None)
+
+
+def mapped(bank: FfnBank) -> Proxy:
+    size = bank.up.shape[1]
+    matrix = torch.eye(size) + torch.randn(size, size, generator=torch.Generator().manual_seed(6)) / size
+    return proxy(bank, reads="ahead", ahead=InputMap(lowbit.quantise(matrix.to(DEVICE), 8)))
+
+
+def chooses(scorer: Callable[[FfnBank], Scorer], share: float = 0.3, **how: Any) -> Make:
+    return lambda bank: Selector(scorer(bank), len(bank.order), keep=round(share * len(bank.order)), **how)
+
+
+def above(share: float, capacity: int | None) -> Make:
+    """Above what a share of some tokens' scores exceed."""
+
+    def make(bank: FfnBank) -> Selector:
+        scorer = low_rank(bank)
+        x = torch.randn(16, bank.up.shape[1], generator=torch.Generator().manual_seed(7)).to(DEVICE)
+        least = float(scorer(x).values.quantile(1 - share))
+        return Selector(scorer, len(bank.order), keep=round(share * len(bank.order)), threshold=least, capacity=capacity)
+
+    return make
+
+
+CUTS = {
+    "bits": chooses(proxy),
+    "low rank": chooses(low_rank),
+    "re-ranked": chooses(proxy, 0.2, over=2.0),
+    "threshold": above(0.3, None),
+    "threshold in a buffer": above(0.3, 45),
+    "overflow": above(0.6, 8),
+    "ahead": chooses(mapped),
+}
+
+
+class Sets:
+    """Runs a view's first layer by the host and on the device, and notes which neurons each token used."""
+
+    def __init__(self, model: Model, make: Make) -> None:
+        self.view = SparseWeights(model.banks, [make(bank) for bank in model.banks.ffn])
+        self.bank = model.banks.ffn[0]
+        assert self.view.on_device
+
+    def by_host(self, x: Tensor, before: Tensor) -> Tensor:
+        steps = [SeqStep(0, [0] * len(x), 5, list(range(64)), 1, sample=True)]
+        return self._run(x, before, Tokens(*(torch.zeros(len(x), dtype=torch.int64),) * 3, steps))
+
+    def on_device(self, x: Tensor, before: Tensor) -> Tensor:
+        return self._run(x, before, Tokens(*(torch.zeros(len(x), dtype=torch.int64),) * 3, ()))
+
+    def _run(self, x: Tensor, before: Tensor, tokens: Tokens) -> Tensor:
+        self.view.begin(tokens, NO_KV)
+        self.view.out(0, self.view.qkv(0, before)[0], before)
+        return self.view.mlp(0, x, before)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_token_gets_what_the_host_gives(model: Model, cut: str) -> None:
+    sets = Sets(model, CUTS[cut])
+    for tokens in TOKENS if cut == "bits" else TOKENS[:3]:
+        x, before = model.inputs(tokens, tokens), model.inputs(tokens, tokens + 50)
+        sets.view.reads(), sets.view.device_reads()
+        expected, found = sets.by_host(x, before), sets.on_device(x, before)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        by_host, on_device = sets.view.reads(), sets.view.device_reads()
+        if cut == "re-ranked" and 1 < tokens <= 8:  # rows that no token keeps are read on a GPU
+            assert on_device.bytes >= by_host.bytes
+            by_host.bytes = on_device.bytes
+        assert on_device == by_host
+    assert sets.view.device_reads() == Reads()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", CUTS)
+def test_replays_follow_the_scores(model: Model, cut: str, dtype: torch.dtype) -> None:
+    """A captured pass chooses anew with each replay, on its side stream, too, and counts what it read."""
+    if dtype != model.banks.ffn[0].up.dtype:
+        model = Model("opt" if model.spec.family == "opt" else "llama-bias", model.path / "again", dtype)
+    view = Sets(model, CUTS[cut]).view
+    for tokens in (1, 5, 12):
+        x = model.inputs(tokens).to(dtype)
+
+        def run(tokens: int = tokens, x: Tensor = x) -> Tensor:
+            view.begin(Tokens(*(torch.zeros(tokens, dtype=torch.int64, device=DEVICE),) * 3, ()), NO_KV)
+            y = x
+            for layer in range(LAYERS):
+                y = view.mlp(layer, y, view.out(layer, view.qkv(layer, y)[0], y))
+            return y
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        for seed in range(5):
+            x.copy_(model.inputs(tokens, seed + 30))
+            view.device_reads()
+            graph.replay()
+            counted = view.device_reads()
+            assert torch.equal(found, run()) and view.device_reads() == counted
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+SEEDED = replace(GREEDY, temperature=0.8, seed=11)
+ASKED = [prompt[-24:] for prompt in prompts(4, shortest=20)][:2]
+
+
+def make_llm(model: Model, ladder: str, **keywords: Any) -> LLM:
+    how = {"dtype": "float32", "device": DEVICE.type, "block_size": 4, "progress": False, **keywords}
+    return LLM(model.path, ladder=ladder, **how)
+
+
+def by_itself(llm: LLM) -> bool:
+    """Whether the device runs the rounds."""
+    return llm.engine._executor._rounds is not None  # type: ignore[attr-defined]
+
+
+def driven(llm: LLM) -> LLM:
+    """The host drives them from now on."""
+    llm.engine._executor._rounds = None  # type: ignore[attr-defined]
+    return llm
+
+
+@pytest.mark.parametrize("ladder", ["self:mlp=0.5,gamma=2 / plain", "self:mlp=0.3,by=q2,over=1.5,gamma=2 / plain"])
+def test_drafts_change_no_token(llama: Model, ladder: str) -> None:
+    llm, plain = make_llm(llama, ladder), make_llm(llama, "plain")
+    assert by_itself(llm)
+    outputs = llm.generate(ASKED, [GREEDY, SEEDED])
+    assert ids(outputs) == ids(plain.generate(ASKED, [GREEDY, SEEDED]))
+    share = float(ladder.split("=")[1].split(",")[0])
+    for output in outputs:
+        assert sum(output.metrics.rungs["self"].judged) > 0
+        assert output.metrics.density["self"] == pytest.approx(share, abs=0.02)
+    llm.engine.check()
+
+
+@pytest.mark.parametrize("ladder", ["self:mlp=0.5", "self:mlp=0.3,by=q2,over=1.5", "ngram:gamma=3 / self:mlp=0.5"])
+def test_a_last_rung_is_what_the_host_drives(llama: Model, ladder: str) -> None:
+    llm = make_llm(llama, ladder, mode="approximate")
+    assert by_itself(llm)
+    outputs = llm.generate(ASKED, [GREEDY, SEEDED])
+    found = [output.metrics for output in outputs]
+    again = driven(llm).generate(ASKED, [GREEDY, SEEDED])
+    assert ids(outputs) == ids(again)
+    for one, other in zip(found, [output.metrics for output in again], strict=True):
+        assert one.density == other.density
+
+
+def test_cuts_that_the_host_makes_stay_its(llama: Model) -> None:
+    assert not by_itself(make_llm(llama, "self:mlp=0.4,by=gate,gamma=2 / plain"))
+    assert not by_itself(make_llm(llama, "self:mlp=0.4,group=4,gamma=2 / plain"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ladder", ["self:mlp=0.5,gamma=2 / plain", "self:mlp=0.3,by=q2,over=1.5", "ngram:gamma=3 / self:mlp=0.5"])
+def test_captured_rounds_give_what_eager_ones_give(llama: Model, ladder: str, dtype: str) -> None:
+    mode = "exact" if "plain" in ladder else "approximate"
+    params = [replace(p, max_tokens=40) for p in (GREEDY, SEEDED)]
+    outputs = []
+    for eager in (False, True):
+        llm = make_llm(llama, ladder, mode=mode, eager=eager, dtype=dtype)
+        assert by_itself(llm)
+        outputs.append(llm.generate(ASKED, params))
+    assert ids(outputs[0]) == ids(outputs[1])
+    for one, other in zip(*outputs, strict=True):
+        assert one.metrics.density == other.metrics.density
