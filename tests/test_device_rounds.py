@@ -3,7 +3,6 @@ tests of ladders and of the engine run on them, captured in graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "interpreted", True)
-    yield
 
 
 def make_llm(models: dict[str, Path], ladder: str, **keywords: Any) -> LLM:

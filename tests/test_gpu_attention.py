@@ -20,7 +20,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
-SMALL = Tiles(32, 32, 128, 64, 2, 4)
+SMALL = Tiles(32, 32, 64, 2, 2, 4)
 """Short splits and tiles, so that short contexts cross their boundaries."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -167,7 +167,7 @@ def test_a_token_alone_has_the_same_bits(dtype: torch.dtype, heads: int, kv_head
     """For any number of tokens, other sequences and bound on the context; at boundaries of tiles and splits too."""
     torch.manual_seed(5)
     cut = tiles_for(kv_heads, 64, dtype) if ON_GPU else SMALL
-    edges = [cut.entries, cut.fine, cut.knee, cut.knee + cut.coarse] if ON_GPU else [cut.knee]
+    edges = [cut.entries, cut.fine, cut.knee, 2 * cut.knee + 4 * cut.fine] if ON_GPU else [2 * cut.knee]
     for edge in edges:
         for window in (None, 37):
             end = edge + 5
@@ -302,9 +302,22 @@ def test_chunks_that_are_missing_are_not_read() -> None:
     assert_close(run(store, q, 2, chunks=chunks), wanted)
 
 
-def test_splits_cover_the_context() -> None:
-    cut = Tiles(64, 128, 4096, 512, 2, 4)
-    assert [splits_for(cut, n) for n in (0, 1, 128, 129, 4096, 4097, 124_928)] == [1, 1, 1, 2, 32, 33, 32 + 236]
+def test_splits_of_a_context() -> None:
+    cut = Tiles(64, 64, 2048, 4, 3, 4)
+    assert [splits_for(cut, n) for n in (0, 1, 64, 65, 2048, 2049, 4096, 4097, 8192, 16_384)] == [
+        1,
+        1,
+        1,
+        2,
+        32,
+        33,
+        48,
+        49,
+        64,
+        80,
+    ]
+    assert splits_for(cut, 124_928) == 80 + 106
+    assert splits_for(cut._replace(levels=1), 4097) == 32 + 17
 
 
 @pytest.mark.gpu

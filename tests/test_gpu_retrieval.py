@@ -52,14 +52,14 @@ def test_summaries_of_new_chunks(
         keys = keys.transpose(2, 3)
     tables, old, new = torch.randperm(9, device=DEVICE)[:8].view(2, 4).int(), [13, 5], [50, 7]
     reference = Summaries(Summary(score, chunk), keys.contiguous())
-    reference._kept.fill_(7.0)
-    kept = reference._kept.clone()
+    reference.kept.fill_(7.0)
+    kept = reference.kept.clone()
     for i in range(2):
         reference.update(tables[i].tolist(), old[i], new[i])
-    assert not torch.equal(kept, reference._kept)
+    assert not torch.equal(kept, reference.kept)
     summarise(keys, tables, ints(old), ints(new), kept, chunk=chunk, score=score, programs=2)
     torch.testing.assert_close(
-        kept, reference._kept, rtol=0 if score == "bounds" else 1e-2, atol=0 if score == "bounds" else 1e-2
+        kept, reference.kept, rtol=0 if score == "bounds" else 1e-2, atol=0 if score == "bounds" else 1e-2
     )
 
 

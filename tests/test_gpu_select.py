@@ -70,8 +70,10 @@ def test_top_is_the_references(keep: int) -> None:
 
 
 def test_equal_scores() -> None:
-    scores = torch.full((2, 128), 3.0, device=DEVICE)
-    check(select.top_ids(scores, Places.of(128, 20, 2)), expected_mask(scores, Places.of(128, 20, 2)))
+    places = Places.of(128, 20, 2)
+    for values in ((3.0, 3.0), (-0.0, 0.0)):
+        scores = torch.tensor(values, device=DEVICE).repeat(2, 64)
+        check(select.top_ids(scores, places), expected_mask(scores, places))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -264,6 +264,23 @@ def test_low_bit_drafts_change_no_token(target: Path, plain: dict[str, list[list
         assert sum(sum(output.metrics.rungs[first].judged) for output in outputs) > 0
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter is for machines without a GPU")
+def test_rounds_that_the_device_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_arrays_as_bounds()
+    tiny_model("llama-gqa", tmp_path, num_hidden_layers=1)
+    params = replace(SEEDED, max_tokens=4)
+    expected = ids(make(tmp_path, "plain").generate(asked()[:1], params))
+    monkeypatch.setattr(gpu, "interpreted", True)
+    llm = make(tmp_path, "self:bits=4,gamma=2 / plain")
+    assert llm.engine._executor._rounds is not None  # type: ignore[attr-defined]
+    [output] = llm.generate(asked()[:1], params)
+    assert ids([output]) == expected
+    whole, low = views(llm)
+    assert type(whole).__name__ == "BankWeights" and isinstance(low, LowBitWeights)
+    counts = output.metrics.rungs["self"]
+    assert sum(counts.judged) > 0 and counts.bytes_read >= sum(counts.judged) * low.bytes
+
+
 @pytest.mark.gpu
 def test_low_bit_drafts_change_no_token_on_a_gpu(target: Path) -> None:
     """Views are made of the banks that plain runs, and share all but what is rounded."""

@@ -18,7 +18,7 @@ from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
-from rowcast.runtime.kv import PagedKV, SelectedKV, SharedKV, StreamingKV, Summary
+from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.memory import kept_queries, lazy, policy, summaries
@@ -200,6 +200,11 @@ class _Assembly:
                 return self._paged(spec)
             return SharedKV(self._full, lazy=sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1)
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
+        if rung.retrieves and gpu.serves(self._device):
+            chosen = Retrieval(rung.score, rung.chunk)
+            return ListedKV(
+                self._full, chosen, budget=rung.kv, sinks=rung.sinks, recent=rung.recent, refresh=rung.refresh, slots=slots
+            )
         if rung.kind == "draft":
             return StreamingKV(
                 spec,

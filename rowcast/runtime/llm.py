@@ -76,8 +76,8 @@ class LLM:
         `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
         preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
         the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse or low-bit rung, whose
-        law the output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the sparse
-        rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate` wrote for this model; it has the
+        law the output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the
+        sparse rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate` wrote for this model; it has the
         predictors of dejavu and lowrank and those of heads, says how many neurons each layer keeps and, unless `density` does, how
         many on average, how many candidates hire ranks again, and which scorer a rung without `by` has: the one that it measured the
         best acceptance of. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV

@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.kernels import gpu
 from rowcast.kernels.linear import packed_copy_bytes
 from rowcast.placement.plan import DTYPE_BYTES, MODES, VERIFICATIONS, Plan
 from rowcast.placement.resident import resident_plan
@@ -146,6 +147,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             verification=wish.verification,
             calibration=calibration,
             dense_copy=device.type == "cpu",
+            listed=gpu.serves(device),
             width=width,
             block_size=block_size,
             max_context=max_context,

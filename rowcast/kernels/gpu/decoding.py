@@ -41,14 +41,18 @@ class Chunks(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How the work is cut. The result's bits depend on `entries`, `fine`, `knee` and `coarse`."""
+    """How the work is cut. The result's bits depend on all of it but `stages`.
+
+    Splits have `fine` entries up to the `knee`, then twice as many up to twice the knee, four times as many up to four times the knee,
+    and so on `levels` times; the last size goes on. So short contexts have enough of them, and long ones not too many.
+    """
 
     entries: int
-    """Entries of the cache in a tile."""
+    """Entries of the cache in a tile; divides `fine`."""
     fine: int
-    """Entries of a split among the first `knee`; `coarse` of one beyond. Multiples of each other and of `entries`."""
     knee: int
-    coarse: int
+    """A multiple of 2 * fine."""
+    levels: int
     stages: int
     warps: int
 
@@ -56,14 +60,20 @@ class Tiles(NamedTuple):
 def tiles_for(kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The cut for `kv_heads` heads of `head_dim`."""
     if dtype == torch.float32:  # exact products are made outside the matrix units
-        return Tiles(32, 128, 4096, 512, 2, 4)
-    return Tiles(64, 64 if kv_heads < 24 else 128, 4096, 1024, 3, 4)
+        return Tiles(32, 128, 4096, 2, 2, 4)
+    return Tiles(64, 64, 2048, 4, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
 
 
 def splits_for(tiles: Tiles, entries: int) -> int:
-    """Splits that a context of `entries` has."""
-    knee = min(entries, tiles.knee)
-    return max(1, -(-knee // tiles.fine) + -(-(entries - knee) // tiles.coarse))
+    """Splits that a context of `entries` has, at least 1."""
+    fine, knee = tiles.fine, tiles.knee
+    splits, done, size = -(-min(entries, knee) // fine), knee, fine
+    for level in range(tiles.levels):
+        size = fine << level + 1
+        end = knee << level + 1 if level < tiles.levels - 1 else entries
+        splits += max(0, -(-(min(entries, end) - done) // size))
+        done = end
+    return max(1, splits)
 
 
 def decode(
@@ -85,6 +95,7 @@ def decode(
     out: Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool | None = None,
+    early: bool = False,
 ) -> Tensor:
     """Softmax attention of T new tokens of each of B sequences over the entries of a paged store.
 
@@ -109,7 +120,7 @@ def decode(
     assert rows == sequences * tokens and query_heads == kv_heads * share and keys.shape == values.shape
     assert q.stride(2) == 1 and keys.stride(3) == 1 and values.stride(3) == 1 and tables.stride(1) == 1
     cut = tiles or tiles_for(kv_heads, size, q.dtype)
-    assert cut.fine % cut.entries == 0 and cut.coarse % cut.entries == 0 and cut.knee % cut.fine == 0
+    assert cut.fine % cut.entries == 0 and cut.knee % (2 * cut.fine) == 0 and cut.levels >= 1
     columns = query_heads if heads is None else heads.shape[0]
     out = q.new_empty(rows, columns, size) if out is None else out
     if rows == 0 or columns == 0:
@@ -173,10 +184,12 @@ def decode(
         cut.entries,
         cut.fine,
         cut.knee,
-        cut.coarse,
+        cut.levels,
+        early,
         overlap,
         num_stages=cut.stages if tile < 64 else min(cut.stages, 2),  # two programs have to fit a multiprocessor
         num_warps=cut.warps,
+        **({"launch_pdl": True} if early else {}),
     )
     combine[(rows, columns, triton.cdiv(size, _COMBINED))](
         stats,
@@ -200,7 +213,7 @@ def decode(
         chunks is not None,
         cut.fine,
         cut.knee,
-        cut.coarse,
+        cut.levels,
         overlap,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),

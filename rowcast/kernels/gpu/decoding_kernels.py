@@ -24,8 +24,25 @@ def _to_bfloat16(x):
 
 
 @triton.jit
-def _split_of(entry, fine: tl.constexpr, knee: tl.constexpr, coarse: tl.constexpr):
-    return tl.where(entry < knee, entry // fine, knee // fine + (entry - knee) // coarse)
+def _span_of(split, fine: tl.constexpr, knee: tl.constexpr, levels: tl.constexpr):
+    """The first entry of a split, and how many it has (`Tiles`)."""
+    first, size, before = split * fine, split * 0 + fine, knee // fine
+    for level in tl.static_range(levels):
+        here = split >= before
+        first = tl.where(here, (knee << level) + (split - before) * (fine << level + 1), first)
+        size = tl.where(here, fine << level + 1, size)
+        before += (knee << level) // (fine << level + 1)
+    return first, size
+
+
+@triton.jit
+def _split_of(entry, fine: tl.constexpr, knee: tl.constexpr, levels: tl.constexpr):
+    """The split of an entry: the inverse of `_span_of`."""
+    split, before = entry // fine, knee // fine
+    for level in tl.static_range(levels):
+        split = tl.where(entry >= knee << level, before + (entry - (knee << level)) // (fine << level + 1), split)
+        before += (knee << level) // (fine << level + 1)
+    return split
 
 
 @triton.jit
@@ -115,10 +132,13 @@ def partial(
     N: tl.constexpr,
     fine: tl.constexpr,
     knee: tl.constexpr,
-    coarse: tl.constexpr,
+    levels: tl.constexpr,
+    early: tl.constexpr,
     overlap: tl.constexpr,
 ):
     """One split of one sequence, one KV head and one tile of query rows. Entries are counted as the sequence shows them."""
+    if early:
+        cuda.gdc_wait()
     if overlap:
         cuda.gdc_launch_dependents()
     # Neighbours run at a time: row tiles and KV heads of the same entries. The short splits come last and even out the end.
@@ -127,8 +147,8 @@ def partial(
     head = pid // row_tiles % K
     split = splits - 1 - pid // (row_tiles * K)
     sequence = tl.program_id(1)
-    first = tl.where(split < knee // fine, split * fine, knee + (split - knee // fine) * coarse)
-    last = first + tl.where(split < knee // fine, fine, coarse)
+    first, size = _span_of(split, fine, knee, levels)
+    last = first + size
     start = tl.load(starts_ptr + sequence)
     real = tokens if counts_ptr is None else tl.minimum(tl.load(counts_ptr + sequence), tokens)
     behind = 0  # of an entry: how far its position lies behind its number, among the recent ones
@@ -238,7 +258,7 @@ def combine(
     chunked: tl.constexpr,
     fine: tl.constexpr,
     knee: tl.constexpr,
-    coarse: tl.constexpr,
+    levels: tl.constexpr,
     overlap: tl.constexpr,
 ):
     """D elements of one head of one token from the parts of its splits (arguments as for `partial`)."""
@@ -261,7 +281,7 @@ def combine(
     if chunked:
         at += listed - tl.load(recent_ptr + sequence)
         oldest = at * 0
-    low, high = _split_of(oldest, fine, knee, coarse), _split_of(at, fine, knee, coarse) + 1
+    low, high = _split_of(oldest, fine, knee, levels), _split_of(at, fine, knee, levels) + 1
     line = (row * H + head).to(tl.int64) * splits
     lines = tl.num_programs(0).to(tl.int64) * H * splits
     if overlap:

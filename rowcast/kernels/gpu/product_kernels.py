@@ -66,22 +66,29 @@ def _sum_partials(partial_ptr, at, mask, step, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _finish_rows(acc_gate, acc_up, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, rows, valid, at, at_out, mask,
-                 GATED: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
-    """Bias, activation, residual and own, all in float32; then one rounding."""
+def _finish_rows(acc, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, rows, position, total, token, tokens, capacity,
+                 out_stride, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Bias, activation, residual and own, all in float32; then one rounding. With a gate, `acc` has the up rows above the gates."""
+    valid = position < total
+    if GATED:
+        up, gate = tl.split(tl.permute(tl.reshape(acc, (2, BLOCK_R, TOKENS)), (1, 2, 0)))
+    else:
+        up = acc
     if up_bias_ptr is not None:
-        acc_up += tl.load(up_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(up_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
     if GATED:
         if gate_bias_ptr is not None:
-            acc_gate += tl.load(gate_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
-        y = _activate(acc_gate, ACTIVATION) * acc_up
+            gate += tl.load(gate_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
+        y = _activate(gate, ACTIVATION) * up
     else:
-        y = _activate(acc_up, ACTIVATION)
+        y = _activate(up, ACTIVATION)
+    at = token[None, :] * capacity + position[:, None]
+    mask = (token[None, :] < tokens) & valid[:, None]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if own_ptr is not None:
         y = tl.where(tl.load(own_ptr + at, mask=mask, other=0) != 0, y, 0.0)
-    tl.store(out_ptr + at_out, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + token[None, :] * out_stride + position[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -125,9 +132,11 @@ def rows_in_kernel(
         total = tl.minimum(tl.load(count_ptr), capacity)
     token = tl.arange(0, TOKENS)
     depth = tl.arange(0, BLOCK_K)
-    lane = tl.arange(0, BLOCK_R)
+    HEIGHT: tl.constexpr = 2 * BLOCK_R if GATED else BLOCK_R
+    line = tl.arange(0, HEIGHT)
+    is_gate = line >= BLOCK_R
     part_size = tl.cdiv(tl.cdiv(columns, BLOCK_K), PARTS) * BLOCK_K
-    position = tl.program_id(0) // SPLITS * BLOCK_R + lane
+    position = tl.program_id(0) // SPLITS * BLOCK_R + line % BLOCK_R
     rows = position
     if ids_ptr is not None:  # Not waiting for the count: what lies beyond it is masked later.
         rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
@@ -136,68 +145,60 @@ def rows_in_kernel(
     for item in range(tl.program_id(0), tl.cdiv(total, BLOCK_R) * SPLITS, tl.num_programs(0)):
         tile = item // SPLITS
         split = item % SPLITS
-        position = tile * BLOCK_R + lane
+        position = tile * BLOCK_R + line % BLOCK_R
         valid = position < total
         if ids_ptr is None:
             rows = position if WHOLE_R else tl.where(valid, position, 0)
         begin = split * part_size
         end = columns if SPLITS == 1 else tl.minimum(begin + part_size, columns)
-        rows_long = rows.to(tl.int64)[:, None]
-        up_at = up_ptr + rows_long * up_stride + (begin + depth)[None, :]
+        row_at = up_ptr + rows.to(tl.int64) * up_stride
         if GATED:
-            gate_at = gate_ptr + rows_long * gate_stride + (begin + depth)[None, :]
+            row_at = tl.where(is_gate, gate_ptr + rows.to(tl.int64) * gate_stride, row_at)
+        weights_at = row_at[:, None] + (begin + depth)[None, :]
         x_at = x_ptr + token[None, :] * columns + (begin + depth)[:, None]
-        acc_up = tl.zeros((BLOCK_R, TOKENS), tl.float32)
-        acc_gate = tl.zeros((BLOCK_R, TOKENS), tl.float32)
-        sum_up = tl.zeros((BLOCK_R, TOKENS), tl.float32)
-        sum_gate = tl.zeros((BLOCK_R, TOKENS), tl.float32)
+        part = tl.zeros((HEIGHT, TOKENS), tl.float32)
+        acc = tl.zeros((HEIGHT, TOKENS), tl.float32)
         for k in range(begin, end, BLOCK_K):
             inside = k + depth < columns
             if WHOLE_K:
                 x = tl.load(x_at, mask=token[None, :] < tokens, other=0.0)
             else:
                 x = tl.load(x_at, mask=(token[None, :] < tokens) & inside[:, None], other=0.0)
-            if GATED:
-                acc_gate = _dot(_load_rows(gate_at, valid, inside, WHOLE_R, WHOLE_K), x, acc_gate, UPCAST)
-                gate_at += BLOCK_K
-            acc_up = _dot(_load_rows(up_at, valid, inside, WHOLE_R, WHOLE_K), x, acc_up, UPCAST)
-            up_at += BLOCK_K
+            part = _dot(_load_rows(weights_at, valid, inside, WHOLE_R, WHOLE_K), x, part, UPCAST)
+            weights_at += BLOCK_K
             x_at += BLOCK_K
             if PARTS > SPLITS:
-                if (k + BLOCK_K) % part_size == 0:
-                    sum_up += acc_up
-                    acc_up = tl.zeros((BLOCK_R, TOKENS), tl.float32)
-                    if GATED:
-                        sum_gate += acc_gate
-                        acc_gate = tl.zeros((BLOCK_R, TOKENS), tl.float32)
+                ends = (k + BLOCK_K) % part_size == 0
+                acc = tl.where(ends, acc + part, acc)
+                part = tl.where(ends, 0.0, part)
+        acc += part
         if OVERLAP:
             gdc_launch_dependents()
-        at = token[None, :] * capacity + position[:, None]
-        at_out = token[None, :] * out_stride + position[:, None]
-        mask = (token[None, :] < tokens) & valid[:, None]
+        lane = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        lane_rows = lane
+        if ids_ptr is not None:
+            lane_rows = tl.load(ids_ptr + lane, mask=lane < total, other=0)
         if SPLITS == 1:
-            _finish_rows(sum_gate + acc_gate, sum_up + acc_up, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, rows, valid,
-                         at, at_out, mask, GATED, ACTIVATION)  # fmt: skip
+            _finish_rows(acc, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, lane_rows, lane, total, token, tokens,
+                         capacity, out_stride, GATED, ACTIVATION, BLOCK_R, TOKENS)  # fmt: skip
         else:
             step = tokens * capacity
-            tl.store(partial_ptr + split * step + at, acc_up, mask=mask)
-            if GATED:
-                tl.store(partial_ptr + (SPLITS + split) * step + at, acc_gate, mask=mask)
+            at = token[None, :] * capacity + position[:, None] + tl.where(is_gate, SPLITS * step, 0)[:, None]
+            mask = (token[None, :] < tokens) & valid[:, None]
+            tl.store(partial_ptr + split * step + at, acc, mask=mask)
             if _arrive(counter_ptr + tile, SPLITS):
-                acc_up = _sum_partials(partial_ptr, at, mask, step, SPLITS)
-                if GATED:
-                    acc_gate = _sum_partials(partial_ptr + SPLITS * step, at, mask, step, SPLITS)
-                _finish_rows(acc_gate, acc_up, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, rows, valid, at, at_out,
-                             mask, GATED, ACTIVATION)  # fmt: skip
+                acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
+                _finish_rows(acc, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, lane_rows, lane, total, token, tokens,
+                             capacity, out_stride, GATED, ACTIVATION, BLOCK_R, TOKENS)  # fmt: skip
         if ids_ptr is not None:
-            position = (item + tl.num_programs(0)) // SPLITS * BLOCK_R + lane
+            position = (item + tl.num_programs(0)) // SPLITS * BLOCK_R + line % BLOCK_R
             rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
     if count_ptr is not None:  # What was not chosen is 0.
         for tile in range(total // BLOCK_R + tl.program_id(0), tl.cdiv(capacity, BLOCK_R), tl.num_programs(0)):
-            position = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-            mask = (token[None, :] < tokens) & ((position >= total) & (position < capacity))[:, None]
+            lane = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+            mask = (token[None, :] < tokens) & ((lane >= total) & (lane < capacity))[:, None]
             nothing = tl.zeros((BLOCK_R, TOKENS), out_ptr.dtype.element_ty)
-            tl.store(out_ptr + token[None, :] * out_stride + position[:, None], nothing, mask=mask)
+            tl.store(out_ptr + token[None, :] * out_stride + lane[:, None], nothing, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -5,16 +5,10 @@ tables. ids int32 or int64 [C], each in 0..R - 1, with a fixed capacity C, of wh
 all) are valid; a count above C means C. Everything is summed in float32 and rounded once. A result depends neither on the number of
 tokens nor on the other tokens. That of `rows_in` and `ffn_hidden` is the row's own: whether it is one of all rows or a chosen one, and
 where it stands among the ids, changes no bit. That of `rows_out` depends on the order of the ids.
-
-Scratch: partial sums, allocated by the call, and counters, which are at 0 between calls. Calls can be captured; one call outside a
-graph has to come first, or the graph writes zeros for each.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
-import torch
 import triton
 from torch import Tensor
 
@@ -22,8 +16,7 @@ from rowcast.kernels.gpu import MOST_TOKENS, multiprocessors
 from rowcast.kernels.gpu.overlap import overlap
 from rowcast.kernels.gpu.product_kernels import rows_in_kernel, rows_out_kernel
 from rowcast.kernels.gpu.product_tiles import tiles_in, tiles_out
-
-_COUNTERS: Final = 1 << 20
+from rowcast.kernels.gpu.scratch import partial_sums
 
 
 def rows_in(
@@ -81,7 +74,7 @@ def rows_out(
     out = hidden.new_empty(tokens, columns)
     tiles = tiles_out(capacity, columns, table.element_size(), ids is not None, multiprocessors(table.device))
     grid = (triton.cdiv(columns, tiles.rows), tiles.splits)
-    partial, counters = _scratch(out, tiles.splits, tokens * columns, grid[0])
+    partial, counters = partial_sums(out.device, tiles.splits, tokens * columns, grid[0])
     rows_out_kernel[grid](
         table,
         hidden,
@@ -144,7 +137,7 @@ def _rows(
         multiprocessors(up.device),
     )
     row_tiles = triton.cdiv(capacity, tiles.rows)
-    partial, counters = _scratch(out, tiles.splits, (1 if gate is None else 2) * tokens * capacity, row_tiles)
+    partial, counters = partial_sums(out.device, tiles.splits, (1 if gate is None else 2) * tokens * capacity, row_tiles)
     rows_in_kernel[(max(1, min(tiles.programs, row_tiles * tiles.splits)),)](
         gate,
         up,
@@ -179,41 +172,3 @@ def _rows(
         **overlap(x),
     )
     return out
-
-
-def _scratch(like: Tensor, splits: int, values: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
-    """Partial sums for each split, and a counter at 0 for each tile; None, None for a sum that is not split."""
-    if splits == 1:
-        return None, None
-    return torch.empty(splits * values, dtype=torch.float32, device=like.device), _counters(like.device).take(tiles)
-
-
-class _Counters:
-    """Zeros, which every call that takes some leaves at 0. Calls take them in turn, so that those of several streams do not meet."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.zeros = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        self._next = 0
-
-    def take(self, number: int) -> Tensor:
-        number = -(-number // 32) * 32  # Whole cache lines; kernels are compiled by the alignment of their pointers, too.
-        if self._next + number > _COUNTERS:
-            self._next = 0
-        taken = self.zeros[self._next : self._next + number]
-        self._next += number
-        return taken
-
-
-_made: dict[torch.device, _Counters] = {}
-
-
-def _counters(device: torch.device) -> _Counters:
-    """The device's. While a graph is captured none are kept for later calls: only replays would write their zeros."""
-    found = _made.get(device)
-    if found is None:
-        found = _Counters(device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _made[device] = found
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # Other streams may be the next to use them.
-    return found

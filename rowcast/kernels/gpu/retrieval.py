@@ -144,7 +144,7 @@ def chunk_scores(
             kv_heads,
             share,
             size,
-            triton.next_power_of_2(size),
+            max(16, triton.next_power_of_2(size)),  # the matrix units take no less
             per_block,
             chunk,
             parts == 1,
@@ -198,7 +198,7 @@ def choose_chunks(scores: Tensor, count: int, first: Tensor, last: Tensor, out: 
         held,
         chunks <= held,
         triton.next_power_of_2(count),
-        num_warps=8 if held > 4096 else 4,
+        num_warps=16 if held > 4096 else 4,
     )
     return out
 
@@ -443,10 +443,14 @@ def _choose(
     scores = scores_ptr + line * chunks
     keys = _ordered(scores, 0, begin, stop, held) if one_tile else None
     wanted = tl.minimum(count, tl.maximum(stop - begin, 0))
-    edge = tl.where(_reached(scores, keys, 0, begin, stop, held) >= wanted, 0, -2147483648)
-    for bit in tl.range(0, 31):
-        higher = edge + (1 << (30 - bit))
-        edge = tl.where(_reached(scores, keys, higher, begin, stop, held) >= wanted, higher, edge)
+    reached = _reached(scores, keys, 0, begin, stop, held)
+    edge = tl.where(reached >= wanted, 0, -2147483648)
+    bit = begin * 0 + 30
+    while (bit >= 0) & (reached != wanted):
+        higher = edge + (1 << bit)
+        reached = _reached(scores, keys, higher, begin, stop, held)
+        edge = tl.where(reached >= wanted, higher, edge)
+        bit -= 1
     above = tl.where(edge == 2147483647, 0, _reached(scores, keys, edge + 1, begin, stop, held))
     equal = wanted - above  # so many of those at the edge
     done, met = 0, 0

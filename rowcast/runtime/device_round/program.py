@@ -1,12 +1,13 @@
 """The passes of one round, in order, known before it starts: the recursion of `ladder.climb`, unrolled. Torch-free.
 
 The host does not see how many proposals stood until the round is over, so a rung is run a fixed number of times: as often as it takes
-to reach its gamma if all that the rung below proposes stands. Where less does, the round drafts less; its output is the same.
+to reach its gamma where as much stands as usually does. Where less does, the round drafts less, where more does, a pass has nothing to
+do; the output is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -24,11 +25,14 @@ class Pass:
     """Whether there may be proposals; else it draws the next token only."""
 
 
-def unroll(gammas: Sequence[int], *, lookup: bool, own_kv: Sequence[bool], most: int) -> tuple[Pass, ...]:
+def unroll(
+    gammas: Sequence[int], *, lookup: bool, own_kv: Sequence[bool], most: int, runs: Mapping[int, int] | None = None
+) -> tuple[Pass, ...]:
     """The round in which each rung below the last is asked for `gammas[r]` tokens at a time, 0: not used.
 
     `lookup`: rung 0 looks tokens up, and the host has put what it found into the path. `own_kv`: whether a rung has K/V of its own, so
-    that it lacks its newest proposal where all of the round before stood. `most`: tokens that a round drafts at most.
+    that it lacks its newest proposal where all of the round before stood. `most`: tokens that a round drafts at most. `runs`: how often
+    a rung that judges another's proposals is run to reach its gamma; by default as if all stood.
     """
     top = len(gammas)
     used = [rung for rung in range(top) if gammas[rung]]
@@ -46,7 +50,7 @@ def unroll(gammas: Sequence[int], *, lookup: bool, own_kv: Sequence[bool], most:
         if lookup and used[place - 1] == 0:
             return [Pass(rung, 1 + below + lag, True)]
         passes: list[Pass] = []
-        for i in range(-(-gammas[rung] // (below + 1))):
+        for i in range((runs or {}).get(rung, -(-gammas[rung] // (below + 1)))):
             passes += extend(place - 1, first and i == 0)
             passes.append(Pass(rung, 1 + below + (lag if i == 0 else 0), True))
         return passes

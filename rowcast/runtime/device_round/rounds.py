@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -25,9 +25,11 @@ from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.kv.device import BoundStore, DeviceStore, Placement
+from rowcast.runtime.kv.listed import ListedKV
 from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.ladder import climb
 from rowcast.runtime.ladder.climb import Climber
+from rowcast.runtime.ladder.costs import expected_tokens
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.logits import keep_min_p_, keep_top_
@@ -37,6 +39,8 @@ from rowcast.runtime.step import SeqStep
 
 LEAST_ENTRIES = 1024
 """Longest context, rounded up to a power of two from here on: each has graphs of its own."""
+_STANDS, _NEWEST = 0.7, 0.05
+"""Share of the judged proposals that is taken to stand before any were judged, and what the newest verdict weighs."""
 _GRAPHS = 256
 """Most graphs kept."""
 
@@ -95,7 +99,9 @@ class DeviceRounds:
         """What a pass reads of the weights."""
         self._pool: Any = None
         self._queries: dict[tuple[int, int], Tensor] = {}
-        self._programs: dict[tuple[int, ...], tuple[Pass, ...]] = {}
+        self._programs: dict[tuple[Any, ...], tuple[Pass, ...]] = {}
+        self._stands: dict[tuple[int, int], float] = {}
+        """By proposing and judging rung: the share of the judged proposals that stood lately."""
         self._ahead: _Ahead | None = None
         self._sampling = Sampling(False, False)
         """Of the newest round."""
@@ -213,6 +219,9 @@ class DeviceRounds:
         fields["have"][rung, row] = runner.view.end(path.seq_id) - (path.committed - 1)
         blocks, fields["offsets"][rung, row] = self._reserve(rung, climber, room)
         state.place(rung, row, blocks)
+        store = self._stores[rung]
+        if isinstance(store, ListedKV):
+            fields["recents"][rung, row] = store.seat(path.seq_id, row, state.batch)
 
     def _reserve(self, rung: int, climber: Climber, room: int) -> tuple[list[int], int]:
         """Make room in the rung's view for what it lacks and for `room` tokens more."""
@@ -269,7 +278,7 @@ class DeviceRounds:
         lengths = state["prompt_lengths"].repeat_interleave(p.tokens, output_size=len(at.ids)) if dynamic else at.positions
         bound = BoundStore(
             store,
-            Placement(at.tables, at.starts, at.counts, at.slots, most),
+            Placement(at.tables, at.starts, at.counts, at.slots, most, state["recents"][p.rung]),
             self._kept(state.batch, p.tokens) if runner is self._top else None,
         )
         hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
@@ -354,6 +363,9 @@ class DeviceRounds:
                 if proposed and below is not None:
                     climber.counts[self._rungs[below].name].note(proposed, accepted)
                     work.outcomes.append(climb.Outcome(climber.path.seq_id, below, p.rung, proposed, accepted))
+                    known = self._stands.get((below, p.rung), _STANDS)
+                    share = accepted / min(accepted + 1, proposed)
+                    self._stands[below, p.rung] = known + _NEWEST * (share - known)
             took = [(climber, ran) for climber, ran in zip(climbers, stats[number, :, 2].tolist(), strict=False) if ran]
             if took:
                 tokens = [ran for _, ran in took]
@@ -398,10 +410,16 @@ class DeviceRounds:
 
     def _program(self, gammas: tuple[int, ...]) -> tuple[Pass, ...]:
         """The same whatever room there is, so that the end of a request needs no graphs of its own."""
-        found = self._programs.get(gammas)
+        used = [rung for rung, gamma in enumerate(gammas) if gamma]
+        runs = []
+        for below, rung in pairwise(used):
+            gained = expected_tokens(self._stands.get((below, rung), _STANDS), gammas[below])
+            runs.append((rung, max(1, round(gammas[rung] / gained))))
+        key = gammas, tuple(runs)
+        found = self._programs.get(key)
         if found is None:
-            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=self._lookahead)
-            self._programs[gammas] = found
+            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=self._lookahead, runs=dict(runs))
+            self._programs[key] = found
         return found
 
     def _state(self, batch: int, most: int) -> RoundState:

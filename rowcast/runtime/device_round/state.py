@@ -41,6 +41,7 @@ class RoundState:
             "asked": (torch.int32, (rungs, batch)),
             "stopped": (torch.int32, (batch,)),
             "offsets": (torch.int32, (rungs, batch)),
+            "recents": (torch.int32, (rungs, batch)),
             "prompt_lengths": (torch.int64, (batch,)),
             "seeds": (torch.int64, (batch,)),
             "sample_index": (torch.int64, (batch,)),

@@ -1,5 +1,6 @@
 """What a rung sees of the keys and values: all of them (paged, shared), chosen ones, or the sinks and the recent ones of its own."""
 
+from rowcast.runtime.kv.listed import ListedKV, choosing_bytes, listed_bytes
 from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.kv.selected import SelectedKV
 from rowcast.runtime.kv.selection import Choice, HeavyHitters, Policy, Retrieval, Streaming, choice_bytes
@@ -10,6 +11,7 @@ from rowcast.runtime.kv.summaries import Summary
 __all__ = [
     "Choice",
     "HeavyHitters",
+    "ListedKV",
     "PagedKV",
     "Policy",
     "Retrieval",
@@ -19,5 +21,7 @@ __all__ = [
     "StreamingKV",
     "Summary",
     "choice_bytes",
+    "choosing_bytes",
+    "listed_bytes",
     "why_not_streaming",
 ]

@@ -7,12 +7,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rowcast.kernels.gpu import MOST_TOKENS, decoding, rotate
+from rowcast.kernels.gpu import decoding, rotate
+from rowcast.runtime.kv.listed import ListedKV
 from rowcast.runtime.protocols import DeviceKV, Rotation
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
-
-__all__ = ["MOST_TOKENS", "BoundStore", "DeviceStore", "Placement"]
 
 
 @runtime_checkable
@@ -57,6 +56,8 @@ class Placement:
     """[B * T] int64: block * block_size + offset, -1 for tokens that are none."""
     most_entries: int
     """Bound of all places."""
+    recents: Tensor | None = None
+    """[B] int32: of a view that lists chunks, the position from which it shows everything."""
 
 
 class BoundStore(DeviceKV):
@@ -67,6 +68,7 @@ class BoundStore(DeviceKV):
         self._store = store
         self._at = at
         self._queries = queries
+        self._lists = store.lists(len(at.starts)) if isinstance(store, ListedKV) else None
 
     def rotate_append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         keys, values = self._store.entries(layer)
@@ -76,7 +78,10 @@ class BoundStore(DeviceKV):
 
     def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [B * T, H, d] -> [B * T, C, d]
         keys, values = self._store.entries(layer)
-        store, at = self._store, self._at
+        store, at, chunks = self._store, self._at, None
+        if isinstance(store, ListedKV):
+            assert self._lists is not None and at.recents is not None
+            chunks = decoding.Chunks(self._lists[:, layer], store.chunk, store.sinks, at.recents)
         return decoding.decode(
             q,
             keys,
@@ -90,4 +95,5 @@ class BoundStore(DeviceKV):
             slopes=store.slopes,
             absolute_bias_scale=store.absolute_bias_scale,
             heads=heads,
+            chunks=chunks,
         )

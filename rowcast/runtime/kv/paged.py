@@ -300,6 +300,10 @@ class PagedKV:
         count = seq.length // kind.chunk
         return summaries.read(heads, places(seq.blocks[: -(-count // summaries.per_block)], self.device), count)
 
+    def summary_store(self, kind: Summary) -> Tensor:
+        """All summaries of a kind, [parts, layers, K, blocks, block_size / chunk, d]. Raises KeyError for a kind that is not kept."""
+        return self._summaries[kind].kept
+
     def table(self, seq_id: int) -> Tensor:
         """For each committed entry of a sequence, where it lies among those of a layer: [length]."""
         seq, size = self._sequences[seq_id], self.block_size

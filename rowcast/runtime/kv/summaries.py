@@ -47,12 +47,12 @@ class Summaries:
         self.per_block = kind.per_block(size)
         self._chunks = keys.view(layers, blocks * self.per_block, kind.chunk, *keys.shape[3:])
         shape = (kind.parts, layers, keys.shape[3], blocks, self.per_block, keys.shape[4])
-        self._kept = torch.empty(shape, dtype=keys.dtype, device=keys.device)
+        self.kept = torch.empty(shape, dtype=keys.dtype, device=keys.device)
 
     @property
     def bytes(self) -> int:
         """Bytes of all summaries."""
-        return self._kept.numel() * self._kept.element_size()
+        return self.kept.numel() * self.kept.element_size()
 
     def update(self, blocks: list[int], old: int, new: int) -> None:
         """A sequence with this block table has grown from `old` to `new` committed tokens: summarise the chunks completed by that."""
@@ -63,10 +63,10 @@ class Summaries:
         ids = torch.tensor([blocks[c // each] * each + c % each for c in full], device=self._chunks.device)
         chunks = self._chunks[:, ids]  # [layers, n, chunk, K, d]
         parts = (chunks.mean(2, dtype=torch.float32),) if self.kind.score == "mean" else chunks.aminmax(dim=2)
-        for kept, part in zip(self._kept.flatten(3, 4), parts, strict=True):
+        for kept, part in zip(self.kept.flatten(3, 4), parts, strict=True):
             kept[:, :, ids] = part.to(kept.dtype).transpose(1, 2)
 
     def read(self, heads: slice, where: slice | Tensor, count: int) -> tuple[Tensor, ...]:
         """The first `count` chunks of the blocks `where`: (mean,) or (min, max), [heads, count, d] each; KV heads are counted through
         all layers."""
-        return tuple(take(kept[heads], 1, where).flatten(1, 2)[:, :count] for kept in self._kept.flatten(1, 2))
+        return tuple(take(kept[heads], 1, where).flatten(1, 2)[:, :count] for kept in self.kept.flatten(1, 2))

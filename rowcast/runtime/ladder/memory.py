@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from rowcast.placement.resident import LadderNeeds
 from rowcast.runtime import lowbit_weights
 from rowcast.runtime.banks import copied_bytes
-from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes
+from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes, choosing_bytes, listed_bytes
 from rowcast.runtime.ladder.control import GAMMAS
 from rowcast.runtime.ladder.drafts import Draft
 from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder, Rung
@@ -60,6 +60,7 @@ def ladder_needs(
     verification: str,
     calibration: Calibration | None,
     dense_copy: bool,
+    listed: bool,
     width: int,
     block_size: int,
     max_context: int,
@@ -69,15 +70,18 @@ def ladder_needs(
 
     `drafts`: the draft models of its rungs, by the names that these give them. `calibration`: what its sparse rungs read.
     `dense_copy`: passes over all weights take layers in a layout of their own, beside the one that sparse passes take, of which
-    long passes copy a table at a time. `width`: bytes of an element of weights and KV. `max_context`: tokens of the longest
-    sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does
-    not divide `block_size`.
+    long passes copy a table at a time. `listed`: a retrieval view lists chunks and copies none. `width`: bytes of an element of
+    weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM
+    head takes. Raises UserError for a `chunk` that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
     models = [draft.spec for draft in drafts.values()]
     block_bytes = slot_bytes = work_bytes = 0
     for rung in ladder.lower:
-        if rung.kind == "self" and rung.kv is not None:
+        if rung.kind == "self" and rung.kv is not None and rung.retrieves and listed:
+            slot_bytes += listed_bytes(spec, rung.kv, rung.chunk)
+            work_bytes = max(work_bytes, choosing_bytes(spec, max_context, rung.chunk))
+        elif rung.kind == "self" and rung.kv is not None:
             slot_bytes += selected_bytes(spec, policy(rung), rung.kv, ahead, width)
             work_bytes = max(work_bytes, choice_bytes(policy(rung), spec, rung.kv, max_context, kept_queries(ladder), width))
         elif rung.kind == "draft":

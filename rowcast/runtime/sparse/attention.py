@@ -24,11 +24,11 @@ class SparseAttention:
     In 16 bits, passes over one token and over many round hidden states differently, so that a choice between nearly equal scores may
     fall differently, too."""
 
-    def __init__(self, banks: BankWeights, selectors: Sequence[HeadSelector | HeadOracle | None]) -> None:
-        """`selectors`: by layer; None: all heads."""
+    def __init__(self, banks: BankWeights, selectors: Sequence[HeadSelector | HeadOracle | None], *, late: bool = True) -> None:
+        """`selectors`: by layer; None: all heads. `late`: where K/V can be lazy, they are."""
         self._banks = banks
         self._selectors = list(selectors)
-        self._skips = banks.spec.group_size == 1 and any(isinstance(selector, HeadSelector) for selector in selectors)
+        self._skips = late and banks.spec.group_size == 1 and any(isinstance(selector, HeadSelector) for selector in selectors)
         self._views: WeakKeyDictionary[KVView, LazyKV] = WeakKeyDictionary()
         self._lazy: LazyKV | None = None
         """Of the view that the pass runs over; None where K/V of no head are skipped."""

@@ -29,9 +29,12 @@ LEAST = 8
 
 def top_heads(scores: Tensor, keep: int) -> Tensor:  # [T, H] -> bool [T, H]
     """Each token's best `keep` heads, in up to `SHARDS` equal shards of at least `LEAST` heads."""
-    heads = scores.shape[1]
-    shards = max(s for s in range(1, gcd(heads, SHARDS) + 1) if heads % s == SHARDS % s == 0 and (s == 1 or heads >= s * LEAST))
-    return select.top_mask(scores, keep, shards)
+    return select.top_mask(scores, keep, head_shards(scores.shape[1]))
+
+
+def head_shards(heads: int) -> int:
+    """Of how many shards each layer's best are chosen."""
+    return max(s for s in range(1, gcd(heads, SHARDS) + 1) if heads % s == SHARDS % s == 0 and (s == 1 or heads >= s * LEAST))
 
 
 def contributions(outputs: Tensor, o: Tensor) -> Tensor:  # [T, H, d], [H d, D] -> [T, H] float32
@@ -57,8 +60,8 @@ class HeadSelector:
         """weight [H, D], bias [H] of the whole layer. `keep`: heads of each token, 1..H. `local`: this rank's heads."""
         assert 1 <= keep <= len(weight), f"{keep} heads of {len(weight)}"
         self.reads = reads
-        self._weight, self._bias = weight.float(), bias.float()
-        self._keep = keep
+        self.weight, self.bias = weight.float(), bias.float()
+        self.keep = keep
         self._local = local
 
     @classmethod
@@ -72,13 +75,18 @@ class HeadSelector:
         return cls(weight, bias, keep=keep, reads=reads, local=shard.query_heads(spec))
 
     @property
+    def on_device(self) -> bool:
+        """Whether a GPU can choose without the host (`on_device_heads`): for the layer that runs, on one rank."""
+        return self.reads == "own" and len(range(len(self.weight))[self._local]) == len(self.weight)
+
+    @property
     def bytes(self) -> int:
         """Read in one call."""
-        return self._weight.nbytes + self._bias.nbytes
+        return self.weight.nbytes + self.bias.nbytes
 
     def __call__(self, x: Tensor, few: bool) -> HeadChoice:
         """x [T, D], the hidden state that `reads` names. `few`: read the union only; else all heads are."""
-        mask = top_heads(F.linear(x.float(), self._weight, self._bias), self._keep)[:, self._local]
+        mask = top_heads(F.linear(x.float(), self.weight, self.bias), self.keep)[:, self._local]
         if not few:
             return HeadChoice(None, mask)
         ids, own = select.union(mask)

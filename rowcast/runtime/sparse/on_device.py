@@ -17,6 +17,8 @@ from rowcast.kernels.gpu import lowbit, products, select
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.protocols import ALL_HEADS, Heads, Reads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
+from rowcast.runtime.sparse.heads import HeadSelector
+from rowcast.runtime.sparse.on_device_heads import DeviceHeads, top_mask
 from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
 from rowcast.runtime.sparse.selection import Places, Selector
 
@@ -24,8 +26,15 @@ from rowcast.runtime.sparse.selection import Places, Selector
 class DevicePasses:
     """The sub-layers of a pass. What a selector reads ahead is found on a stream of its own, while attention runs."""
 
-    def __init__(self, banks: BankWeights, neurons: Sequence[Selector | None], sparse_tokens: int, outer_bytes: int) -> None:
-        """`outer_bytes`: read by a pass beside the layers' rows. Precondition: all selectors are `on_device`."""
+    def __init__(
+        self,
+        banks: BankWeights,
+        neurons: Sequence[Selector | None],
+        heads: Sequence[HeadSelector | None],
+        sparse_tokens: int,
+        outer_bytes: int,
+    ) -> None:
+        """`outer_bytes`: read by a pass beside the layers' products. Precondition: all selectors are `on_device`."""
         self._banks = banks
         self._outer_bytes = outer_bytes
         self.device = banks.ffn[0].up_down.device
@@ -33,6 +42,10 @@ class DevicePasses:
         self._neurons = [
             None if selector is None else DeviceNeurons(bank, selector, sparse_tokens, counts)
             for bank, selector in zip(banks.ffn, neurons, strict=True)
+        ]
+        self._heads = [
+            None if selector is None else DeviceHeads(banks, layer, selector, sparse_tokens, counts)
+            for layer, selector in enumerate(heads)
         ]
         self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ahead: tuple[Tensor, Choice] | None = None
@@ -43,7 +56,7 @@ class DevicePasses:
         self._counts.begin()
         reads = self._counts.pass_reads
         reads.bytes = self._outer_bytes
-        reads.heads = reads.heads_of = tokens * self._banks.split.heads * self._banks.spec.num_layers
+        reads.heads_of = tokens * self._banks.split.heads * self._banks.spec.num_layers
         reads.neurons_of = tokens * sum(len(bank.order) for bank in self._banks.ffn)
 
     def reads(self) -> Reads:
@@ -54,13 +67,21 @@ class DevicePasses:
         neurons = self._neurons[layer]
         if neurons is not None and neurons.reads_ahead:
             self._look_ahead(neurons, x)
+        heads, bank = self._heads[layer], self._banks.attention[layer]
+        if heads is not None:
+            return heads.qkv(x)
+        self._counts.pass_reads.heads += x.shape[0] * self._banks.split.heads
+        self._counts.pass_reads.bytes += bank.qkv.nbytes + bank.o.nbytes
         return self._banks.qkv(layer, x)
 
     def heads(self, layer: int) -> Heads:
-        return ALL_HEADS
+        """What the layer's `qkv` computed."""
+        heads = self._heads[layer]
+        return ALL_HEADS if heads is None else heads.heads
 
     def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, C, d] -> [T, D]
-        return self._banks.out(layer, heads, residual)
+        chosen = self._heads[layer]
+        return self._banks.out(layer, heads, residual) if chosen is None else chosen.out(heads, residual)
 
     def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         neurons, bank = self._neurons[layer], self._banks.ffn[layer]
@@ -177,17 +198,6 @@ def proxy_scores(proxy: Proxy, x: Tensor) -> Tensor:
         return lowbit.scores(pre.weight, x, proxy.norms, proxy.activation, pre.bias, proxy.gated)
     assert isinstance(pre, LowRank)
     return lowbit.scores(pre.b, lowbit.product(pre.a, x), proxy.norms, proxy.activation, pre.bias, proxy.gated)
-
-
-def top_mask(scores: Tensor, places: select.Places) -> Tensor:
-    """Each token's best of each shard, for any number of tokens: float32 [T, N] -> bool [T, N]."""
-    found = []
-    for part in torch.tensor_split(scores, -(-len(scores) // gpu.MOST_TOKENS)):
-        # Of no union fits into no places, so that `own` is of all rows; a single token would have none.
-        own = select.top_ids(part if len(part) > 1 else part.expand(2, -1), places, capacity=0).own
-        assert own is not None
-        found.append(own[: len(part)])
-    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def count_rows(reads: Reads, bank: FfnBank, in_rows: int, out_rows: int) -> None:

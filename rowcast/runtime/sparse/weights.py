@@ -50,7 +50,12 @@ class SparseWeights:
         self._banks = banks
         self._neurons = list(neurons)
         self._one_call = [s is not None and s.in_one_call is not None for s in neurons]
-        self._attention = SparseAttention(banks, heads or [None] * banks.spec.num_layers)
+        self._heads = list(heads or [None] * banks.spec.num_layers)
+        chosen = [*neurons, *self._heads]
+        self.on_device = lm is None and all(s is None or (not isinstance(s, HeadOracle) and s.on_device) for s in chosen)
+        """Whether a GPU chooses, in rounds that it runs by itself. It leaves no K/V for later passes, nor do those before."""
+        late = not (self.on_device and gpu.serves(banks.ffn[0].up_down.device))
+        self._attention = SparseAttention(banks, self._heads, late=late)
         self._sparse_tokens = sparse_tokens
         self._reads = Reads()
         self._generated: list[bool] = []
@@ -66,7 +71,6 @@ class SparseWeights:
             self._outer_bytes -= banks.outer.head_rows.nbytes
         self.embed, self.norm = banks.embed, banks.norm
         self.heads, self.out = self._attention.heads, self._attention.out
-        self.on_device = lm is None and heads is None and all(s is None or s.on_device for s in neurons)
         self._device: DevicePasses | None = None
         """Made for the first of its passes."""
         self._passes: DevicePasses | None = None
@@ -153,8 +157,8 @@ class SparseWeights:
             assert self.on_device, "rows are chosen by the host"
             from rowcast.runtime.sparse.on_device import DevicePasses
 
-            qkvo = sum(bank.qkv.nbytes + bank.o.nbytes for bank in self._banks.attention)
-            self._device = DevicePasses(self._banks, self._neurons, self._sparse_tokens, self._outer_bytes + qkvo)
+            heads = [selector for selector in self._heads if not isinstance(selector, HeadOracle)]
+            self._device = DevicePasses(self._banks, self._neurons, heads, self._sparse_tokens, self._outer_bytes)
         return self._device
 
     @property
@@ -186,7 +190,11 @@ def _in_one_call(bank: FfnBank, selector: Selector, x: Tensor) -> Tensor:  # [1,
 
 def _skips(bank: FfnBank, hidden: Tensor, ids: Tensor | None) -> bool:
     """Whether `FfnBank.out` leaves out rows that no token has a use for: the native part does, a GPU and library products do not."""
-    return not gpu.takes(hidden) and (ids is not None or len(hidden) <= FEW_TOKENS) and library_for_tables(hidden, bank.down) is not None
+    return (
+        not gpu.takes(hidden)
+        and (ids is not None or len(hidden) <= FEW_TOKENS)
+        and library_for_tables(hidden, bank.down) is not None
+    )
 
 
 def _hidden(bank: FfnBank, x: Tensor, ids: Tensor | None, scored: Scored) -> Tensor:

@@ -1,0 +1,175 @@
+"""Lazy K/V: the newest tokens' inputs in a ring, and entries made from them for the heads that are used, or for all.
+
+The reference is `rowcast.runtime.sparse.lazy`. One sequence; place p of its entries has row p % `RING` of the ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rowcast.kernels.gpu.select import Chosen
+
+RING: Final = 16
+"""Rows: the columns of a product's tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class LateHeads:
+    """The heads whose entries a pass makes."""
+
+    heads: Tensor
+    """int32 [H]; as many are valid as were chosen."""
+    rows: Tensor
+    """int32 [2 H d]: their rows of a table [2 H d, D], keys above values; one behind the other, keys first."""
+    count: Tensor
+    """int32 [1], of `rows`."""
+
+
+def keep_inputs(ring: Tensor, x: Tensor, starts: Tensor, counts: Tensor) -> None:
+    """Put a sequence's tokens x [T, D] into the ring [16, D]: T <= 16, at places from starts[0] on; counts[0] of them are real."""
+    tokens, columns = x.shape
+    assert tokens <= RING and ring.shape == (RING, columns) and ring.stride(1) == x.stride(1) == 1
+    block = min(1024, triton.next_power_of_2(columns))
+    _keep_inputs[(triton.cdiv(columns, block), tokens)](ring, x, starts, counts, ring.stride(0), x.stride(0), columns, BLOCK=block)
+
+
+def late_heads(chosen: Chosen, everything: Tensor, heads: int, size: int) -> LateHeads:
+    """`chosen` of `heads` heads of `size` elements, or all of them where everything[0] (int32) is not 0."""
+    device = chosen.ids.device
+    found = LateHeads(
+        torch.empty(heads, dtype=torch.int32, device=device),
+        torch.empty(2 * heads * size, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+    _late_heads[(heads,)](
+        chosen.ids,
+        chosen.count,
+        everything,
+        found.heads,
+        found.rows,
+        found.count,
+        len(chosen.ids),
+        heads,
+        size,
+        SIZE=triton.next_power_of_2(size),
+        num_warps=1,
+    )
+    return found
+
+
+def write_late(
+    products: Tensor,
+    late: LateHeads,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    first: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+) -> None:
+    """Write entries of the places first[0] <= p < starts[0] + counts[0], fewer than 17, for the heads of `late`.
+
+    products [16, 2 H d]: those of the ring's rows with `late.rows`; keys, values [blocks, block_size, H, d]; table int32 [n], the
+    blocks of the places; first, starts, counts int32 [1].
+    """
+    heads, size = keys.shape[2:]
+    assert products.shape == (RING, 2 * heads * size) and products.stride(1) == keys.stride(3) == values.stride(3) == 1
+    _write_late[(heads, RING)](
+        products,
+        late.heads,
+        late.count,
+        keys,
+        values,
+        table,
+        first,
+        starts,
+        counts,
+        products.stride(0),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        keys.shape[1],
+        size,
+        SIZE=triton.next_power_of_2(size),
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _keep_inputs(ring_ptr, x_ptr, starts_ptr, counts_ptr, ring_row, x_row, columns, BLOCK: tl.constexpr):
+    token = tl.program_id(1)
+    row = (tl.load(starts_ptr) + token) % 16
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (at < columns) & (token < tl.load(counts_ptr))
+    tl.store(ring_ptr + row * ring_row + at, tl.load(x_ptr + token * x_row + at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _late_heads(
+    ids_ptr,  # int32 [places]
+    count_ptr,
+    everything_ptr,
+    heads_ptr,  # int32 [heads]
+    rows_ptr,  # int32 [2 heads size]
+    row_count_ptr,
+    places,
+    heads,
+    size,
+    SIZE: tl.constexpr,
+):
+    place = tl.program_id(0)
+    everything = tl.load(everything_ptr) != 0
+    count = tl.where(everything, heads, tl.minimum(tl.load(count_ptr), places))
+    inside = place < count
+    head = tl.where(everything, place, tl.load(ids_ptr + place, mask=inside & (place < places), other=0))
+    element = tl.arange(0, SIZE)
+    mask = (element < size) & inside
+    tl.store(heads_ptr + place, head, mask=inside)
+    tl.store(rows_ptr + place * size + element, head * size + element, mask=mask)
+    tl.store(rows_ptr + (count + place) * size + element, (heads + head) * size + element, mask=mask)
+    if place == 0:
+        tl.store(row_count_ptr, 2 * count * size)
+
+
+@triton.jit
+def _write_late(
+    products_ptr,  # [16, 2 heads size]
+    heads_ptr,
+    row_count_ptr,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    first_ptr,
+    starts_ptr,
+    counts_ptr,
+    products_row,
+    keys_block,
+    keys_entry,
+    keys_head,
+    values_block,
+    values_entry,
+    values_head,
+    block_size,
+    size,
+    SIZE: tl.constexpr,
+):
+    """One head of one row of the ring."""
+    place, row = tl.program_id(0), tl.program_id(1)
+    count = tl.load(row_count_ptr) // (2 * size)
+    first = tl.load(first_ptr)
+    entry = first + (row + 16 - first % 16) % 16
+    inside = (place < count) & (entry < tl.load(starts_ptr) + tl.load(counts_ptr))
+    head = tl.load(heads_ptr + place, mask=inside, other=0)
+    block = tl.load(table_ptr + entry // block_size, mask=inside, other=0).to(tl.int64)
+    element = tl.arange(0, SIZE)
+    mask = (element < size) & inside
+    source = products_ptr + row * products_row + place * size + element
+    key, value = tl.load(source, mask=mask, other=0.0), tl.load(source + count * size, mask=mask, other=0.0)
+    offset = entry % block_size
+    tl.store(keys_ptr + block * keys_block + offset * keys_entry + head * keys_head + element, key, mask=mask)
+    tl.store(values_ptr + block * values_block + offset * values_entry + head * values_head + element, value, mask=mask)

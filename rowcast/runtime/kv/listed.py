@@ -1,0 +1,228 @@
+"""The retrieval view of a GPU: chunks of the full store by list, read where they lie (TriForce's retrieval cache without its copies).
+
+What is shown is what `SelectedKV` with the policy `Retrieval` shows: sinks, chosen chunks, the recent window and proposals. But nothing
+is copied: a choice is a list of chunks for each layer and KV head, and proposals lie behind the committed entries, as in `SharedKV`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rowcast.kernels import gpu
+from rowcast.runtime.kv.paged import PagedKV, visible_bytes
+from rowcast.runtime.kv.selection import Retrieval
+from rowcast.runtime.kv.shared import SharedKV
+from rowcast.runtime.kv.slots import Slots
+from rowcast.runtime.ladder.spec import RECENT, SINKS
+from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import SeqStep
+
+WORK_BYTES = 64 << 20
+"""For scores of chunks by token, of a few layers at a time."""
+_ROUNDED = 256
+"""Chunks that work space is rounded up to, so that kernels see few sizes."""
+
+
+def listed_bytes(spec: ModelSpec, kv: int, chunk: int, slots: int = 1) -> int:
+    """The lists of so many sequences, kept and as a round reads them."""
+    return 2 * slots * spec.num_layers * spec.num_kv_heads * -(-kv // chunk) * 4
+
+
+def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
+    """Work space of one sequence's choice."""
+    chunks = context // chunk + _ROUNDED
+    return WORK_BYTES + 4 * chunks * spec.num_kv_heads * (spec.num_layers + 32)
+
+
+@dataclass(slots=True)
+class _Shown:
+    """What is shown of one sequence."""
+
+    slot: int
+    synced: int = -1
+    """The parent's length when it was brought up to date."""
+    rewinds: int = 0
+    chosen: bool = False
+    recent: int = 0
+    """All entries from here on are shown; those before it by list."""
+    syncs: int = 0
+    refreshes: int = 0
+    scored_bytes: int = 0
+    """Summaries read before the last bound pass."""
+
+
+class ListedKV(SharedKV):
+    """At most `budget` committed entries a sequence, layer and KV head, none of them copied. Implements `KVView`, on a GPU alone."""
+
+    def __init__(
+        self,
+        parent: PagedKV,
+        policy: Retrieval,
+        *,
+        budget: int,
+        sinks: int = SINKS,
+        recent: int = RECENT,
+        refresh: int = 1,
+        slots: int,
+    ) -> None:
+        """As `SelectedKV`, whose preconditions hold here, too; of a round's proposals there may be any number."""
+        super().__init__(parent)
+        self.sinks = -(-sinks // policy.chunk) * policy.chunk
+        self._choice = (budget - self.sinks - recent - policy.chunk + 1) // policy.chunk
+        assert self._choice >= 1, f"{budget} entries leave nothing to choose"
+        self._policy = policy
+        self._budget, self._recent, self._refresh = budget, recent, refresh
+        self._slots = Slots(slots)
+        self._shape = parent.spec.num_layers, parent.num_kv_heads, self._choice
+        self._ids = torch.full((slots, *self._shape), -1, dtype=torch.int32, device=parent.device)
+        self._rows: dict[int, Tensor] = {}
+        """By batch: the lists of its sequences, [B, layers, K, n]."""
+        windows = [window or 0 for window in parent.spec.windows]
+        self._windows = torch.tensor(windows, dtype=torch.int32, device=parent.device) if any(windows) else None
+        self._shown: dict[int, _Shown] = {}
+        self._bound: list[tuple[slice, SeqStep]] = []
+
+    @property
+    def chunk(self) -> int:
+        """Positions to a chunk."""
+        return self._policy.chunk
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all lists."""
+        return sum(lists.nbytes for lists in (self._ids, *self._rows.values()))
+
+    def admit(self, seq_id: int) -> bool:
+        """Whether the sequence has a slot now; it keeps it until `free`."""
+        if not self._slots.take(seq_id):
+            return False
+        self._shown.setdefault(seq_id, _Shown(self._slots[seq_id]))
+        return super().admit(seq_id)
+
+    def reserve(self, step: SeqStep) -> tuple[list[int], int]:
+        self._sync(step)
+        return super().reserve(step)
+
+    def seat(self, seq_id: int, row: int, batch: int) -> int:
+        """Put the sequence's lists into row `row` of a batch's; returns the position from which it shows everything."""
+        if batch not in self._rows:
+            self._rows[batch] = self._ids.new_full((batch, *self._shape), -1)
+        shown = self._shown[seq_id]
+        self._rows[batch][row].copy_(self._ids[shown.slot])
+        return shown.recent
+
+    def lists(self, batch: int) -> Tensor:
+        """[B, layers, K, n] int32, as `seat` filled it; -1: none."""
+        return self._rows[batch]
+
+    def bind(self, steps: Sequence[SeqStep]) -> None:
+        """As `KVView`. Precondition: the sequences are admitted, and the blocks cover what a round may draft."""
+        for step in steps:
+            self._sync(step)
+        super().bind(steps)
+        self._bound, first = [], 0
+        for step in steps:
+            self._bound.append((slice(first, first + len(step.tokens)), step))
+            first += len(step.tokens)
+
+    def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, C, d]
+        from rowcast.kernels.gpu import decoding
+
+        parts = []
+        for rows, step in self._bound:
+            shown = self._shown[step.seq_id]
+            for first in range(rows.start, rows.stop, gpu.MOST_TOKENS):
+                some = q[first : min(first + gpu.MOST_TOKENS, rows.stop)].contiguous()
+                start = step.start + first - rows.start
+                numbers = torch.tensor([start, shown.recent, *step.blocks], dtype=torch.int32, device=q.device)
+                parts.append(
+                    decoding.decode(
+                        some,
+                        *self.entries(layer),
+                        numbers[None, 2:],
+                        numbers[:1],
+                        scale=self.spec.attention_scale,
+                        most_entries=start + len(some),
+                        window=self.spec.windows[layer],
+                        slopes=self.slopes,
+                        absolute_bias_scale=self.absolute_bias_scale,
+                        heads=heads,
+                        chunks=decoding.Chunks(self._ids[shown.slot, layer][None], self.chunk, self.sinks, numbers[1:2]),
+                    )
+                )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def free(self, seq_id: int) -> None:
+        super().free(seq_id)
+        self._slots.give_back(seq_id)
+        self._shown.pop(seq_id, None)
+
+    def bytes_read(self, seq_id: int) -> int:
+        """Bytes of K/V that attention reads in one pass for this sequence, up to `end`; of the first pass after the parent's length
+        has changed also the summaries that were scored."""
+        shown, parent, length = self._shown[seq_id], self._parent, self.length(seq_id)
+        listed = self.sinks + self._choice * self.chunk * shown.chosen
+        entries = length if length <= self._budget else listed + length - shown.recent
+        entries += self.end(seq_id) - length
+        return visible_bytes(parent.spec, parent.num_kv_heads, parent.dtype, entries) + shown.scored_bytes
+
+    def refreshes(self, seq_id: int) -> int:
+        """How often the sequence's chunks were chosen anew."""
+        shown = self._shown.get(seq_id)
+        return shown.refreshes if shown else 0
+
+    def _sync(self, step: SeqStep) -> None:
+        """Show the parent's committed entries as they are now."""
+        shown, parent, length = self._shown[step.seq_id], self._parent, self.length(step.seq_id)
+        shown.scored_bytes = 0
+        if (shown.synced, shown.rewinds) == (length, parent.rewinds(step.seq_id)):
+            return
+        if shown.rewinds != parent.rewinds(step.seq_id):
+            shown.rewinds, shown.chosen, shown.syncs = parent.rewinds(step.seq_id), False, 0
+        shown.synced = length
+        if length <= self._budget:
+            shown.recent = self.sinks
+            if shown.chosen or shown.refreshes:
+                self._ids[shown.slot].fill_(-1)
+            return
+        stop = (length - self._recent) // self.chunk * self.chunk
+        if not shown.chosen or (self._refresh and shown.syncs % self._refresh == 0):
+            self._choose(step, shown, stop)
+        shown.syncs += 1
+        shown.recent = stop if shown.chosen else length - self._budget + self.sinks
+
+    def _choose(self, step: SeqStep, shown: _Shown, stop: int) -> None:
+        """List the best chunks between the sinks and position `stop`, by the queries of the last pass, if it kept any."""
+        from rowcast.kernels.gpu import retrieval
+
+        parent, chunk = self._parent, self.chunk
+        queries = parent.queries(step.seq_id, parent.keep_queries)
+        if queries is None:
+            if not shown.chosen:
+                self._ids[shown.slot].fill_(-1)
+            return
+        first, last = self.sinks // chunk, stop // chunk
+        numbers = torch.tensor([first, last, self.length(step.seq_id), *step.blocks], dtype=torch.int32, device=queries.device)
+        scores = retrieval.chunk_scores(
+            queries[:, None],
+            parent.summary_store(self._policy.summary),
+            numbers[None, 3:],
+            numbers[:1],
+            numbers[1:2],
+            scale=self.spec.attention_scale,
+            chunk=chunk,
+            most_chunks=-(-last // _ROUNDED) * _ROUNDED,
+            lengths=numbers[2:3],
+            slopes=self.slopes,
+            absolute_bias_scale=self.absolute_bias_scale,
+            windows=self._windows,
+        )
+        retrieval.choose_chunks(scores, self._choice, numbers[:1], numbers[1:2], out=self._ids[shown.slot][None])
+        shown.chosen = True
+        shown.refreshes += 1
+        parts = self._policy.summary.parts
+        shown.scored_bytes = parts * self._shape[0] * self._shape[1] * (last - first) * self.spec.head_dim * parent.dtype.itemsize

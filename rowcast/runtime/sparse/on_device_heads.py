@@ -1,0 +1,82 @@
+"""Chosen query heads in passes of the device's own rounds: see `on_device`.
+
+K and V are those of all heads there, also where each query head has its own: what is skipped are rows of the query and output
+products, and the K/V that other heads' attention would read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rowcast.kernels import gpu
+from rowcast.kernels.gpu import products, select
+from rowcast.kernels.gpu.heads import HeadRows, head_rows, spread
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.protocols import ALL_HEADS, Heads
+from rowcast.runtime.sparse.device_counts import DeviceCounts
+from rowcast.runtime.sparse.heads import HeadSelector, head_shards
+
+
+class DeviceHeads:
+    """One layer's attention products by its selector, as `SparseAttention` for generated tokens."""
+
+    def __init__(self, banks: BankWeights, layer: int, selector: HeadSelector, sparse_tokens: int, counts: DeviceCounts) -> None:
+        self._banks, self._layer, self._selector, self._counts = banks, layer, selector, counts
+        self._sparse_tokens = min(sparse_tokens, gpu.MOST_TOKENS)
+        heads = banks.split.heads
+        self._places = select.Places.of(heads, selector.keep, head_shards(heads))
+        bank, rows = banks.attention[layer], banks.attention[layer].sizes[0]
+        self._kv = bank.qkv[rows:]
+        self._kv_bias = None if bank.qkv_bias is None else bank.qkv_bias[rows:]
+        self._chosen: HeadRows | None = None
+        """Of the pass that runs; None: all heads are computed, and `_own` [T, H] says which are each token's."""
+        self._own: Tensor | None = None
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d]; query heads that are not computed are 0."""
+        banks, layer, selector, reads = self._banks, self._layer, self._selector, self._counts.pass_reads
+        bank, split, tokens = banks.attention[layer], banks.split, x.shape[0]
+        scores = F.linear(x.float(), selector.weight, selector.bias)
+        reads.heads += tokens * selector.keep
+        reads.bytes += selector.bytes + self._kv.nbytes
+        if tokens > self._sparse_tokens:
+            self._chosen, self._own = None, top_mask(scores, self._places)
+            reads.bytes += bank.q.nbytes + bank.o.nbytes
+            return banks.qkv(layer, x)
+        chosen = select.top_ids(scores, self._places)
+        rows = self._chosen = head_rows(chosen, banks.spec.head_dim)
+        each = bank.q[0].nbytes + bank.o[0].nbytes
+        if rows.count is None:
+            reads.bytes += len(rows.rows) * each
+        else:
+            self._counts.add("bytes", rows.count, each)
+        q = split.queries(layer, products.rows_in(bank.q, x, rows.rows, rows.count, bank.q_bias))
+        k, v = products.rows_in(self._kv, x, bias=self._kv_bias).split(bank.sizes[1:], 1)  # type: ignore[no-untyped-call]
+        return spread(q, chosen, split.heads), split.keys(layer, k), split.values(v)
+
+    @property
+    def heads(self) -> Heads:
+        return ALL_HEADS if self._chosen is None else Heads(self._chosen.heads)
+
+    def out(self, heads: Tensor, residual: Tensor | None) -> Tensor:
+        """Of the chosen heads, each token by its own: [T, C, d] -> [T, D]."""
+        bank, chosen = self._banks.attention[self._layer], self._chosen
+        own = self._own if chosen is None else chosen.own
+        heads = heads if own is None else heads * own[:, :, None]
+        self._own = self._chosen = None
+        if chosen is None:
+            return self._banks.out(self._layer, heads, residual)
+        return products.rows_out(bank.o, heads.flatten(1), chosen.rows, chosen.count, bank.o_bias, residual)
+
+
+def top_mask(scores: Tensor, places: select.Places) -> Tensor:
+    """Each token's best of each shard, for any number of tokens: float32 [T, N] -> bool [T, N]."""
+    found = []
+    for part in torch.tensor_split(scores, -(-len(scores) // gpu.MOST_TOKENS)):
+        # Of no union fits into no places, so that `own` is of all rows; a single token would have none.
+        own = select.top_ids(part if len(part) > 1 else part.expand(2, -1), places, capacity=0).own
+        assert own is not None
+        found.append(own[: len(part)])
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -1,0 +1,116 @@
+"""The view that lists chunks shows what the one that copies them shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from triton_interpreting import take_arrays_as_bounds
+
+from rowcast.kernels import gpu
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.step import SeqStep
+
+take_arrays_as_bounds()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LLAMA = {
+    "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "vocab_size": 97, "hidden_size": 64,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+SPECS = {
+    "llama": spec_from_config(LLAMA),
+    "bloom": spec_from_config({"model_type": "bloom", "vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "interpreted", not torch.cuda.is_available())
+
+
+class Twins:
+    """A store, and two views of it that choose by the same queries."""
+
+    def __init__(self, spec_name: str, refresh: int) -> None:
+        self.spec = spec = SPECS[spec_name]
+        policy = Retrieval("bounds", 4)
+        self.store = PagedKV(
+            spec,
+            Shard(),
+            num_blocks=40,
+            block_size=4,
+            dtype=torch.float32,
+            device=DEVICE,
+            keep_queries=4,
+            summaries=[policy.summary],
+        )
+        how = {"budget": 24, "sinks": 4, "recent": 7, "refresh": refresh, "slots": 2}
+        self.listed = ListedKV(self.store, policy, **how)
+        self.copied = SelectedKV(self.store, policy, **how, room=6)
+        self.generator = torch.Generator().manual_seed(4)
+        self.blocks = torch.randperm(40, generator=self.generator).tolist()
+        assert self.listed.admit(0) and self.copied.admit(0)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(DEVICE)
+
+    def step(self, start: int, tokens: int) -> SeqStep:
+        return SeqStep(0, [1] * tokens, start, self.blocks[: -(-(start + tokens) // 4)], 1, sample=True)
+
+    def grow(self, tokens: int) -> None:
+        """Committed tokens, run by the store's own rung."""
+        start = self.store.length(0)
+        self.store.bind([self.step(start, tokens)])
+        for layer in range(self.spec.num_layers):
+            heads = self.random(tokens, self.store.num_kv_heads, self.spec.head_dim)
+            self.store.append(layer, heads, self.random(*heads.shape))
+            self.store.attend(layer, self.random(tokens, self.spec.num_heads, self.spec.head_dim))
+        self.store.commit(0, tokens)
+
+    def propose(self, behind: int, tokens: int) -> None:
+        """Both run the same proposals and see the same."""
+        step = self.step(self.store.length(0) + behind, tokens)
+        drawn = [
+            [
+                self.random(tokens, n, self.spec.head_dim)
+                for n in (self.spec.num_heads, self.store.num_kv_heads, self.store.num_kv_heads)
+            ]
+            for _ in range(self.spec.num_layers)
+        ]
+        seen: list[list[Tensor]] = []
+        for view in (self.copied, self.listed):
+            view.bind([step])
+            seen.append([])
+            for layer, (q, k, v) in enumerate(drawn):
+                view.append(layer, k, v)
+                seen[-1].append(view.attend(layer, q))
+        for copied, listed in zip(*seen, strict=True):
+            torch.testing.assert_close(listed, copied, rtol=1e-5, atol=1e-5)
+        assert self.listed.refreshes(0) == self.copied.refreshes(0)
+        assert self.listed.end(0) == self.copied.end(0)
+
+
+@pytest.mark.parametrize(("spec", "refresh"), [("llama", 1), ("bloom", 2)])
+def test_it_shows_what_the_copying_view_shows(spec: str, refresh: int) -> None:
+    twins = Twins(spec, refresh)
+    for tokens in (14, 19, 2):  # short of the budget, then beyond it, in the middle of chunks
+        twins.grow(tokens)
+        twins.propose(0, 2)
+        twins.propose(1, 3)  # the last one was rejected
+    twins.store.rollback(0, 18)
+    twins.propose(0, 2)
+    for view in (twins.listed, twins.copied):
+        view.free(0)
+        assert not view.seq_ids
+
+
+def test_it_takes_the_bytes_that_were_planned() -> None:
+    from rowcast.runtime.kv import listed_bytes
+
+    twins = Twins("llama", 1)
+    twins.grow(40)
+    twins.listed.reserve(twins.step(40, 1))
+    twins.listed.seat(0, 0, 1)
+    assert twins.listed.bytes <= listed_bytes(twins.spec, 24, 4, slots=2)
