@@ -22,7 +22,7 @@ test: $(READY)
 	$(RUN) -m pytest
 
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu $(shell grep -l 'mark\.gpu' tests/test_*.py)
+	$(RUN) -m pytest -m gpu $(sort $(wildcard tests/test_gpu_*.py) $(shell grep -l 'mark\.gpu\|take_arrays_as_bounds' tests/test_*.py))
 
 check: $(READY)
 	$(RUN) -m ruff check .

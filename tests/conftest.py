@@ -18,8 +18,13 @@ for name in [name for name in os.environ if name.startswith("ROWCAST_")]:
     del os.environ[name]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        for item in items:  # Tests of kernels, which run in the interpreter elsewhere, are GPU tests here.
+            module = getattr(item, "module", None)
+            if hasattr(module, "take_arrays_as_bounds") or getattr(module, "__name__", "").startswith("test_gpu_"):
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -43,11 +43,33 @@ def _part(rank: int, tokens: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(10 * seed + rank)).to(dtype)
 
 
+class _Unreachable(FastAllReduce):
+    """Rank 1's memory cannot be shared, which it alone finds out."""
+
+    def _obstacle(self) -> str | None:
+        return None
+
+    def _share(self) -> str | None:
+        self._buffer = torch.zeros(self.most_elements)
+        return "no way to rank 1" if self.group.rank() == 1 else None
+
+    def _try(self) -> str | None:
+        raise AssertionError("rank 0 would wait for ever")
+
+
 def _by_gloo(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
     reduce = FastAllReduce(group, HIDDEN, torch.float32, torch.device("cpu"))
     x = _part(rank, 2, 0, torch.float32)
     result = reduce(x)
-    return {"one_shot": reduce.one_shot, "reason": reduce.reason, "sum": result, "in_place": result.data_ptr() == x.data_ptr()}
+    unreachable = _Unreachable(group, HIDDEN, torch.float32, torch.device("cpu"))
+    return {
+        "one_shot": reduce.one_shot,
+        "reason": reduce.reason,
+        "sum": result,
+        "in_place": result.data_ptr() == x.data_ptr(),
+        "unreachable": unreachable.reason,
+        "ones": unreachable(torch.ones(3)).tolist(),
+    }
 
 
 def test_without_gpus_the_group_adds(tmp_path: Path) -> None:
@@ -55,6 +77,7 @@ def test_without_gpus_the_group_adds(tmp_path: Path) -> None:
     for found in _run(tmp_path, "gloo", _by_gloo):
         assert not found["one_shot"] and found["reason"] == "all-reduce by gloo: the device is cpu"
         assert torch.equal(found["sum"], expected) and found["in_place"]
+        assert found["unreachable"] == "all-reduce by gloo: no way to rank 1" and found["ones"] == [2.0] * 3
 
 
 def _by_gpu(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_top_is_the_dense_top(dtype: torch.dtype, bits: tuple[int, ...], k: int)
 
 def test_many_wanted_and_three_stages() -> None:
     rows, h, basis = easy(2, torch.float32, 1)
-    assert_dense(search(rows, h, basis, (2, 2, 4), 64, Capacities(V, V))[0], rows, h, 64)
+    assert_dense(search(rows, h, basis, (2, 2, 4), 20, Capacities(V, V))[0], rows, h, 20)
 
 
 def test_without_directions_and_a_row_count_that_no_tile_divides() -> None:

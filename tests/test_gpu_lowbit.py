@@ -48,7 +48,7 @@ def test_product(bits: int, dtype: torch.dtype) -> None:
     near(lowbit.product(q, x), exact(q, x))
 
 
-@pytest.mark.parametrize(("columns", "group"), [(100, 64), (256, 128), (300, 128)])
+@pytest.mark.parametrize(("columns", "group"), [(100, 64), (384, 64), (256, 128), (300, 128)])
 def test_groups_and_padding(columns: int, group: int) -> None:
     for bits in (4, 8):
         q, x = weight(70, columns, bits, group), inputs(2, columns, torch.bfloat16)
@@ -115,6 +115,20 @@ def test_sizes_of_models(bits: int, dtype: torch.dtype) -> None:
         near(y, exact(q, x))
         for tokens in (1, 7):
             assert torch.equal(lowbit.product(q, x[:tokens]), y[:tokens])
+
+
+@pytest.mark.gpu
+def test_gated_sizes_of_models() -> None:
+    generator = torch.Generator(DEVICE).manual_seed(8)
+    for neurons, columns in [(16384, 2048), (11008, 4096)]:
+        q = _random(2 * neurons, columns, 4, generator)
+        x = torch.randn(16, columns, device=DEVICE, generator=generator).bfloat16()
+        norms = torch.rand(neurons, device=DEVICE, generator=generator)
+        y = lowbit.gated_scores(q, x, norms, "silu")
+        gate, up = exact(q, x).chunk(2, 1)
+        near(y, (ACTIVATIONS["silu"](gate) * up).abs() * norms)
+        for tokens in (1, 7):
+            assert torch.equal(lowbit.gated_scores(q, x[:tokens], norms, "silu"), y[:tokens])
 
 
 @pytest.mark.gpu

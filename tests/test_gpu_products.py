@@ -10,12 +10,13 @@ from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels.gpu import norms, products, scratch
-from rowcast.kernels.gpu.product_tiles import Tiles
+from rowcast.kernels.gpu.product_tiles import Tiles, tiles_in
 from rowcast.kernels.rows import ACTIVATIONS
 
 take_arrays_as_bounds()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.bfloat16)
+MOST_DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[1:]
 FEWER = (1, 2, 7) if DEVICE == "cuda" else (1, 7)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 SHAPES = ((192, 192), (131, 100))
@@ -92,7 +93,7 @@ def test_all_rows(shape: tuple[int, int], dtype: torch.dtype, splits: int) -> No
     same_bits(lambda t: products.rows_in(table, x[:t], bias=bias, residual=residual[:t]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 @pytest.mark.parametrize("count", [None, 0, 70, 9999])
 def test_chosen_rows(count: int | None, dtype: torch.dtype, splits: int) -> None:
     rows, columns, capacity = 200, 192, 131
@@ -117,7 +118,21 @@ def same(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found, expected, rtol=4 * TOLERANCE[found.dtype], atol=4 * TOLERANCE[found.dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [64, 576, 1024, 4096, 12288])
+@pytest.mark.parametrize("tables", [1, 2])
+def test_columns_alone_set_the_order_of_addition(columns: int, tables: int) -> None:
+    cuts = [
+        tiles_in(capacity, columns, 2, tables, chosen, counted, units)
+        for capacity in (1, 4096, 200_000)
+        for chosen in (False, True)
+        for counted in (False, True)
+        for units in (4, 132)
+    ]
+    assert {(cut.rows * tables, cut.parts) for cut in cuts} == {(64, cuts[0].parts)}
+    assert all(cut.splits in (1, cut.parts) and (cut.parts == 1 or cut.depth == 128) for cut in cuts)
+
+
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [192, 200, 2304] if DEVICE == "cuda" else [200])
 def test_a_row_s_bits_are_its_own(columns: int, dtype: torch.dtype) -> None:
     """Among all rows, among chosen ones in any order, with as many programs as the heuristic takes for each."""
@@ -133,7 +148,7 @@ def test_a_row_s_bits_are_its_own(columns: int, dtype: torch.dtype) -> None:
     same(products.ffn_hidden(table, table, None, None, x, ids, None, "silu"), gated[:, ids.long()])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True], ids=("plain", "gated"))
 def test_hidden(gated: bool, activation: str, dtype: torch.dtype, splits: int) -> None:
@@ -178,7 +193,7 @@ def test_all_rows_out(shape: tuple[int, int], dtype: torch.dtype, splits: int) -
     same_bits(lambda t: products.rows_out(table, hidden[:t], bias=bias, residual=residual[:t]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MOST_DTYPES, ids=str)
 @pytest.mark.parametrize(("count", "capacity"), [(None, 131), (0, 128), (1, 131), (70, 128), (9999, 128)])
 def test_chosen_rows_out(count: int | None, capacity: int, dtype: torch.dtype, splits: int) -> None:
     rows, columns = 200, 192

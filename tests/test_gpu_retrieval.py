@@ -10,6 +10,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from rowcast.kernels.gpu import retrieval  # noqa: E402
 from rowcast.kernels.gpu.retrieval import choose_chunks, chunk_scores, summarise  # noqa: E402
 from rowcast.runtime.kv.summaries import Summaries, Summary  # noqa: E402
 
@@ -58,9 +59,7 @@ def test_summaries_of_new_chunks(
         reference.update(tables[i].tolist(), old[i], new[i])
     assert not torch.equal(kept, reference.kept)
     summarise(keys, tables, ints(old), ints(new), kept, chunk=chunk, score=score, programs=2)
-    torch.testing.assert_close(
-        kept, reference.kept, rtol=0 if score == "bounds" else 1e-2, atol=0 if score == "bounds" else 1e-2
-    )
+    torch.testing.assert_close(kept, reference.kept, rtol=0 if score == "bounds" else 1e-2, atol=0 if score == "bounds" else 1e-2)
 
 
 def reference_scores(
@@ -97,8 +96,12 @@ def reference_scores(
     ],
     ids=str,
 )
-def test_scores(dtype: torch.dtype, heads: int, kv_heads: int, size: int, parts: int, options: dict[str, Any]) -> None:
-    """Two layers, two sequences with different numbers of tokens and spans."""
+def test_scores(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, parts: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers, one at a time, two sequences with different numbers of tokens and spans; over several splits."""
+    monkeypatch.setattr(retrieval, "_SPLIT", 64)
+    monkeypatch.setattr(retrieval, "WORK_BYTES", 1)
     torch.manual_seed(1)
     options = {
         name: torch.tensor(value, device=DEVICE, dtype=torch.int32 if name == "windows" else torch.float32)
@@ -147,8 +150,6 @@ def reference_choice(scores: Tensor, count: int, span: range) -> Tensor:  # [...
 @pytest.mark.parametrize("kind", ["any", "ties", "equal", "small"])
 def test_choice(chunks: int, count: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties at the edge, negative numbers, fewer chunks than wanted; over several tiles too."""
-    from rowcast.kernels.gpu import retrieval
-
     if chunks == 300:
         monkeypatch.setattr(retrieval, "_MOST_HELD", 128)
     torch.manual_seed(2)

@@ -171,7 +171,7 @@ def test_what_the_plan_counts_is_what_is_allocated(target: Path) -> None:
     assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=False)
     assert llm.plan.pass_bytes < whole.pass_bytes
     both = approximate(target, f"self:kv=24,{VIEW} / self:mlp=0.5,by=q4")
-    views = [rung._decoder.weights for rung in (both.engine._executor._top, *both.engine._executor._lower)]  # type: ignore[attr-defined]
+    views = [rung.decoder.weights for rung in (both.engine._executor._top, *both.engine._executor._lower)]  # type: ignore[attr-defined]
     assert {type(view).__name__ for view in views} == {"SparseWeights", "DenseWeights"}
     assert both.plan.rung_weight_bytes - llm.plan.rung_weight_bytes == both.spec.num_layers * layer_parameters(both.spec) * 4
     assert both.plan.work_bytes - make(target, "plain").plan.work_bytes >= copied_bytes(both.spec, 4) > 0
@@ -184,7 +184,7 @@ def test_fallbacks_are_counted_once(target: Path) -> None:
         return [output.metrics.rungs["self"].fallbacks + output.metrics.rungs["prefill"].fallbacks for output in outputs]
 
     llm = approximate(target, "self:mlp=0.5,by=q4,lm=hire")
-    llm.engine._executor._top._decoder.weights._lm._capacity = 0  # type: ignore[attr-defined]
+    llm.engine._executor._top.decoder.weights._lm._capacity = 0  # type: ignore[attr-defined]
     params = replace(GREEDY, max_tokens=5)
     alone = [fallbacks(llm.generate([prompt], params))[0] for prompt in prompts(4)]
     assert alone == [5] * 4
@@ -195,7 +195,7 @@ def added_bytes(llm: LLM, *, banks: bool) -> int:
     """Of tensors that hang on sparse views and on no dense one: `banks`: with the layers' rows."""
     executor = llm.engine._executor
     rungs = [executor._top, *executor._lower]  # type: ignore[attr-defined]
-    views = [rung._decoder.weights for rung in rungs]
+    views = [rung.decoder.weights for rung in rungs]
     seen = tensors([view for view in views if type(view).__name__ == "DenseWeights"])
     if not banks:
         rows = views[0]._banks
@@ -216,7 +216,9 @@ def tensors(root: object) -> dict[int, torch.Tensor]:
         visited.add(id(item))
         if isinstance(item, torch.Tensor):
             if not item.is_mkldnn and item.untyped_storage().nbytes():
-                found[item.untyped_storage().data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(item.untyped_storage())
+                found[item.untyped_storage().data_ptr()] = torch.empty(0, dtype=torch.uint8, device=item.device).set_(
+                    item.untyped_storage()
+                )
         elif isinstance(item, (list, tuple, set)):
             todo += item
         elif isinstance(item, dict):

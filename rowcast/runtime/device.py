@@ -101,5 +101,6 @@ def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
 def hold_to_budget(device: torch.device, budget: int) -> None:
     """From now on torch refuses to take more of the GPU than `budget` bytes beyond what it holds. Nothing to do on a CPU."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + budget) / total), device)

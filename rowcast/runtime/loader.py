@@ -57,6 +57,7 @@ class Loader:
         self.shard = shard
         self._spec, self._source = spec, source
         self._dtype, self._device, self._progress = dtype, device, progress
+        self._staging: torch.device = getattr(source, "device", torch.device("cpu"))  # random weights are made where they stay
         self.elements = 0
 
     def norm(self, stem: str, size: int | None = None) -> Norm:
@@ -152,7 +153,7 @@ class Loader:
         return self._prefix + name
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype)
+        return torch.empty(shape, dtype=self._dtype, device=self._staging)
 
     def place(self, staged: Tensor) -> Tensor:
         self.elements += staged.numel()

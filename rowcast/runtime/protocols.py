@@ -190,12 +190,19 @@ class WeightView(Protocol):
 
 
 @runtime_checkable
-class CountsOnDevice(Protocol):
+class ChoosesOnDevice(Protocol):
     """A weight view whose passes in the device's own rounds read more or less, as tokens need it."""
 
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
+        """Such passes over these sequences of `view` follow. `late`: they leave entries of the only one for those of later rounds, if
+        the view is lazy; else they find all complete. May wait for the device."""
+        ...
+
     def device_reads(self) -> Reads:
-        """What these passes read since the last call of this, replays of captured ones included; `reads` has the others. Waits for
-        the device."""
+        """What these passes read since the last call of this, replays of captured ones included; `reads` has the others.
+
+        Does not wait for the device: precondition: the passes are over.
+        """
         ...
 
 

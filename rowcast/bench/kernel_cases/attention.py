@@ -28,7 +28,9 @@ def cases(device_name: str) -> Iterator[Case]:
         for tokens in (1, 7):
             yield _attention(kv_heads, LONG, tokens)
     for kv_heads in (32, 8):
-        yield _attention(kv_heads, 1024, 1)
+        for entries in (1024, 8192):
+            yield _attention(kv_heads, entries, 1)
+    yield _attention(8, 4096, 1, sequences=8)
     for tokens in (1, 7):
         yield _chunks(32, tokens)
     for tokens in (1, 7):
@@ -47,33 +49,34 @@ def _ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def _store(kv_heads: int, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [blocks, block_size, K, d] of one sequence, heads of a block apart, and its table."""
+def _store(kv_heads: int, entries: int, sequences: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [blocks, block_size, K, d] of sequences of `entries` each, and their tables."""
     blocks = entries // BLOCK
-    keys, values = (_random(blocks, kv_heads, BLOCK, HEAD).transpose(1, 2) for _ in range(2))
-    return keys, values, torch.randperm(blocks, device="cuda").int()[None]
+    keys, values = (_random(sequences * blocks, BLOCK, kv_heads, HEAD) for _ in range(2))
+    return keys, values, torch.randperm(sequences * blocks, device="cuda").int().view(sequences, blocks)
 
 
-def _attention(kv_heads: int, entries: int, tokens: int) -> Case:
-    """The last tokens of a context, in one call."""
-    bytes_each = 2 * entries * kv_heads * HEAD * 2
+def _attention(kv_heads: int, entries: int, tokens: int, sequences: int = 1) -> Case:
+    """The last tokens of contexts, in one call."""
+    bytes_each = 2 * sequences * entries * kv_heads * HEAD * 2
     copies = max(1, _ROTATED_BYTES // bytes_each)
-    starts, q = _ints(entries - tokens), _random(tokens, HEADS, HEAD)
+    starts, q = _ints(*[entries - tokens] * sequences), _random(sequences * tokens, HEADS, HEAD)
 
     def ours(keys: Tensor, values: Tensor, table: Tensor) -> Callable[[], object]:
         return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries)
 
     def theirs() -> Callable[[], object]:
-        k, v = (_random(1, kv_heads, entries, HEAD) for _ in range(2))
+        k, v = (_random(sequences, kv_heads, entries, HEAD) for _ in range(2))
         mask = None if tokens == 1 else torch.ones(tokens, entries, dtype=torch.bool, device="cuda").tril(entries - tokens)
         share = HEADS // kv_heads  # the group's heads are rows of one product, without a copy of K and V
-        rows = q.view(tokens, kv_heads, share, HEAD).permute(1, 2, 0, 3).reshape(1, kv_heads, share * tokens, HEAD)
+        rows = q.view(sequences, tokens, kv_heads, share, HEAD).permute(0, 2, 3, 1, 4)
+        rows = rows.reshape(sequences, kv_heads, share * tokens, HEAD)
         mask = None if mask is None else mask.repeat(share, 1)
         return lambda: F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
-    shape = f"{entries} tokens, {HEADS} heads, {kv_heads} KV heads of {HEAD}, bf16, {tokens} tokens"
+    shape = f"{sequences} x {tokens} tokens of {entries}, {HEADS} heads, {kv_heads} KV heads of {HEAD}, bf16"
     peers = {"torch SDPA, K and V contiguous": [theirs() for _ in range(copies)]}
-    return Case("decode", shape, bytes_each, [ours(*_store(kv_heads, entries)) for _ in range(copies)], peers)
+    return Case("decode", shape, bytes_each, [ours(*_store(kv_heads, entries, sequences)) for _ in range(copies)], peers)
 
 
 def _chunks(kv_heads: int, tokens: int, budget: int = 4096, size: int = 8) -> Case:
@@ -112,7 +115,7 @@ def _rotation(kv_heads: int, tokens: int) -> Case:
 def _summaries(kv_heads: int, layers: int = 32, size: int = 8) -> Case:
     """One completed chunk in all layers: what eight decoded tokens cost."""
     blocks = 1024
-    keys = _random(layers, blocks, kv_heads, BLOCK, HEAD).transpose(2, 3)
+    keys = _random(layers, blocks, BLOCK, kv_heads, HEAD)
     kept = torch.empty(2, layers, kv_heads, blocks, BLOCK // size, HEAD, dtype=torch.bfloat16, device="cuda")
     table = torch.randperm(blocks, device="cuda").int()[None]
 

@@ -39,7 +39,9 @@ class FastAllReduce:
         """
         self.group, self.most_elements, self.dtype, self.device = group, most_elements, dtype, device
         self._buffer: Tensor | None = None
-        reason = _first_obstacle(group, self._obstacle()) or _first_obstacle(group, self._set_up())
+        reason = None
+        for step in (self._obstacle, self._share, self._try):  # All ranks go on, or none: a barrier waits for everyone.
+            reason = reason or _first_obstacle(group, step())
         self.one_shot = reason is None
         self.reason = (
             f"all-reduce by {dist.get_backend(group)}: {reason}" if reason else "one-shot all-reduce: peers are reachable"
@@ -65,24 +67,33 @@ class FastAllReduce:
             return f"torch adds float32 and bfloat16 in one shot, not {str(self.dtype).removeprefix('torch.')}"
         return "there is one rank" if self.group.size() == 1 else None
 
-    def _set_up(self) -> str | None:
-        """Share memory with the peers and add once for a trial; what went wrong, if anything did."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
+    def _share(self) -> str | None:
+        """Keep memory that the peers can read; what went wrong, if anything did."""
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # Of no use here.
+        try:
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            _ = torch.ops.symm_mem.one_shot_all_reduce_copy_out
+            with torch.cuda.device(self.device):
+                most = max(self.most_elements, _UNIT // self.dtype.itemsize)
+                buffer = symmetric_memory.empty(most, dtype=self.dtype, device=self.device)
+                symmetric_memory.rendezvous(buffer, self.group)
+        except (RuntimeError, AttributeError, ImportError) as error:
+            return f"peers' memory cannot be shared ({_first_line(error)})"
+        self._buffer = buffer
+        return None
+
+    def _try(self) -> str | None:
+        """Add once, in one shot, what has a known sum."""
+        assert self._buffer is not None
         count, ranks = _UNIT // self.dtype.itemsize, self.group.size()
         try:
             with torch.cuda.device(self.device):
-                buffer = symmetric_memory.empty(max(self.most_elements, count), dtype=self.dtype, device=self.device)
-                symmetric_memory.rendezvous(buffer, self.group)
                 trial = torch.full((count,), self.group.rank() + 1.0, dtype=self.dtype, device=self.device)
-                found = _one_shot(buffer[:count], trial, self.group).tolist()
+                found = _one_shot(self._buffer[:count], trial, self.group).tolist()
         except RuntimeError as error:
-            return f"peers' memory cannot be shared ({str(error).strip().splitlines()[0][:200]})"
-        if found != [ranks * (ranks + 1) / 2] * count:
-            return "a trial in one shot gave a wrong sum"
-        self._buffer = buffer
-        return None
+            return f"one shot does not run ({_first_line(error)})"
+        return None if found == [ranks * (ranks + 1) / 2] * count else "a trial in one shot gave a wrong sum"
 
 
 def _one_shot(buffer: Tensor, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # [N], [N] -> [N]
@@ -96,3 +107,7 @@ def _first_obstacle(group: dist.ProcessGroup, own: str | None) -> str | None:
     dist.all_gather_object(found, (own, socket.gethostname()), group=group)
     several = "the ranks are on several hosts" if len({host for _, host in found}) > 1 else None
     return next((obstacle for obstacle, _ in found if obstacle), several)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -22,7 +22,6 @@ from rowcast.kernels.gpu.decoding_kernels import combine, partial
 MOST_ROWS: Final = 64
 """Query rows of a tile: tokens times query heads of a group; more of them are several tiles."""
 
-
 _COMBINED: Final = 32
 """Elements of a head that a program of the second step makes."""
 
@@ -61,7 +60,7 @@ def tiles_for(kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The cut for `kv_heads` heads of `head_dim`."""
     if dtype == torch.float32:  # exact products are made outside the matrix units
         return Tiles(32, 128, 4096, 2, 2, 4)
-    return Tiles(64, 64, 2048, 4, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
+    return Tiles(64, 64, 2048, 5, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
 
 
 def splits_for(tiles: Tiles, entries: int) -> int:
@@ -95,7 +94,6 @@ def decode(
     out: Tensor | None = None,
     tiles: Tiles | None = None,
     overlap: bool | None = None,
-    early: bool = False,
 ) -> Tensor:
     """Softmax attention of T new tokens of each of B sequences over the entries of a paged store.
 
@@ -185,11 +183,9 @@ def decode(
         cut.fine,
         cut.knee,
         cut.levels,
-        early,
         overlap,
         num_stages=cut.stages if tile < 64 else min(cut.stages, 2),  # two programs have to fit a multiprocessor
         num_warps=cut.warps,
-        **({"launch_pdl": True} if early else {}),
     )
     combine[(rows, columns, triton.cdiv(size, _COMBINED))](
         stats,

@@ -10,7 +10,7 @@ from triton.language.extra import cuda
 
 _LOG2E: Final = tl.constexpr(1.4426950408889634)
 _STATS: Final = tl.constexpr(256)  # splits whose maxima are read at a time
-_STEP: Final = tl.constexpr(128)  # partial sums that are combined at a time
+_STEP: Final = tl.constexpr(128)  # parts that are combined at a time
 
 # Numbers that vary from call to call: compiled code, and so bits, must not depend on them.
 _VARIABLE: Final = ["tokens", "splits", "listed", "columns", "table_size", "table_stride", "chunk_stride", "window"]
@@ -133,12 +133,9 @@ def partial(
     fine: tl.constexpr,
     knee: tl.constexpr,
     levels: tl.constexpr,
-    early: tl.constexpr,
     overlap: tl.constexpr,
 ):
     """One split of one sequence, one KV head and one tile of query rows. Entries are counted as the sequence shows them."""
-    if early:
-        cuda.gdc_wait()
     if overlap:
         cuda.gdc_launch_dependents()
     # Neighbours run at a time: row tiles and KV heads of the same entries. The short splits come last and even out the end.

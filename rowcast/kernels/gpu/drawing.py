@@ -10,14 +10,13 @@ depend on an order, so blocks may depend on the number of rows.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rowcast.kernels.gpu import multiprocessors
+from rowcast.kernels.gpu.scratch import counters
 
 MOST_ROWS = 1024
 """Of a call."""
@@ -232,7 +231,7 @@ def draw(
     those of the tokens drawn. rows [N] int32: 0 leaves a row out, whose id is 0.
 
     The lowest id wins a tie; -1 where the row has NaN. Does not modify its arguments and asks the device nothing. One launch, two with
-    log_min_p. Calls of one device share a buffer: they must run one after the other; the first must not be captured.
+    log_min_p. The first call must not be captured (`scratch.py`).
     """
     return draw_best(
         logits,
@@ -323,7 +322,7 @@ def draw_best(
         ids,
         values[many:],
         partial_ids,
-        _arrivals(device),
+        counters(device, many),
         vocabulary,
         first_token,
         purpose | rung << 8 | round_index << 16,
@@ -349,10 +348,3 @@ def _block(rows: int, vocabulary: int, device: torch.device) -> int:
 
 def _rough(rows: int, vocabulary: int) -> bool:
     return rows * vocabulary >= 1 << 19
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Programs of each row that have arrived; the last one sets it back to 0."""
-    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "the first draw must not be captured"
-    return torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)

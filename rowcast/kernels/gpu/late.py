@@ -1,4 +1,4 @@
-"""Lazy K/V: the newest tokens' inputs in a ring, and entries made from them for the heads that are used, or for all.
+"""Lazy K/V: the newest tokens' inputs in a ring, and entries made from them for the heads that are used.
 
 The reference is `rowcast.runtime.sparse.lazy`. One sequence; place p of its entries has row p % `RING` of the ring.
 """
@@ -24,11 +24,24 @@ class LateHeads:
     """The heads whose entries a pass makes."""
 
     heads: Tensor
-    """int32 [H]; as many are valid as were chosen."""
-    rows: Tensor
-    """int32 [2 H d]: their rows of a table [2 H d, D], keys above values; one behind the other, keys first."""
+    """int32 [C]; as many are valid as were chosen."""
+    rows: Tensor | None
+    """int32 [2 C d]: their rows of a table [2 H d, D], keys above values: those of their keys, behind them those of their values. None:
+    all."""
     count: Tensor
     """int32 [1], of `rows`."""
+
+
+def begin_late(until: Tensor, starts: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """A pass over a sequence whose entries are complete up to the place until[0] begins, at starts[0]; int32 [1] all.
+
+    Returns from where its heads write their entries, and whether all heads have to, as the ring may not hold the next pass, of at most
+    `most` tokens, otherwise. Moves `until`: of the pass's own tokens only the first is sure to stay. Precondition: 2 most <= 16.
+    """
+    assert 2 * most <= RING
+    first, everything = torch.empty_like(until), torch.empty_like(until)
+    _begin_late[(1,)](until, starts, counts, first, everything, most, num_warps=1)
+    return first, everything
 
 
 def keep_inputs(ring: Tensor, x: Tensor, starts: Tensor, counts: Tensor) -> None:
@@ -36,31 +49,36 @@ def keep_inputs(ring: Tensor, x: Tensor, starts: Tensor, counts: Tensor) -> None
     tokens, columns = x.shape
     assert tokens <= RING and ring.shape == (RING, columns) and ring.stride(1) == x.stride(1) == 1
     block = min(1024, triton.next_power_of_2(columns))
-    _keep_inputs[(triton.cdiv(columns, block), tokens)](ring, x, starts, counts, ring.stride(0), x.stride(0), columns, BLOCK=block)
-
-
-def late_heads(chosen: Chosen, everything: Tensor, heads: int, size: int) -> LateHeads:
-    """`chosen` of `heads` heads of `size` elements, or all of them where everything[0] (int32) is not 0."""
-    device = chosen.ids.device
-    found = LateHeads(
-        torch.empty(heads, dtype=torch.int32, device=device),
-        torch.empty(2 * heads * size, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
+    _keep_inputs[(triton.cdiv(columns, block), tokens)](
+        ring, x, starts, counts, ring.stride(0), x.stride(0), columns, BLOCK=block
     )
-    _late_heads[(heads,)](
+
+
+def late_heads(chosen: Chosen, heads: int, size: int, everything: Tensor | None = None) -> LateHeads:
+    """`chosen` of `heads` heads of `size` elements; or all of them where everything[0] (int32) is not 0, which has room for them."""
+    places, device = len(chosen.ids) if everything is None else heads, chosen.ids.device
+    ids, rows = (torch.empty(n, dtype=torch.int32, device=device) for n in (places, 2 * places * size))
+    count = torch.empty_like(chosen.count)
+    _late_heads[(places,)](
         chosen.ids,
         chosen.count,
         everything,
-        found.heads,
-        found.rows,
-        found.count,
+        ids,
+        rows,
+        count,
         len(chosen.ids),
         heads,
         size,
         SIZE=triton.next_power_of_2(size),
         num_warps=1,
     )
-    return found
+    return LateHeads(ids, rows, count)
+
+
+def every_head(heads: int, size: int, device: torch.device) -> LateHeads:
+    """All of them; rows are all of the table."""
+    count = torch.tensor([2 * heads * size], dtype=torch.int32, device=device)
+    return LateHeads(torch.arange(heads, dtype=torch.int32, device=device), None, count)
 
 
 def write_late(
@@ -73,14 +91,14 @@ def write_late(
     starts: Tensor,
     counts: Tensor,
 ) -> None:
-    """Write entries of the places first[0] <= p < starts[0] + counts[0], fewer than 17, for the heads of `late`.
+    """Write entries of the places first[0] <= p < starts[0] + counts[0], at most 16, for the heads of `late`.
 
-    products [16, 2 H d]: those of the ring's rows with `late.rows`; keys, values [blocks, block_size, H, d]; table int32 [n], the
+    products [16, 2 C d]: those of the ring's rows with `late.rows`; keys, values [blocks, block_size, H, d]; table int32 [n], the
     blocks of the places; first, starts, counts int32 [1].
     """
-    heads, size = keys.shape[2:]
-    assert products.shape == (RING, 2 * heads * size) and products.stride(1) == keys.stride(3) == values.stride(3) == 1
-    _write_late[(heads, RING)](
+    places, size = len(late.heads), keys.shape[3]
+    assert products.shape == (RING, 2 * places * size) and products.stride(1) == keys.stride(3) == values.stride(3) == 1
+    _write_late[(places, RING)](
         products,
         late.heads,
         late.count,
@@ -101,6 +119,16 @@ def write_late(
 
 
 @triton.jit
+def _begin_late(until_ptr, starts_ptr, counts_ptr, first_ptr, everything_ptr, most):
+    start = tl.load(starts_ptr)
+    first = tl.minimum(tl.load(until_ptr), start)
+    everything = start + tl.load(counts_ptr) + most - first > 16
+    tl.store(first_ptr, first)
+    tl.store(everything_ptr, everything.to(tl.int32))
+    tl.store(until_ptr, tl.where(everything, start + 1, first))
+
+
+@triton.jit
 def _keep_inputs(ring_ptr, x_ptr, starts_ptr, counts_ptr, ring_row, x_row, columns, BLOCK: tl.constexpr):
     token = tl.program_id(1)
     row = (tl.load(starts_ptr) + token) % 16
@@ -113,9 +141,9 @@ def _keep_inputs(ring_ptr, x_ptr, starts_ptr, counts_ptr, ring_row, x_row, colum
 def _late_heads(
     ids_ptr,  # int32 [places]
     count_ptr,
-    everything_ptr,
-    heads_ptr,  # int32 [heads]
-    rows_ptr,  # int32 [2 heads size]
+    everything_ptr,  # int32 [1] or None
+    heads_ptr,  # int32 [programs]
+    rows_ptr,  # int32 [2 programs size]
     row_count_ptr,
     places,
     heads,
@@ -123,10 +151,13 @@ def _late_heads(
     SIZE: tl.constexpr,
 ):
     place = tl.program_id(0)
-    everything = tl.load(everything_ptr) != 0
-    count = tl.where(everything, heads, tl.minimum(tl.load(count_ptr), places))
+    count = tl.minimum(tl.load(count_ptr), places)
+    head = tl.load(ids_ptr + place, mask=place < count, other=0)
+    if everything_ptr is not None:
+        everything = tl.load(everything_ptr) != 0
+        count = tl.where(everything, heads, count)
+        head = tl.where(everything, place, head)
     inside = place < count
-    head = tl.where(everything, place, tl.load(ids_ptr + place, mask=inside & (place < places), other=0))
     element = tl.arange(0, SIZE)
     mask = (element < size) & inside
     tl.store(heads_ptr + place, head, mask=inside)
@@ -138,7 +169,7 @@ def _late_heads(
 
 @triton.jit
 def _write_late(
-    products_ptr,  # [16, 2 heads size]
+    products_ptr,  # [16, 2 places size]
     heads_ptr,
     row_count_ptr,
     keys_ptr,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from rowcast.kernels.gpu import MOST_TOKENS, lowbit, products
 from rowcast.kernels.gpu.lm_head_kernels import bounds_kernel, choose_kernel, finer_kernel, parts_kernel, top_kernel
-from rowcast.kernels.lowbit import LowBit
+from rowcast.kernels.gpu.scratch import counters
+from rowcast.kernels.lowbit import BLOCK, LowBit
 
 MOST_K: Final = 64
 MOST_STAGES: Final = 4
@@ -76,7 +76,7 @@ def top(
     """The `k` largest logits of each token, exactly: rows [V, E], directions float32 [m, E] (m = 0: none), x [T, E] of rows' dtype.
 
     1 <= k <= min(V, 64), 1 <= T <= 16; the bounds cover float32 sums in any order. Does not modify its arguments; can be captured.
-    Calls of one device share a buffer: they must run one after the other; the first must not be captured.
+    The first call must not be captured (`scratch.py`).
     """
     tokens, columns = x.shape
     total = len(rows)
@@ -87,7 +87,7 @@ def top(
     relative = 0.0 if rows.dtype == torch.float32 else torch.finfo(rows.dtype).eps
     x = x.contiguous()
     new = _New(x.device)
-    arrivals = _arrivals(x.device)
+    arrivals = counters(x.device, tokens)
     counts, rescored = new.int32(_CELLS), torch.empty(tokens, dtype=torch.int64, device=x.device)
     along, lengths, thresholds = new.float32(tokens, len(directions)), new.float32(tokens, 2), new.float32(tokens)
 
@@ -106,29 +106,42 @@ def top(
         DIRECTIONS=triton.next_power_of_2(max(1, len(directions))),
     )
     first, *refinements = stages
-    corrected = None if first.correction is None else lowbit.product(first.correction, along)
-    estimate = lowbit.product(first.proxy, x, residual=corrected)
+    correction = first.correction
+    fused = correction is not None and correction.bits == 4 and correction.codes.stride(1) == 1
+    corrected = None if correction is None or fused else lowbit.product(correction, along)
+    estimate = lowbit._run(first.proxy, x, total, residual=corrected, tiles=_all_rows(first.proxy, x))
 
-    groups, each = (8, 128) if x.is_cuda else (16, 16)  # the interpreter has small heads
-    blocks = triton.cdiv(total, groups * each)
+    groups, each = (2, 128) if x.is_cuda else (16, 16)  # the interpreter has small heads
+    blocks, best = triton.cdiv(total, groups * each), 1 if k == 1 else 2
     bounds_kernel[(blocks, tokens)](
         estimate,
+        correction.codes if correction is not None and fused else None,
+        correction.scales if correction is not None and fused else None,
+        along,
         first.radii,
         lengths,
-        new.float32(tokens, blocks * groups),
+        new.float32(tokens, blocks * best * groups),
         thresholds,
         arrivals,
         total,
+        len(directions),
+        correction.codes.stride(0) if correction is not None else 0,
+        correction.scales.stride(0) if correction is not None else 0,
+        correction.scales.stride(1) if correction is not None else 0,
         K=k,
         RELATIVE=relative,
+        BLOCKS=correction.padded // BLOCK if correction is not None else 0,
+        GROUP=correction.group // BLOCK if correction is not None else 1,
         GROUPS=groups,
         EACH=each,
-        MAXIMA=triton.next_power_of_2(blocks * groups),
+        KEPT=best,
+        MAXIMA=triton.next_power_of_2(blocks * best * groups),
     )
     listed: _List | None = None
     for number, stage in enumerate(stages):
         if listed is not None:
-            refinement = lowbit.product(stage.proxy, x, ids=listed.ids, count=listed.count)
+            chosen = _chosen_rows(stage.proxy, x)
+            refinement = lowbit._run(stage.proxy, x, listed.capacity, ids=listed.ids, count=listed.count, tiles=chosen)
             finer_kernel[(tokens,)](
                 listed.estimate,
                 refinement,
@@ -229,16 +242,21 @@ class _New:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
+def _all_rows(q: LowBit, x: Tensor) -> lowbit.Tiles | None:
+    """For the first proxy, of which all rows are read; None: as the product would have it."""
+    return lowbit.Tiles(64, 4, 1, 2, 3) if x.is_cuda and q.bits == 4 and q.padded // BLOCK % 4 == 0 else None
+
+
+def _chosen_rows(q: LowBit, x: Tensor) -> lowbit.Tiles | None:
+    """For a later proxy, of which few rows are read: more splits than the capacity would ask for."""
+    blocks = q.padded // BLOCK
+    unroll = 2 if blocks % 2 == 0 else 1
+    return lowbit.Tiles(64, unroll, max(1, min(8, blocks // unroll // 2)), 2, 3) if x.is_cuda else None
+
+
 def _block(device: torch.device) -> int:
     return 1024 if device.type == "cuda" else 256
 
 
 def _finer_size(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 512
-
-
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Programs that have arrived, by token; the last one sets it back to 0."""
-    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "the first call must not be captured"
-    return torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device)

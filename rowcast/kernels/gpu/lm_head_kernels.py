@@ -108,36 +108,61 @@ def parts_kernel(
 
 @triton.jit
 def bounds_kernel(
-    estimate,  # float32 [T, V]
+    estimate,  # float32 [T, V]; the correction is added
+    codes,  # uint8 [V, 32 BLOCKS]: the correction's, in 4 bits; None: it is in the estimate
+    scales,  # float16 [V, groups]
+    along,  # float32 [T, m]
     radii,  # float32 [V, 2]
     lengths,
-    maxima,  # float32 [T, groups]
+    maxima,  # float32 [T, blocks, KEPT, GROUPS]
     thresholds,  # float32 [T]
     arrivals,  # int32 [T]
     total,  # V
+    many,  # m
+    code_stride,
+    scale_stride,
+    scale_step,
     K: tl.constexpr,
     RELATIVE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     EACH: tl.constexpr,
+    KEPT: tl.constexpr,
     MAXIMA: tl.constexpr,
 ):
     """A lower bound of the K-th largest logit: the K-th largest of the groups' best lower bounds. Program (block, token).
 
-    A group is EACH rows, a block GROUPS of them; MAXIMA: a power of two that holds all groups.
+    A group is EACH rows, a block GROUPS of them, of each of which the KEPT (1 or 2) best count; MAXIMA: a power of two that holds
+    them all. The correction has BLOCKS blocks of 64 columns, GROUP of them to a scale.
     """
     block, token = tl.program_id(0), tl.program_id(1)
     blocks = tl.num_programs(0)
     at = block * GROUPS * EACH + tl.arange(0, GROUPS * EACH)
     mask = at < total
     rough = tl.load(estimate + token * total + at, mask=mask, other=0.0)
+    if codes is not None:
+        j = tl.arange(0, 32)
+        for part in tl.static_range(BLOCKS):
+            column = part * 64 + j
+            low = tl.load(along + token * many + column, mask=column < many, other=0.0)
+            high = tl.load(along + token * many + column + 32, mask=column + 32 < many, other=0.0)
+            packed = tl.load(codes + at[:, None].to(tl.int64) * code_stride + part * 32 + j[None, :], mask=mask[:, None], other=0)
+            scale = tl.load(scales + at * scale_stride + part // GROUP * scale_step, mask=mask, other=0.0).to(tl.float32)
+            levels = ((packed & 15).to(tl.float32) - 7.5) * low[None, :] + ((packed >> 4).to(tl.float32) - 7.5) * high[None, :]
+            rough += tl.sum(levels, 1) * scale
+        tl.store(estimate + token * total + at, rough, mask=mask)
     lower = tl.where(mask, rough - _radius(radii, at, mask, lengths, token, rough, RELATIVE), float("-inf"))
-    best = tl.max(tl.reshape(lower, [GROUPS, EACH]), 1)
-    tl.store(maxima + token * blocks * GROUPS + block * GROUPS + tl.arange(0, GROUPS), best)
+    grouped = tl.reshape(lower, [GROUPS, EACH])
+    best = tl.max(grouped, 1)
+    to = maxima + (token * blocks + block) * KEPT * GROUPS + tl.arange(0, GROUPS)
+    tl.store(to, best)
+    if KEPT == 2:
+        tl.store(to + GROUPS, tl.max(tl.where(grouped == best[:, None], float("-inf"), grouped), 1))
     if _arrive(arrivals + token, blocks):
         span = tl.arange(0, MAXIMA)
-        known = tl.load(
-            maxima + token * blocks * GROUPS + span, mask=span < blocks * GROUPS, other=float("-inf"), cache_modifier=".cg"
-        )
+        number = blocks * KEPT * GROUPS
+        known = tl.load(maxima + token * number + span, mask=span < number, other=float("-inf"), cache_modifier=".cg")
         tl.store(thresholds + token, _kth(known, K))
 
 

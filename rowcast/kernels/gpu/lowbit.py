@@ -19,10 +19,6 @@ from rowcast.kernels.gpu.overlap import overlap
 from rowcast.kernels.gpu.scratch import partial_sums
 from rowcast.kernels.lowbit import BLOCK, LowBit
 
-EVICT = "evict_first"
-_MOST_AHEAD = 256
-"""Bytes of a row that are asked for while the kernel before ends."""
-
 
 class Tiles(NamedTuple):
     """How a product is cut: tiles of `rows`, `unroll` blocks of 64 columns a step, `splits` of the columns."""
@@ -92,7 +88,7 @@ def _run(
     residual = None if residual is None else residual.contiguous()
     assert residual is None or residual.shape == (tokens, places)
     blocks = q.padded // BLOCK
-    tiles = tiles or tiles_for(places, blocks, q.bits, gated, x.element_size(), multiprocessors(x.device))
+    tiles = tiles or tiles_for(places, blocks, q.bits, gated, multiprocessors(x.device))
     out = torch.empty(tokens, places, dtype=dtype, device=x.device)
     row_tiles = triton.cdiv(places, tiles.rows)
     partial, counters = partial_sums(x.device, tiles.splits, (2 if gated else 1) * tokens * places, row_tiles)
@@ -114,8 +110,7 @@ def _run(
         q.codes.stride(0),
         q.scales.stride(0),
         blocks // tiles.unroll,
-        PAIRS=_in_pairs(q, tiles.unroll),
-        SECTORS=-(-blocks // tiles.splits * BLOCK // q.group // 16) + 1,
+        WORD=_word(q, tiles.unroll),
         BITS=q.bits,
         GROUP=q.group // BLOCK,
         GATED=gated,
@@ -126,11 +121,7 @@ def _run(
         UNROLL=tiles.unroll,
         ROWS=tiles.rows,
         TOKENS=8 if tokens <= 8 and x.is_cuda else MOST_TOKENS,
-        AHEAD=0
-        if q.bits == 3 or ids is not None
-        else min(_MOST_AHEAD, blocks // tiles.unroll // tiles.splits * tiles.unroll * 8 * q.bits),
         ASM=x.is_cuda,
-        EVICT=EVICT,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **overlap(x),
@@ -138,13 +129,27 @@ def _run(
     return out
 
 
-def tiles_for(places: int, blocks: int, bits: int, gated: bool, width: int, units: int) -> Tiles:
-    """For a product with `places` rows of `blocks` blocks; width: bytes of an input's element; units: the GPU's multiprocessors."""
-    unroll = 2 if blocks % 2 == 0 else 1
-    rows = 64
-    splits = max(1, min(64, blocks // unroll // 2, 8 * units // triton.cdiv(places, rows)))
-    return Tiles(rows, unroll, splits, 2, 3)
+def tiles_for(places: int, blocks: int, bits: int, gated: bool, units: int) -> Tiles:
+    """For a product with `places` rows of `blocks` blocks; units: the GPU's multiprocessors. As measured on an H100."""
+    unroll = 2 if blocks % 2 == 0 and not gated else 1
+    rows, warps, stages, each = 64, 2, 3, 6
+    """each: CTAs of a multiprocessor, over all splits."""
+    if gated:
+        rows, stages, each = 32, 4, 4
+    elif bits in (4, 8) and places <= 4 * units:
+        rows, warps, stages, each = 16, 1, 4, 3
+    elif bits == 8:
+        rows = 32
+    elif bits == 4 and places > 64 * units:
+        rows, each = 32, 8
+    wanted = round(each * units / triton.cdiv(places, rows))
+    return Tiles(rows, unroll, max(1, min(wanted, blocks // unroll // 4)), warps, stages)
 
 
-def _in_pairs(q: LowBit, unroll: int) -> bool:
-    return q.group == BLOCK and unroll % 2 == 0 and q.scales.stride(0) % 2 == 0 and q.scales.data_ptr() % 4 == 0
+def _word(q: LowBit, unroll: int) -> int:
+    """How many neighbouring scales of a row the kernel may read at once."""
+    if q.group == BLOCK:
+        for word in (4, 2):
+            if unroll % word == 0 and q.scales.stride(0) % word == 0 and q.scales.data_ptr() % (2 * word) == 0:
+                return word
+    return 1

@@ -135,44 +135,27 @@ def _sum_partials(partial_ptr, at, mask, step, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(at, BYTES: tl.constexpr):
-    """BYTES from each address on, in the L2."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [at.to(tl.int64), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _ask_for(at):
-    """The 32 bytes around each address, in the L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _scales(scales, block, last, GROUP: tl.constexpr, PAIRS: tl.constexpr):
-    """The rows' scales of a block, or of it and the next one as an int32; none beyond the block `last`."""
-    block = tl.minimum(block, last)
-    if PAIRS:
-        found = tl.load((scales + block).to(tl.pointer_type(tl.int32), bitcast=True))
-    else:
-        found = tl.load(scales + block // GROUP)
+def _scales(scales, first, last, GROUP: tl.constexpr, UNROLL: tl.constexpr, WORD: tl.constexpr):
+    """The rows' scales of UNROLL blocks from `first` on, none beyond the block `last`: WORD neighbours are one integer."""
+    found = ()
+    for u in tl.static_range(0, UNROLL, WORD):
+        block = tl.minimum(first + u, last)
+        if WORD == 4:
+            word = tl.load((scales + block).to(tl.pointer_type(tl.int64), bitcast=True))
+        elif WORD == 2:
+            word = tl.load((scales + block).to(tl.pointer_type(tl.int32), bitcast=True))
+        else:
+            word = tl.load(scales + block // GROUP)
+        found = found + (word,)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
 @triton.jit
-def _scale(found, u: tl.constexpr, PAIRS: tl.constexpr):
+def _scale(found, u: tl.constexpr, WORD: tl.constexpr):
     """Of block u, as a column of float32."""
-    if PAIRS:
-        half = (found >> 16 * (u % 2)).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        half = found
+    half = found[u // WORD]
+    if WORD > 1:
+        half = (half >> 16 * (u % WORD)).to(tl.int16).to(tl.float16, bitcast=True)
     return half.to(tl.float32)[:, None]
 
 
@@ -195,8 +178,7 @@ def lowbit_kernel(
     code_stride,
     scale_stride,
     steps,  # blocks of 64 columns / UNROLL
-    PAIRS: tl.constexpr,  # two neighbouring scales are one aligned int32
-    SECTORS: tl.constexpr,  # of 16 scales, that a split of a row lies in
+    WORD: tl.constexpr,  # neighbouring scales of a row that are one aligned integer
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # blocks of a group
     GATED: tl.constexpr,  # rows R to 2 R - 1 are the up rows
@@ -208,9 +190,7 @@ def lowbit_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,  # columns of the tile
     OVERLAP: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of each row that are asked for before the kernel before this one has ended
     ASM: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """y = act(g) * u, or act(u), or |y| * norms; + bias before, + residual after."""
     UPCAST: tl.constexpr = not ASM
@@ -220,12 +200,6 @@ def lowbit_kernel(
     BYTES: tl.constexpr = 8 * BITS
     tile, split = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
-        if AHEAD:
-            ahead = tl.minimum(tile * ROWS + tl.arange(0, ROWS), capacity - 1).to(tl.int64)
-            ahead = codes_ptr + ahead * code_stride + split * steps // SPLITS * UNROLL * BYTES
-            _prefetch(ahead, AHEAD)
-            if GATED:
-                _prefetch(ahead + capacity.to(tl.int64) * code_stride, AHEAD)
         gdc_wait()
     limit = capacity
     if count_ptr is not None:
@@ -247,27 +221,20 @@ def lowbit_kernel(
     begin, end = split * steps // SPLITS * UNROLL, (split + 1) * steps // SPLITS * UNROLL
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     acc_up = tl.zeros([ROWS, TOKENS], tl.float32)
-    if ASM:
-        for sector in tl.static_range(SECTORS):
-            at = tl.minimum(begin // GROUP + sector * 16, steps * UNROLL // GROUP - 1)
-            _ask_for(scales + at)
-            if GATED:
-                _ask_for(scales + scale_up + at)
-    EACH_LOAD: tl.constexpr = 2 if PAIRS else 1
-    last = steps * UNROLL - EACH_LOAD
-    found, found_up = (), ()
-    for u in tl.static_range(0, UNROLL, EACH_LOAD):
-        found = found + (_scales(scales, begin + u, last, GROUP, PAIRS),)
-        if GATED:
-            found_up = found_up + (_scales(scales + scale_up, begin + u, last, GROUP, PAIRS),)
+    last = steps * UNROLL - WORD
+    coming = _scales(scales, begin, last, GROUP, UNROLL, WORD)
+    coming_up = _scales(scales + scale_up, begin, last, GROUP, UNROLL, WORD) if GATED else coming
     for at in tl.range(begin, end, UNROLL):
-        following, following_up = (), ()
+        found, found_up = coming, coming_up  # The next step's are on their way while this one's products run.
+        coming = _scales(scales, at + UNROLL, last, GROUP, UNROLL, WORD)
+        if GATED:
+            coming_up = _scales(scales + scale_up, at + UNROLL, last, GROUP, UNROLL, WORD)
         for u in tl.static_range(UNROLL):
             block = at + u
-            packed = tl.load(codes + block * BYTES, eviction_policy=EVICT)
+            packed = tl.load(codes + block * BYTES, eviction_policy="evict_first")
             y = tl.zeros([ROWS, TOKENS], tl.float32)
             if GATED:
-                packed_u = tl.load(codes + code_up + block * BYTES, eviction_policy=EVICT)
+                packed_u = tl.load(codes + code_up + block * BYTES, eviction_policy="evict_first")
                 y_u = tl.zeros([ROWS, TOKENS], tl.float32)
             for part in tl.static_range(PARTS):
                 column = block * 64 + part * EACH
@@ -279,16 +246,9 @@ def lowbit_kernel(
                 y = _add_product(y, _part(packed, high, part, BITS, DTYPE, ASM), x, DTYPE, UPCAST)
                 if GATED:
                     y_u = _add_product(y_u, _part(packed_u, high + code_up, part, BITS, DTYPE, ASM), x, DTYPE, UPCAST)
-            acc += y * _scale(found[u // EACH_LOAD], u, PAIRS)
+            acc += y * _scale(found, u, WORD)
             if GATED:
-                acc_up += y_u * _scale(found_up[u // EACH_LOAD], u, PAIRS)
-            if (u + 1) % EACH_LOAD == 0:  # As soon as the register is free.
-                following = following + (_scales(scales, block + 1 - EACH_LOAD + UNROLL, last, GROUP, PAIRS),)
-                if GATED:
-                    following_up = following_up + (
-                        _scales(scales + scale_up, block + 1 - EACH_LOAD + UNROLL, last, GROUP, PAIRS),
-                    )
-        found, found_up = following, following_up
+                acc_up += y_u * _scale(found_up, u, WORD)
     if OVERLAP:
         gdc_launch_dependents()
     valid = places < limit

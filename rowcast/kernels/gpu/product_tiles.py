@@ -29,20 +29,23 @@ class Tiles(NamedTuple):
     """Of a sum of `rows_in`, which are added in order, whether one program computes them or as many as there are parts."""
 
 
-def tiles_in(capacity: int, columns: int, width: int, tables: int, chosen: bool, units: int) -> Tiles:
+def tiles_in(capacity: int, columns: int, width: int, tables: int, chosen: bool, counted: bool, units: int) -> Tiles:
     """For `rows_in` and `ffn_hidden`. width: bytes of an element; tables: 2 with a gate; units: the GPU's multiprocessors.
 
-    The order of addition follows from `columns` and `width` alone: all tiles have 64 rows, so that one instruction multiplies them, and
-    the same parts.
+    The order of addition follows from `columns` and `width` alone: tiles have 64 rows of one or two tables, so that one instruction
+    multiplies them, and the same parts of the sum.
     """
     if width == 4:  # Without matrix units.
         return Tiles(16, 32, 1, 2)
+    rows = 64 // tables
     parts = max(1, min(4, columns // 512), columns // 1536)
     if chosen or capacity * 3 < 64 * units:  # Rows alone make too few programs.
-        return Tiles(64, 128, parts, 4, 4, 3 * units, parts)
-    if tables == 2:
-        return Tiles(64, 128, 1, 4, parts=parts)
-    return Tiles(64, 128, 1, 6, parts=parts) if columns >= 1024 else Tiles(64, 64, 1, 6, parts=parts)
+        return Tiles(rows, 128, parts, 4, 4, 3 * units, parts)
+    if columns < 1024 and tables == 1:
+        return Tiles(rows, 64, 1, 6, parts=parts)
+    # Two programs a multiprocessor, since one that adds parts up waits for its products; one with more under way for short tables.
+    stages = 4 if capacity * tables > 64 * units else 6
+    return Tiles(rows, 128, 1, stages, 4, 2 * units if counted else _NO_LIMIT, parts)
 
 
 def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int) -> Tiles:
@@ -50,9 +53,11 @@ def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int)
     if width == 4:
         return Tiles(64, 32, 4, 2)
     narrow, wide = -(-columns // 64), -(-columns // 128)
-    if chosen:  # How many rows is known to the device alone: nearly two programs a multiprocessor.
-        return Tiles(64, 64, max(1, min(8, 2 * units // narrow)), 4)
-    most = max(1, capacity // 384)
+    if chosen:  # How many rows is known to the device alone: up to two programs a multiprocessor.
+        if 2 * wide > units:
+            return Tiles(128, 128, max(1, 2 * units // wide), 3)
+        return Tiles(64, 64, min(8, 2 * units // narrow), 4)
+    most = max(1, min(16, capacity // 384))
     narrow_splits, wide_splits = (max(1, min(most, units // tiles)) for tiles in (narrow, wide))
     if narrow > units or wide * wide_splits > narrow * narrow_splits:  # The one with more programs in a single wave.
         return Tiles(128, 64, wide_splits, 6)

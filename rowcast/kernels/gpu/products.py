@@ -134,6 +134,7 @@ def _rows(
         up.element_size(),
         1 if gate is None else 2,
         ids is not None,
+        count is not None,
         multiprocessors(up.device),
     )
     row_tiles = triton.cdiv(capacity, tiles.rows)

@@ -266,7 +266,7 @@ def _block(most: int) -> tuple[int, int]:
     """Items that a CTA takes, and its warps."""
     assert most <= MOST_OF_SHARD, f"a shard of {most} items, at most {MOST_OF_SHARD} are possible"
     block = max(128, triton.next_power_of_2(most))
-    return block, max(4, min(16, block // 512))
+    return block, max(4, min(8, block // 256))
 
 
 def _even(places: Places) -> bool:

@@ -40,8 +40,8 @@ def _best(values, valid, keep):
         first = (low | high) - ((low ^ high) >> 1)
         second = (first | high) - ((first ^ high) >> 1)
         if step < _VALUE_STEPS:
-            least = (low ^ (low >> 31 & _NO_SIGN)).to(tl.float32, bitcast=True) / 3
-            most = (high ^ (high >> 31 & _NO_SIGN)).to(tl.float32, bitcast=True) / 3
+            least = (low ^ (low >> 31 & _NO_SIGN)).to(tl.float32, bitcast=True) * 0.33333334
+            most = (high ^ (high >> 31 & _NO_SIGN)).to(tl.float32, bitcast=True) * 0.33333334
             first = (2 * least + most).to(tl.int32, bitcast=True)
             second = (least + 2 * most).to(tl.int32, bitcast=True)
             first = tl.minimum(tl.maximum(first ^ (first >> 31 & _NO_SIGN), low + 1), high)
@@ -299,7 +299,7 @@ def rerank_kernel(
     shard, token = tl.program_id(0), tl.program_id(1)
     _, _, kept, kept_stop = _bounds(table_ptr, shard, shards, total, keep, EVEN, ALIGNED)
     if STATIC:  # Nothing to wait for.
-        first, stop, start, end = _bounds(None, shard, shards, total, candidates, True, ALIGNED)
+        _, _, start, end = _bounds(None, shard, shards, total, candidates, True, ALIGNED)
     else:
         start, end = tl.load(starts_ptr + shard), tl.load(starts_ptr + shard + 1)
     at = start + tl.arange(0, BLOCK)

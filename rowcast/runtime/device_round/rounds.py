@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels import rounds
-from rowcast.kernels.gpu import drawing
+from rowcast.kernels.gpu import MOST_TOKENS, drawing
 from rowcast.kernels.rounds import FAILED, HISTORY
 from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
@@ -27,13 +27,14 @@ from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.kv.device import BoundStore, DeviceStore, Placement
 from rowcast.runtime.kv.listed import ListedKV
 from rowcast.runtime.kv.paged import PagedKV
+from rowcast.runtime.kv.shared import SharedKV
 from rowcast.runtime.ladder import climb
 from rowcast.runtime.ladder.climb import Climber
 from rowcast.runtime.ladder.costs import expected_tokens
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.logits import keep_min_p_, keep_top_
-from rowcast.runtime.protocols import CountsOnDevice, Reads, Tokens
+from rowcast.runtime.protocols import ChoosesOnDevice, Reads, Tokens
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.step import SeqStep
 
@@ -155,6 +156,7 @@ class DeviceRounds:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
             clocks = [self._run(state, p, most, self._sampling, number) for number, p in enumerate(program)]
         report, stats = state.read()
+        reads = self._reads_of(program, batch)
         gained = []
         for row, climber in enumerate(climbers):
             tokens: list[int] = report[row, 2 : 2 + report[row, 0]].tolist()
@@ -164,7 +166,7 @@ class DeviceRounds:
             lengths = [(c.path.seq_id, len(c.path.ids)) for c in climbers]
             self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0)])
         self._keep_queries(program[-1].tokens, batch, climbers)
-        self._tell(work, program, batch, climbers, stats, clocks)
+        self._tell(work, program, reads, climbers, stats, clocks)
         self._settle(climbers, used)
         return gained
 
@@ -178,6 +180,10 @@ class DeviceRounds:
                 # What a rung lacks beyond the newest two tokens it runs before the round.
                 if isinstance(runner, ModelRunner) and runner.view.end(climber.path.seq_id) < climber.path.committed - 2:
                     runner.catch_up(climber.path, climber.path.committed - 1)
+        for runner in (self._rungs[rung] for rung in used):
+            if isinstance(runner, ModelRunner) and isinstance(runner.decoder.weights, ChoosesOnDevice):
+                late = isinstance(self._late(self._rungs.index(runner), state), int)
+                runner.decoder.weights.begin_round(runner.view, [c.path.seq_id for c in climbers], late)
         min_p = truncates = False
         with state.filling() as fields:
             for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
@@ -280,6 +286,7 @@ class DeviceRounds:
             store,
             Placement(at.tables, at.starts, at.counts, at.slots, most, state["recents"][p.rung]),
             self._kept(state.batch, p.tokens) if runner is self._top else None,
+            self._late(p.rung, state),
         )
         hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
@@ -295,6 +302,16 @@ class DeviceRounds:
             rounds.commit(state.round, at, own, state.newest, self._shared)
         else:
             rounds.verdict(state.round, at, own, state.newest)
+
+    def _late(self, rung: int, state: RoundState) -> Tensor | int | None:
+        """Whether a pass may leave entries of a lone sequence to later ones, as `BoundStore` takes it: to those of the round, as the
+        last rung writes proposals anew, or to all that follow."""
+        store, most = self._stores[rung], self._lookahead + 1
+        if state.batch > 1:
+            return None
+        if isinstance(store, SharedKV) and store.lazy and most <= MOST_TOKENS:
+            return state.round.base
+        return most if isinstance(store, PagedKV) and store.lazy and 2 * most <= MOST_TOKENS else None
 
     def _draw(self, state: RoundState, logits: Tensor, at: rounds.Pass, first: int, sampling: Sampling) -> Tensor:
         """Each row's own next token: logits [n, V] of rows first, first + 1, ..., of whole sequences -> [n]."""
@@ -350,12 +367,11 @@ class DeviceRounds:
         self,
         work: climb.Climb,
         program: Sequence[Pass],
-        batch: int,
+        reads: Sequence[Reads],
         climbers: Sequence[Climber],
         stats: Any,
         clocks: Sequence[Callable[[], float]],
     ) -> None:
-        reads = self._reads_of(program, batch)
         for number, (p, clock) in enumerate(zip(program, clocks, strict=True)):
             runner = cast(ModelRunner, self._rungs[p.rung])
             for climber, (accepted, proposed, _) in zip(climbers, stats[number].tolist(), strict=False):
@@ -377,7 +393,7 @@ class DeviceRounds:
         """What each pass read of the weights. Where the device has counted, a view's passes share it as they had tokens."""
         found = [self._reads[batch, p] for p in program]
         views = [cast(ModelRunner, self._rungs[p.rung]).decoder.weights for p in program]
-        for view in {id(view): view for view in views if isinstance(view, CountsOnDevice)}.values():
+        for view in {id(view): view for view in views if isinstance(view, ChoosesOnDevice)}.values():
             mine = [number for number, other in enumerate(views) if other is view]
             shares = _shared_out(view.device_reads(), [program[number].tokens for number in mine])
             for number, share in zip(mine, shares, strict=True):

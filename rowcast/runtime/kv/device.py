@@ -63,18 +63,30 @@ class Placement:
 class BoundStore(DeviceKV):
     """What `Decoder.forward` needs of a `KVView`, over a store and a placement."""
 
-    def __init__(self, store: DeviceStore, at: Placement, queries: Tensor | None = None) -> None:
-        """`queries` [layers, B * T, H, d]: where rotated queries are left."""
+    def __init__(
+        self, store: DeviceStore, at: Placement, queries: Tensor | None = None, late: Tensor | int | None = None
+    ) -> None:
+        """`queries` [layers, B * T, H, d]: where rotated queries are left. `late`, of a single sequence: entries may be completed by
+        later passes. A tensor, int32 [1]: by those of the round, which has at most 16 entries, from this place on; a number, at most
+        8: by those of later rounds, whose passes have at most so many tokens. None: entries have to be complete."""
         self._store = store
-        self._at = at
+        self._at = self.at = at
+        self.late = late
         self._queries = queries
         self._lists = store.lists(len(at.starts)) if isinstance(store, ListedKV) else None
 
     def rotate_append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        if k.shape[1] == 0:  # written already, by a view that leaves some for later
+            assert rotation is None and self._queries is None
+            return q
         keys, values = self._store.entries(layer)
         out = None if self._queries is None else self._queries[layer]
         cos, sin = rotation or (None, None)
         return rotate.rotate_append(q, k, v, keys, values, self._at.slots, cos, sin, out=out)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The store's."""
+        return self._store.entries(layer)
 
     def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [B * T, H, d] -> [B * T, C, d]
         keys, values = self._store.entries(layer)

@@ -36,7 +36,7 @@ class SharedKV:
         """`lazy`: proposals may be completed by later passes; not where several such views share a parent, as one may write an entry
         anew that another has completed."""
         assert not parent.lazy, "the parent's entries are not complete"
-        self._lazy = lazy
+        self.lazy = lazy
         self._parent = parent
         self._proposals: dict[int, _Proposals] = {}
 
@@ -101,7 +101,7 @@ class SharedKV:
 
     def late_from(self, seq_id: int) -> int | None:
         """Behind the parent's entries, which its own passes completed, if entries may be late at all."""
-        return self.length(seq_id) if self._lazy else None
+        return self.length(seq_id) if self.lazy else None
 
     def fill(self, layer: int, late: Late) -> None:
         self._parent.fill(layer, late)

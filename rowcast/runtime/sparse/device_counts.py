@@ -18,6 +18,8 @@ class DeviceCounts:
 
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
+        self._on_host = torch.zeros(len(_NAMES), dtype=torch.int64, pin_memory=device.type == "cuda")
+        """What a pass leaves at its end."""
         self._seen = [0] * len(_NAMES)
         self._known: dict[tuple[int, ...], Tensor] = {}
         """What passes add that is known, by its numbers: a pass that is captured has run before."""
@@ -43,10 +45,11 @@ class DeviceCounts:
         for (name, each), counts in self._varying.items():
             self._total[_NAMES.index(name)].add_(_sum(counts), alpha=each)
         self._varying.clear()
+        self._on_host.copy_(self._total, non_blocking=True)
 
     def read(self) -> Reads:
-        """What was counted since the last call. Waits for the device."""
-        total = self._total.tolist()
+        """What was counted since the last call. Precondition: the passes are over."""
+        total = self._on_host.tolist()
         found = Reads(*(now - before for now, before in zip(total, self._seen, strict=True)))
         self._seen = total
         return found

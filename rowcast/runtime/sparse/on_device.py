@@ -15,12 +15,18 @@ from torch import Tensor
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
 from rowcast.runtime.banks import BankWeights, FfnBank
-from rowcast.runtime.protocols import ALL_HEADS, Heads, Reads
+from rowcast.runtime.kv.device import BoundStore
+from rowcast.runtime.protocols import ALL_HEADS, Heads, KVView, Reads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.on_device_heads import DeviceHeads, top_mask
+from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
 from rowcast.runtime.sparse.selection import Places, Selector
+from rowcast.runtime.step import SeqStep
+
+LATE_BYTES = 1 << 25
+"""Of a layer's rows of keys and values: with fewer, leaving some out saves less time than its launches take."""
 
 
 class DevicePasses:
@@ -47,20 +53,41 @@ class DevicePasses:
             None if selector is None else DeviceHeads(banks, layer, selector, sparse_tokens, counts)
             for layer, selector in enumerate(heads)
         ]
+        spec = banks.spec
+        lazy = any(self._heads) and spec.group_size == 1 and spec.rope is None and spec.qk_norm == "none"
+        lazy = lazy and kv_rows(banks, 0)[0].nbytes >= LATE_BYTES
+        self._rings = DeviceLate(banks, counts) if lazy else None
+        self._late: DeviceLate | None = None
+        """In passes that may leave entries for later ones."""
         self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._ahead: tuple[Tensor, Choice] | None = None
         """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
         chooses."""
 
-    def begin(self, tokens: int) -> None:
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
+        """As `ChoosesOnDevice`."""
+        if self._rings is not None:
+            self._rings.begin_round(view, seq_ids, late)
+
+    def host_pass(self, view: KVView, steps: Sequence[SeqStep]) -> None:
+        """A pass that the host drives follows: it finds entries complete."""
+        if self._rings is not None:
+            self._rings.host_pass(view, steps)
+
+    def begin(self, tokens: int, kv: object) -> None:
+        """A pass over so many tokens starts."""
         self._counts.begin()
+        self._late = self._rings if isinstance(kv, BoundStore) and kv.late is not None else None
+        if self._late is not None:
+            assert isinstance(kv, BoundStore)
+            self._late.begin(kv)
         reads = self._counts.pass_reads
         reads.bytes = self._outer_bytes
         reads.heads_of = tokens * self._banks.split.heads * self._banks.spec.num_layers
         reads.neurons_of = tokens * sum(len(bank.order) for bank in self._banks.ffn)
 
     def reads(self) -> Reads:
-        """Of all passes since the last call, replayed ones included. Waits for the device."""
+        """Of all passes since the last call, replayed ones included. Precondition: they are over."""
         return self._counts.read()
 
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
@@ -69,7 +96,7 @@ class DevicePasses:
             self._look_ahead(neurons, x)
         heads, bank = self._heads[layer], self._banks.attention[layer]
         if heads is not None:
-            return heads.qkv(x)
+            return heads.qkv(x, self._late)
         self._counts.pass_reads.heads += x.shape[0] * self._banks.split.heads
         self._counts.pass_reads.bytes += bank.qkv.nbytes + bank.o.nbytes
         return self._banks.qkv(layer, x)

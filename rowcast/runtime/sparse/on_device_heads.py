@@ -1,7 +1,6 @@
 """Chosen query heads in passes of the device's own rounds: see `on_device`.
 
-K and V are those of all heads there, also where each query head has its own: what is skipped are rows of the query and output
-products, and the K/V that other heads' attention would read.
+K and V are those of all heads, unless entries may be late (`on_device_late`).
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from torch import Tensor
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import products, select
 from rowcast.kernels.gpu.heads import HeadRows, head_rows, spread
-from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.banks import BankWeights, product
 from rowcast.runtime.protocols import ALL_HEADS, Heads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
 from rowcast.runtime.sparse.heads import HeadSelector, head_shards
+from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 
 
 class DeviceHeads:
@@ -27,34 +27,43 @@ class DeviceHeads:
         self._sparse_tokens = min(sparse_tokens, gpu.MOST_TOKENS)
         heads = banks.split.heads
         self._places = select.Places.of(heads, selector.keep, head_shards(heads))
-        bank, rows = banks.attention[layer], banks.attention[layer].sizes[0]
-        self._kv = bank.qkv[rows:]
-        self._kv_bias = None if bank.qkv_bias is None else bank.qkv_bias[rows:]
+        self._kv, self._kv_bias = kv_rows(banks, layer)
         self._chosen: HeadRows | None = None
         """Of the pass that runs; None: all heads are computed, and `_own` [T, H] says which are each token's."""
         self._own: Tensor | None = None
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d]; query heads that are not computed are 0."""
+    def qkv(self, x: Tensor, late: DeviceLate | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d]; query heads that are not computed are 0. `late`: writes K/V, those
+        that are used; then k and v have no heads."""
         banks, layer, selector, reads = self._banks, self._layer, self._selector, self._counts.pass_reads
-        bank, split, tokens = banks.attention[layer], banks.split, x.shape[0]
+        bank, split, tokens, size = banks.attention[layer], banks.split, x.shape[0], banks.spec.head_dim
         scores = F.linear(x.float(), selector.weight, selector.bias)
         reads.heads += tokens * selector.keep
-        reads.bytes += selector.bytes + self._kv.nbytes
+        reads.bytes += selector.bytes
+        chosen: select.Chosen | None = None
         if tokens > self._sparse_tokens:
             self._chosen, self._own = None, top_mask(scores, self._places)
             reads.bytes += bank.q.nbytes + bank.o.nbytes
-            return banks.qkv(layer, x)
-        chosen = select.top_ids(scores, self._places)
-        rows = self._chosen = head_rows(chosen, banks.spec.head_dim)
-        each = bank.q[0].nbytes + bank.o[0].nbytes
-        if rows.count is None:
-            reads.bytes += len(rows.rows) * each
+            if late is None:
+                reads.bytes += self._kv.nbytes
+                return banks.qkv(layer, x)
+            q = split.queries(layer, product(bank.q, x, bank.q_bias))
         else:
-            self._counts.add("bytes", rows.count, each)
-        q = split.queries(layer, products.rows_in(bank.q, x, rows.rows, rows.count, bank.q_bias))
+            chosen = select.top_ids(scores, self._places)
+            rows = self._chosen = head_rows(chosen, size)
+            each = bank.q[0].nbytes + bank.o[0].nbytes
+            if rows.count is None:
+                reads.bytes += len(rows.rows) * each
+            else:
+                self._counts.add("bytes", rows.count, each)
+            some = split.queries(layer, products.rows_in(bank.q, x, rows.rows, rows.count, bank.q_bias))
+            q = spread(some, chosen, split.heads)
+        if late is not None:
+            late.write(layer, x, chosen)
+            return q, q[:, :0], q[:, :0]
+        reads.bytes += self._kv.nbytes
         k, v = products.rows_in(self._kv, x, bias=self._kv_bias).split(bank.sizes[1:], 1)  # type: ignore[no-untyped-call]
-        return spread(q, chosen, split.heads), split.keys(layer, k), split.values(v)
+        return q, split.keys(layer, k), split.values(v)
 
     @property
     def heads(self) -> Heads:

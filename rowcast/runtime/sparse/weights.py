@@ -80,8 +80,10 @@ class SparseWeights:
         self._passes = None if tokens.steps else self._on_device()
         if self._passes is not None:
             self.heads, self.out = self._passes.heads, self._passes.out
-            self._passes.begin(len(tokens.ids))
+            self._passes.begin(len(tokens.ids), kv)
             return
+        if self._device is not None:
+            self._device.host_pass(kv, tokens.steps)
         self.heads, self.out = self._attention.heads, self._attention.out
         self._generated = tokens.generated
         self._reads.bytes += self._outer_bytes
@@ -98,6 +100,9 @@ class SparseWeights:
             reads.bytes += head.bytes
             reads.fallbacks += head.fallbacks
         return reads
+
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
+        self._on_device().begin_round(view, seq_ids, late)
 
     def device_reads(self) -> Reads:
         return Reads() if self._device is None else self._device.reads()
