@@ -288,18 +288,20 @@ def test_chosen_chunks(size: int, sinks: int, block_size: int, options: dict[str
     assert_close(found, expected_of_chunks(store, q, tokens, chunks, **options))
     for i in range(tokens) if ON_GPU else [0]:
         one = store._replace(ends=[end - tokens + 1 + i for end in ends])
-        assert torch.equal(run(one, q[i::tokens], 1, chunks=chunks, most_entries=320, **options), found[i::tokens])
+        assert torch.equal(run(one, q[i::tokens], 1, chunks=chunks, most_shown=130, **options), found[i::tokens])
 
 
 def test_chunks_that_are_missing_are_not_read() -> None:
+    """Nor do they count: the list may have more places than the sequence has entries."""
     torch.manual_seed(9)
-    store = make_store([200], 2, 64, torch.float32)
-    chunks = make_chunks([200], 2, 2, 4, 8, 8)
-    fewer = chunks._replace(ids=chunks.ids[..., :3].contiguous())
-    q = torch.randn(2, 2, 64, device=DEVICE)
-    wanted = expected_of_chunks(store, q, 2, fewer)
-    chunks.ids[..., 3] = -1
-    assert_close(run(store, q, 2, chunks=chunks), wanted)
+    store = make_store([200, 60], 2, 64, torch.float32)
+    q = torch.randn(4, 2, 64, device=DEVICE)
+    chunks = make_chunks([200], 2, 2, 3, 8, 8)
+    ids = torch.full((2, 2, 40), -1, dtype=torch.int32, device=DEVICE)
+    ids[0, :, 5:8] = chunks.ids[0]
+    first = store._replace(tables=store.tables[:1], ends=[200])
+    wanted = torch.cat((expected_of_chunks(first, q[:2], 2, chunks), expected(store, q, 2)[2:]))
+    assert_close(run(store, q, 2, chunks=Chunks(ids, 8, 8, ints([int(chunks.recent[0]), 8]))), wanted)
 
 
 def test_splits_of_a_context() -> None:

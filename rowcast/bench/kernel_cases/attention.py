@@ -88,7 +88,9 @@ def _chunks(kv_heads: int, tokens: int, budget: int = 4096, size: int = 8) -> Ca
 
     def ours(ids: Tensor) -> Callable[[], object]:
         chunks = Chunks(ids, size, sinks, _ints(LONG - recent))
-        return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries + tokens, chunks=chunks)
+        return lambda: decode(
+            q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=LONG, most_shown=entries + tokens, chunks=chunks
+        )
 
     among = (LONG - recent - sinks) // size
     lists = [

@@ -85,6 +85,7 @@ def decode(
     *,
     scale: float,
     most_entries: int,
+    most_shown: int | None = None,
     window: int | None = None,
     slopes: Tensor | None = None,
     absolute_bias_scale: float | None = None,
@@ -102,14 +103,17 @@ def decode(
     position starts[b] + i (int32 [B]) and sees the entries up to and including its own, which are in the store. `counts` [B] int32:
     only the first counts[b] tokens are real; the others' output is 0. Returns [B * T, H, d], in `out` if given.
 
-    `most_entries`: no sequence shows more entries than this, its tokens' own included; the result does not depend on it. `window`,
-    `slopes` [H] and `absolute_bias_scale` as in `attend`; biases are float32 here, where torch rounds them to the dtype of q.
+    `most_entries`: no sequence has more entries than this, starts[b] + T; the result does not depend on it. `window`, `slopes` [H] and
+    `absolute_bias_scale` as in `attend`; biases are float32 here, where torch rounds them to the dtype of q.
 
     `heads` [C] int32 or int64, in any order: only these query heads are wanted, the first `head_count` [1] (int32) of them; returns
     [B * T, C, d], 0 beyond the count. KV heads that none of them reads are not read.
 
-    `chunks`: only these entries are seen, and read. `tiles`: another cut than `tiles_for`'s. `overlap`: launch the second step before
-    the first has ended, where it waits (programmatic dependent launch); by default on a GPU.
+    `chunks`: only these entries are seen, and read. `most_shown`: with them, no sequence shows more entries than this, places in its
+    list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.
+
+    `tiles`: another cut than `tiles_for`'s. `overlap`: launch the second step before the first has ended, where it waits (programmatic
+    dependent launch); by default on a GPU.
     """
     rows, query_heads, size = q.shape
     kv_heads, block_size = keys.shape[2], keys.shape[1]
@@ -132,7 +136,7 @@ def decode(
         count = chunks.ids.shape[2]
         listed = chunks.sinks + count * chunks.size
         assert chunks.ids.shape[:2] == (sequences, kv_heads) and chunks.ids.stride()[1:] == (count, 1)
-    splits = splits_for(cut, most_entries)
+    splits = splits_for(cut, listed + most_entries if most_shown is None or chunks is None else most_shown)
     stats = q.new_empty(2, rows * query_heads, splits, dtype=torch.float32)
     sums = q.new_empty(rows * query_heads, splits, size, dtype=torch.float32)
     recent = starts if chunks is None else chunks.recent

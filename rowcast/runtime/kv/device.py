@@ -90,10 +90,10 @@ class BoundStore(DeviceKV):
 
     def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [B * T, H, d] -> [B * T, C, d]
         keys, values = self._store.entries(layer)
-        store, at, chunks = self._store, self._at, None
+        store, at, chunks, shown = self._store, self._at, None, None
         if isinstance(store, ListedKV):
             assert self._lists is not None and at.recents is not None
-            chunks = decoding.Chunks(self._lists[:, layer], store.chunk, store.sinks, at.recents)
+            chunks, shown = decoding.Chunks(self._lists[:, layer], store.chunk, store.sinks, at.recents), store.most_shown
         return decoding.decode(
             q,
             keys,
@@ -103,6 +103,7 @@ class BoundStore(DeviceKV):
             at.counts,
             scale=store.spec.attention_scale,
             most_entries=at.most_entries,
+            most_shown=shown,
             window=store.spec.windows[layer],
             slopes=store.slopes,
             absolute_bias_scale=store.absolute_bias_scale,

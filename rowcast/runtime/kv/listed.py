@@ -23,6 +23,8 @@ from rowcast.runtime.step import SeqStep
 
 WORK_BYTES = 64 << 20
 """For scores of chunks by token, of a few layers at a time."""
+_MOST_PROPOSALS = 64
+"""More than a round ever has behind the committed tokens."""
 _ROUNDED = 256
 """Chunks that work space is rounded up to, so that kernels see few sizes."""
 
@@ -92,6 +94,11 @@ class ListedKV(SharedKV):
         return self._policy.chunk
 
     @property
+    def most_shown(self) -> int:
+        """Bound of a token's entries, places in the lists that hold none included."""
+        return self.sinks + self._choice * self.chunk + self._budget + _MOST_PROPOSALS
+
+    @property
     def bytes(self) -> int:
         """Bytes of all lists."""
         return sum(lists.nbytes for lists in (self._ids, *self._rows.values()))
@@ -147,6 +154,7 @@ class ListedKV(SharedKV):
                         numbers[:1],
                         scale=self.spec.attention_scale,
                         most_entries=start + len(some),
+                        most_shown=self.most_shown,
                         window=self.spec.windows[layer],
                         slopes=self.slopes,
                         absolute_bias_scale=self.absolute_bias_scale,
