@@ -13,8 +13,9 @@ from test_speculation import SELF, disturbed_copy, ids, prompts
 from tiny import tiny_model
 from triton_interpreting import take_arrays_as_bounds
 
-from rowcast import LLM, SamplingParams
+from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.kernels import gpu
+from rowcast.placement import resident
 
 take_arrays_as_bounds()
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -47,7 +48,8 @@ def make_llm(models: dict[str, Path], ladder: str, **keywords: Any) -> LLM:
     return LLM(models["target"], dtype="float32", device="cpu", ladder=ladder, block_size=4, **keywords)
 
 
-SOME = [prompt[-34:] for prompt in prompts(4, shortest=28)][:2]
+# The greedy continuation of the first repeats itself: 98, 55, 98, 55, ...; that of the second does not.
+SOME = [[*prompts(12, shortest=28)[9][-30:], 14, 55, 98, 55], prompts(4, shortest=28)[1][-34:]]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +58,54 @@ def plain(models: dict[str, Path]) -> dict[str, list[list[int]]]:
     return {name: ids(llm.generate(SOME, params)) for name, params in (("greedy", GREEDY), ("seeded", SEEDED))}
 
 
+def acceptance(outputs: list[RequestOutput], rung: str) -> tuple[int, int]:
+    """Proposals of a rung that were judged, and those that stood."""
+    found = [output.metrics.rungs[rung] for output in outputs if rung in output.metrics.rungs]
+    return sum(sum(counts.judged) for counts in found), sum(sum(counts.accepted) for counts in found)
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("ladder", [None, *LADDERS])
 def test_output_is_plain_output(models: dict[str, Path], plain: dict[str, list[list[int]]], ladder: str | None) -> None:
     llm = make_llm(models, "plain" if ladder is None else LADDERS[ladder])
-    rounds = llm.engine._executor._rounds  # type: ignore[attr-defined]
-    assert rounds is not None
+    assert llm.engine._executor._rounds is not None  # type: ignore[attr-defined]
     outputs = llm.generate(SOME, [GREEDY, SEEDED])
     assert ids(outputs) == [plain["greedy"][0], plain["seeded"][1]]
     llm.engine.check()
     if ladder is not None:
-        stats = [output.metrics for output in outputs]
-        assert any(sum(counts.judged) for found in stats for counts in found.rungs.values())
+        for rung in llm.plan.ladder[:-1]:
+            assert acceptance(outputs, rung.partition(":")[0])[0], rung
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "ladder",
+    ["draft:kv=full,gamma=2 / plain", "draft:kv=48,sinks=4,gamma=2 / self:kv=40,chunk=4,sinks=4,recent=8,gamma=3 / plain"],
+)
+def test_a_draft_that_is_the_target_is_always_right(models: dict[str, Path], ladder: str) -> None:
+    """So it is only if its K/V have no holes where all proposals stood and none where some were never run."""
+    llm = LLM(models["target"], draft=models["target"], dtype="float32", device="cpu", ladder=ladder, block_size=4)
+    draft = llm.engine._executor._lower[0].view  # type: ignore[attr-defined]
+    for store in (draft._keys, draft._values):
+        store.fill_(77.0)
+    outputs = llm.generate([SOME[1][:24]], replace(GREEDY, max_tokens=12))
+    judged, accepted = acceptance(outputs, "draft")
+    assert judged == accepted >= 5
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_sequences_without_a_place_in_a_draft_s_cache_are_not_drafted_for(
+    models: dict[str, Path], plain: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "MAX_SPECULATING_SEQS", 1)
+    llm = make_llm(models, "draft:kv=48,sinks=4,gamma=2 / plain")
+    outputs = llm.generate(SOME, [GREEDY, SEEDED])
+    assert ids(outputs) == [plain["greedy"][0], plain["seeded"][1]]
+    assert acceptance(outputs, "draft")[0]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_prompt_of_one_token_is_no_decoding(models: dict[str, Path]) -> None:
+    llm = make_llm(models, "plain")
+    [output] = llm.generate([[7]], replace(GREEDY, max_tokens=2))
+    assert output.metrics.rungs["plain"].tokens == 1

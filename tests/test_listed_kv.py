@@ -9,7 +9,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import gpu
 from rowcast.runtime.config import spec_from_config
-from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV
+from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, listed_bytes
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.step import SeqStep
 
@@ -47,7 +47,7 @@ class Twins:
             summaries=[policy.summary],
         )
         how = {"budget": 24, "sinks": 4, "recent": 7, "refresh": refresh, "slots": 2}
-        self.listed = ListedKV(self.store, policy, **how)
+        self.listed = ListedKV(self.store, policy, **how, rows=4)
         self.copied = SelectedKV(self.store, policy, **how, room=6)
         self.generator = torch.Generator().manual_seed(4)
         self.blocks = torch.randperm(40, generator=self.generator).tolist()
@@ -106,11 +106,20 @@ def test_it_shows_what_the_copying_view_shows(spec: str, refresh: int) -> None:
         assert not view.seq_ids
 
 
-def test_it_takes_the_bytes_that_were_planned() -> None:
-    from rowcast.runtime.kv import listed_bytes
+def test_a_slot_s_next_owner_has_lists_of_its_own() -> None:
+    twins = Twins("llama", 1)
+    twins.grow(37)
+    twins.propose(0, 1)  # beyond the budget: chunks are listed
+    for view in (twins.listed, twins.copied, twins.store):
+        view.free(0)
+    assert twins.listed.admit(0) and twins.copied.admit(0)
+    twins.grow(14)
+    twins.propose(0, 2)
 
+
+def test_it_takes_the_bytes_that_were_planned() -> None:
     twins = Twins("llama", 1)
     twins.grow(40)
     twins.listed.reserve(twins.step(40, 1))
-    twins.listed.seat(0, 0, 1)
-    assert twins.listed.bytes <= listed_bytes(twins.spec, 24, 4, slots=2)
+    twins.listed.seat(0, 3)
+    assert twins.listed.bytes <= (2 + 4) * listed_bytes(twins.spec, 24, 4)

@@ -31,6 +31,21 @@ SPECULATION_SHARE = 4
 """These caches take at most one part in so many of what weights leave, unless one sequence needs more."""
 
 
+ROUND_SEQS = 64
+"""Sequences of one round on the device."""
+
+_SPLIT, _MOST_SPLITS = 256, 128
+"""Entries of a context that one part of an attention's sum is of at least, and most such parts."""
+
+_GRAPHS_BYTES = 64 << 20
+"""Captured graphs and the states of rounds."""
+
+
+def round_rows(max_num_seqs: int) -> int:
+    """Rows of a round on the device for so many sequences: rounded up to a power of two."""
+    return 1 << (min(max_num_seqs, ROUND_SEQS) - 1).bit_length()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LadderNeeds:
     """A ladder, and what it takes beside the weights and the KV of a plain model. Bytes are those of one rank."""
@@ -65,6 +80,10 @@ class LadderNeeds:
     """Of a table that a long pass copies or dequantises while a layer runs."""
     query_bytes: int = 0
     """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
+    row_bytes: int = 0
+    """For each sequence of a round on the device: lists of chunks."""
+    on_device: bool = False
+    """Rounds run on the device: what their graphs hold is counted."""
     law_rows: int = 0
     """Float32 rows of logits that a round keeps for each sequence that speculates."""
     anyone: bool = False
@@ -215,4 +234,16 @@ def _work_bytes(
     counts = 8 * max_num_seqs * vocabulary
     scores = max_batch_tokens * needs.token_bytes
     largest = max(*(layers(model) for model in (spec, *needs.models)), logits, needs.work_bytes)
-    return largest + needs.copied_bytes + scores + laws + counts
+    return largest + needs.copied_bytes + scores + laws + counts + _round_bytes(spec, max_num_seqs, context, needs)
+
+
+def _round_bytes(spec: ModelSpec, max_num_seqs: int, context: int, needs: LadderNeeds) -> int:
+    """What rounds on the device hold: lists of chunks, the last pass's queries, an attention's partial sums in float32, graphs."""
+    if not needs.on_device:
+        return 0
+    rows = round_rows(max_num_seqs)
+    tokens = rows * (1 + needs.lookahead)
+    head = spec.num_heads * spec.head_dim
+    queries = needs.query_bytes // 16 * tokens if needs.query_bytes else 0  # which counts at least 16 tokens of a sequence
+    partials = 4 * tokens * head * min(_MOST_SPLITS, -(-context // _SPLIT))
+    return rows * needs.row_bytes + queries + partials + _GRAPHS_BYTES

@@ -10,7 +10,7 @@ import torch
 
 from rowcast.errors import OutOfMemoryError
 from rowcast.kernels import gpu
-from rowcast.placement.resident import pass_bytes
+from rowcast.placement.resident import pass_bytes, round_rows
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime.banks import BankWeights
@@ -203,7 +203,14 @@ class _Assembly:
         if rung.retrieves and gpu.serves(self._device):
             chosen = Retrieval(rung.score, rung.chunk)
             return ListedKV(
-                self._full, chosen, budget=rung.kv, sinks=rung.sinks, recent=rung.recent, refresh=rung.refresh, slots=slots
+                self._full,
+                chosen,
+                budget=rung.kv,
+                sinks=rung.sinks,
+                recent=rung.recent,
+                refresh=rung.refresh,
+                slots=slots,
+                rows=round_rows(self._plan.max_num_seqs),
             )
         if rung.kind == "draft":
             return StreamingKV(

@@ -89,7 +89,7 @@ class LocalExecutor:
         self._climb.outcomes.clear()
         decoding = sum(step.decodes for step in steps)
         climbers = [self._climber(step, decoding) for step in steps]
-        mine = [self._rounds is not None and step.decodes and self._rounds.serves(step.seq_id) for step in steps]
+        mine = [self._serves(step) for step in steps]
         results: dict[int, SeqResult] = {}
         device_passes = 0
         for on_device, run in ((True, self._device_round), (False, self._host_round)):
@@ -102,13 +102,17 @@ class LocalExecutor:
         self._report([step for step, on in zip(steps, mine, strict=True) if not on], device_passes)
         return [results[i] for i in range(len(steps))]
 
+    def _serves(self, step: SeqStep) -> bool:
+        """Whether the device runs the sequence's round: it decodes, and its pending token is none of the prompt's."""
+        return self._rounds is not None and step.decodes and step.start >= step.prompt_length and self._rounds.serves(step.seq_id)
+
     def _device_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
         """One round over sequences that decode; the host waits once."""
         assert self._rounds is not None
         results = []
         for first in range(0, len(steps), BATCHES[-1]):
             some = slice(first, first + BATCHES[-1])
-            finished = self._rounds.run(climbers[some], steps[some], self._climb)
+            finished = self._rounds.run(climbers[some], steps[some], self._climb, alone=len(steps) <= BATCHES[-1])
             for step, climber, tokens in zip(steps[some], climbers[some], finished, strict=True):
                 if tokens[-1] < 0:
                     raise UserError(NOT_NUMBERS)

@@ -216,8 +216,9 @@ def lowbit_kernel(
     scales = scales_ptr + rows.to(tl.int64) * scale_stride
     x_at = x_ptr + token[:, None] * columns + j[None, :]
     present = token[:, None] < tokens
-    code_up = capacity.to(tl.int64) * code_stride
-    scale_up = capacity.to(tl.int64) * scale_stride
+    half = (tl.program_id(0) * 0 + capacity).to(tl.int64)  # a capacity of 1 comes as a constant
+    code_up = half * code_stride
+    scale_up = half * scale_stride
     begin, end = split * steps // SPLITS * UNROLL, (split + 1) * steps // SPLITS * UNROLL
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     acc_up = tl.zeros([ROWS, TOKENS], tl.float32)

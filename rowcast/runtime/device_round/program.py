@@ -31,17 +31,21 @@ def unroll(
     """The round in which each rung below the last is asked for `gammas[r]` tokens at a time, 0: not used.
 
     `lookup`: rung 0 looks tokens up, and the host has put what it found into the path. `own_kv`: whether a rung has K/V of its own, so
-    that it lacks its newest proposal where all of the round before stood. `most`: tokens that a round drafts at most. `runs`: how often
-    a rung that judges another's proposals is run to reach its gamma; by default as if all stood.
+    that it lacks its newest tokens where all of the round before stood. `most`: tokens that the last rung is asked to judge at most.
+    `runs`: how often a rung that judges another's proposals is run to reach its gamma; by default as if all stood.
     """
     top = len(gammas)
     used = [rung for rung in range(top) if gammas[rung]]
-    most = min(most, gammas[used[-1]]) if used else 0
+    most = most if used else 0
 
     def extend(place: int, first: bool) -> list[Pass]:
-        """Passes by which rung used[place] adds its tokens. `first` in the round; later it lacks a token wherever all stood."""
+        """Passes by which rung used[place] adds its tokens, `first` in the round or again.
+
+        Where all stood, it has yet to run its own newest token and those that the rungs above it have added.
+        """
         rung = used[place]
-        lag = int(own_kv[rung] or not first)
+        above = len(used) - 1 - place
+        lag = above if not first else above + 1 if own_kv[rung] else 0
         if lookup and rung == 0:
             return []
         if place == 0:

@@ -40,6 +40,8 @@ from rowcast.runtime.step import SeqStep
 
 LEAST_ENTRIES = 1024
 """Longest context, rounded up to a power of two from here on: each has graphs of its own."""
+MOST_PASSES = 64
+"""Of a round."""
 _STANDS, _NEWEST = 0.7, 0.05
 """Share of the judged proposals that is taken to stand before any were judged, and what the newest verdict weighs."""
 _GRAPHS = 256
@@ -131,7 +133,9 @@ class DeviceRounds:
         """KV of some sequence is void: what was launched ahead does not count."""
         self._ahead = None
 
-    def run(self, climbers: Sequence[Climber], steps: Sequence[SeqStep], work: climb.Climb) -> list[list[int]]:
+    def run(
+        self, climbers: Sequence[Climber], steps: Sequence[SeqStep], work: climb.Climb, *, alone: bool = True
+    ) -> list[list[int]]:
         """One round over decoding sequences: the tokens that each gains, -1 behind them where the last rung's logits are NaN.
 
         Paths have these tokens then, views hold none of what was rejected. Passes and outcomes are told to `work`, counts to the
@@ -139,10 +143,12 @@ class DeviceRounds:
 
         Where there is the last rung only, the next round of the same sequences is launched before the host looks at this one's
         tokens. If they do not go on, or others join them, it is run in vain: what it wrote lies behind what anybody has committed.
+        `alone`: the step has no other round, which would come in between.
         """
         gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
         rooms = [min(step.room, self._lookahead) if any(c.gammas) else 0 for c, step in zip(climbers, steps, strict=True)]
-        program = self._program(gammas if any(rooms) else (0,) * len(gammas))
+        most_asked = max((c.gammas[upper] for c in climbers if (upper := c.below(len(gammas))) is not None), default=0)
+        program = self._program(gammas if any(rooms) else (0,) * len(gammas), most_asked)
         batch = next(size for size in BATCHES if size >= len(climbers))
         most = self._bound([c.path.committed + self._lookahead + 1 for c in climbers])
         state = self._state(batch, most)
@@ -155,35 +161,38 @@ class DeviceRounds:
         else:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
             clocks = [self._run(state, p, most, self._sampling, number) for number, p in enumerate(program)]
-        report, stats = state.read()
+        report, stats, have = state.read()
         reads = self._reads_of(program, batch)
         gained = []
         for row, climber in enumerate(climbers):
             tokens: list[int] = report[row, 2 : 2 + report[row, 0]].tolist()
             climber.path.ids[climber.path.committed :] = tokens
             gained.append([*tokens, -1] if report[row, 1] & FAILED else tokens)
-        if self._may_go_ahead(climbers, steps, most):
+        if alone and self._may_go_ahead(climbers, steps, most):
             lengths = [(c.path.seq_id, len(c.path.ids)) for c in climbers]
             self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0)])
         self._keep_queries(program[-1].tokens, batch, climbers)
         self._tell(work, program, reads, climbers, stats, clocks)
-        self._settle(climbers, used)
+        self._settle(climbers, used, have)
         return gained
 
     # Before the passes.
 
     def _fill(self, state: RoundState, climbers: Sequence[Climber], rooms: Sequence[int], used: Sequence[int]) -> Sampling:
         """Put the sequences into the state. `rooms`: tokens that each may draft at most."""
-        for climber in climbers:
-            for rung in used:
-                runner = self._rungs[rung]
-                # What a rung lacks beyond the newest two tokens it runs before the round.
-                if isinstance(runner, ModelRunner) and runner.view.end(climber.path.seq_id) < climber.path.committed - 2:
-                    runner.catch_up(climber.path, climber.path.committed - 1)
-        for runner in (self._rungs[rung] for rung in used):
-            if isinstance(runner, ModelRunner) and isinstance(runner.decoder.weights, ChoosesOnDevice):
-                late = isinstance(self._late(self._rungs.index(runner), state), int)
-                runner.decoder.weights.begin_round(runner.view, [c.path.seq_id for c in climbers], late)
+        top = len(self._rungs) - 1
+        for rung in used:
+            runner, mine = self._rungs[rung], [climber for climber in climbers if self._uses(climber, rung)]
+            if not isinstance(runner, ModelRunner):
+                continue
+            # What a rung lacks beyond what its first pass takes it runs before the round.
+            lag = sum(rung <= other < top for other in used)
+            for path in (climber.path for climber in mine):
+                if runner.view.end(path.seq_id) < path.committed - 1 - lag:
+                    runner.catch_up(path, path.committed - 1)
+            if isinstance(runner.decoder.weights, ChoosesOnDevice):
+                late = isinstance(self._late(rung, state), int)
+                runner.decoder.weights.begin_round(runner.view, [climber.path.seq_id for climber in mine], late)
         min_p = truncates = False
         with state.filling() as fields:
             for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
@@ -195,7 +204,8 @@ class DeviceRounds:
                 fields["active"][row], fields["base"][row], fields["room"][row] = 1, base, room
                 fields["gammas"][:-1, row] = climber.gammas
                 for rung in used:
-                    self._fill_rung(state, fields, row, rung, climber, room)
+                    if self._uses(climber, rung):
+                        self._fill_rung(state, fields, row, rung, climber, room)
                 sequence = self._sampler.sequence(path.seq_id)
                 params, vocabulary = sequence.params, self._sampler.vocab_size
                 random = not params.greedy
@@ -210,13 +220,17 @@ class DeviceRounds:
                 truncates |= top_k < vocabulary or top_p < math.inf
         return Sampling(min_p, truncates)
 
+    def _uses(self, climber: Climber, rung: int) -> bool:
+        """Whether the rung runs the sequence: it may have no place for others, or no positions."""
+        return rung == len(self._rungs) - 1 or climber.gammas[rung] > 0
+
     def _fill_rung(self, state: RoundState, fields: dict[str, Any], row: int, rung: int, climber: Climber, room: int) -> None:
         """What a rung has of a sequence, and where the rest will go; of a lookup, what it proposes."""
         path, runner = climber.path, self._rungs[rung]
         if isinstance(runner, Lookup):
             started = time.perf_counter()
             above = sum(gamma > 0 for gamma in climber.gammas[1:])  # each adds a token of its own
-            found = runner.propose(path, min(climber.gammas[rung], room - above)) if climber.gammas[rung] and room > above else []
+            found = runner.propose(path, min(climber.gammas[rung], room - above)) if room > above else []
             fields["path"][row, HISTORY + 1 : HISTORY + 1 + len(found)] = found
             fields["drafted"][row] = len(found)
             climber.counts[runner.name].seconds += time.perf_counter() - started
@@ -227,7 +241,7 @@ class DeviceRounds:
         state.place(rung, row, blocks)
         store = self._stores[rung]
         if isinstance(store, ListedKV):
-            fields["recents"][rung, row] = store.seat(path.seq_id, row, state.batch)
+            fields["recents"][rung, row] = store.seat(path.seq_id, row)
 
     def _reserve(self, rung: int, climber: Climber, room: int) -> tuple[list[int], int]:
         """Make room in the rung's view for what it lacks and for `room` tokens more."""
@@ -239,7 +253,8 @@ class DeviceRounds:
 
     def _may_go_ahead(self, climbers: Sequence[Climber], steps: Sequence[SeqStep], most: int) -> bool:
         """Whether the next round can be launched now: one pass, for which there are blocks, of sequences that are not at their end."""
-        if len(self._rungs) > 1 or self._device.type != "cuda" or self._kept(1, 1) is not None:
+        view = self._top.view
+        if len(self._rungs) > 1 or self._device.type != "cuda" or (isinstance(view, PagedKV) and view.keep_queries):
             return False
         lengths = [len(c.path.ids) for c in climbers]
         store = self._stores[-1]
@@ -260,6 +275,7 @@ class DeviceRounds:
         graph = self._graphs.get(key)
         start = self._clock()
         if graph is not None:
+            self._graphs[key] = self._graphs.pop(key)  # the least recently used goes first
             graph.replay()
         else:
             runner = cast(ModelRunner, self._rungs[p.rung])
@@ -357,11 +373,12 @@ class DeviceRounds:
 
     # After the passes.
 
-    def _settle(self, climbers: Sequence[Climber], used: Sequence[int]) -> None:
-        """Views drop what was rejected: of the path's tokens all but the newest may be held."""
-        for climber in climbers:
+    def _settle(self, climbers: Sequence[Climber], used: Sequence[int], have: Any) -> None:
+        """Views drop what was rejected or never run. `have` [R, B]: what each rung holds of a path, counted from its newest token."""
+        for row, climber in enumerate(climbers):
             for rung in used:
-                self._rungs[rung].truncate(climber.path.seq_id, len(climber.path.ids) - 1)
+                if self._uses(climber, rung):
+                    self._rungs[rung].truncate(climber.path.seq_id, len(climber.path.ids) - 1 + int(have[rung, row]))
 
     def _tell(
         self,
@@ -424,26 +441,29 @@ class DeviceRounds:
             found = self._queries[batch, tokens] = torch.zeros(shape, dtype=view.dtype, device=self._device)
         return found
 
-    def _program(self, gammas: tuple[int, ...]) -> tuple[Pass, ...]:
+    def _program(self, gammas: tuple[int, ...], most_asked: int) -> tuple[Pass, ...]:
         """The same whatever room there is, so that the end of a request needs no graphs of its own."""
         used = [rung for rung, gamma in enumerate(gammas) if gamma]
-        runs = []
+        runs = {}
         for below, rung in pairwise(used):
             gained = expected_tokens(self._stands.get((below, rung), _STANDS), gammas[below])
-            runs.append((rung, max(1, round(gammas[rung] / gained))))
-        key = gammas, tuple(runs)
+            runs[rung] = max(1, round(gammas[rung] / gained))
+        key = gammas, tuple(runs.items()), most_asked
         found = self._programs.get(key)
-        if found is None:
-            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=self._lookahead, runs=dict(runs))
-            self._programs[key] = found
+        while found is None or len(found) > MOST_PASSES:
+            if found is not None:  # fewer runs draft less
+                often = max(runs, key=lambda rung: runs[rung])
+                runs[often] -= 1
+            most = min(self._lookahead, most_asked)
+            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=most, runs=runs)
+        self._programs[key] = found
         return found
 
     def _state(self, batch: int, most: int) -> RoundState:
         found = self._states.get((batch, most))
         if found is None:
             widths = [0 if store is None else -(-most // store.block_size) for store in self._stores]
-            passes = 2 * (self._lookahead + 1) * len(self._rungs)  # more than any gammas make
-            found = self._states[batch, most] = RoundState(batch, self._lookahead + 1, widths, passes, self._device)
+            found = self._states[batch, most] = RoundState(batch, self._lookahead + 1, widths, MOST_PASSES, self._device)
         return found
 
     def _bound(self, lengths: Sequence[int]) -> int:

@@ -71,6 +71,7 @@ class RoundState:
         """The pass whose statistics a captured graph writes; `keep_stats` puts them where the round's pass has its own."""
         self._stats = list(self.round.stats)
         self._result = torch.zeros_like(result, device="cpu", pin_memory=pinned)
+        self._have = torch.zeros_like(self.round.have, device="cpu", pin_memory=pinned)
         self._columns = columns
         self._passes: dict[tuple[int, int], Pass] = {}
         self._tables: dict[tuple[int, int], list[int]] = {}
@@ -111,11 +112,11 @@ class RoundState:
         """The newest pass was the round's pass `number`."""
         self._stats[number].copy_(self._stats[self.newest], non_blocking=True)
 
-    def read(self) -> tuple[Any, Any]:
-        """`Round.report` and `Round.stats` on the host, as the round left them. Waits for the device."""
+    def read(self) -> tuple[Any, Any, Any]:
+        """`Round.report`, `Round.stats` and `Round.have` on the host, as the round left them. Waits for the device."""
         self._result.copy_(self.round.result, non_blocking=True)
+        self._have.copy_(self.round.have, non_blocking=True)
         if self._on_device.is_cuda:
             torch.cuda.current_stream().synchronize()
-        return report_of(self._result, self.batch, self._columns).numpy(), stats_of(
-            self._result, self.batch, self._columns
-        ).numpy()
+        report, stats = (of(self._result, self.batch, self._columns) for of in (report_of, stats_of))
+        return report.numpy(), stats.numpy(), self._have.numpy()

@@ -29,9 +29,9 @@ _ROUNDED = 256
 """Chunks that work space is rounded up to, so that kernels see few sizes."""
 
 
-def listed_bytes(spec: ModelSpec, kv: int, chunk: int, slots: int = 1) -> int:
-    """The lists of so many sequences, kept and as a round reads them."""
-    return 2 * slots * spec.num_layers * spec.num_kv_heads * -(-kv // chunk) * 4
+def listed_bytes(spec: ModelSpec, kv: int, chunk: int) -> int:
+    """The lists of one sequence, as they are kept, or as a round reads them."""
+    return 4 * spec.num_layers * spec.num_kv_heads * -(-kv // chunk)
 
 
 def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
@@ -70,8 +70,10 @@ class ListedKV(SharedKV):
         recent: int = RECENT,
         refresh: int = 1,
         slots: int,
+        rows: int,
     ) -> None:
-        """As `SelectedKV`, whose preconditions hold here, too; of a round's proposals there may be any number."""
+        """As `SelectedKV`, whose preconditions hold here, too; of a round's proposals there may be any number. `rows`: most sequences
+        of a round, with lists or without."""
         super().__init__(parent)
         self.sinks = -(-sinks // policy.chunk) * policy.chunk
         self._choice = (budget - self.sinks - recent - policy.chunk + 1) // policy.chunk
@@ -81,8 +83,8 @@ class ListedKV(SharedKV):
         self._slots = Slots(slots)
         self._shape = parent.spec.num_layers, parent.num_kv_heads, self._choice
         self._ids = torch.full((slots, *self._shape), -1, dtype=torch.int32, device=parent.device)
-        self._rows: dict[int, Tensor] = {}
-        """By batch: the lists of its sequences, [B, layers, K, n]."""
+        self._rows = torch.full((rows, *self._shape), -1, dtype=torch.int32, device=parent.device)
+        """The lists of a round's sequences."""
         windows = [window or 0 for window in parent.spec.windows]
         self._windows = torch.tensor(windows, dtype=torch.int32, device=parent.device) if any(windows) else None
         self._shown: dict[int, _Shown] = {}
@@ -101,30 +103,30 @@ class ListedKV(SharedKV):
     @property
     def bytes(self) -> int:
         """Bytes of all lists."""
-        return sum(lists.nbytes for lists in (self._ids, *self._rows.values()))
+        return self._ids.nbytes + self._rows.nbytes
 
     def admit(self, seq_id: int) -> bool:
         """Whether the sequence has a slot now; it keeps it until `free`."""
         if not self._slots.take(seq_id):
             return False
-        self._shown.setdefault(seq_id, _Shown(self._slots[seq_id]))
+        if seq_id not in self._shown:
+            self._shown[seq_id] = _Shown(self._slots[seq_id])
+            self._ids[self._slots[seq_id]].fill_(-1)  # the slot's last owner has left its list
         return super().admit(seq_id)
 
     def reserve(self, step: SeqStep) -> tuple[list[int], int]:
         self._sync(step)
         return super().reserve(step)
 
-    def seat(self, seq_id: int, row: int, batch: int) -> int:
-        """Put the sequence's lists into row `row` of a batch's; returns the position from which it shows everything."""
-        if batch not in self._rows:
-            self._rows[batch] = self._ids.new_full((batch, *self._shape), -1)
+    def seat(self, seq_id: int, row: int) -> int:
+        """Put the sequence's lists into a row of the round's; returns the position from which it shows everything."""
         shown = self._shown[seq_id]
-        self._rows[batch][row].copy_(self._ids[shown.slot])
+        self._rows[row].copy_(self._ids[shown.slot])
         return shown.recent
 
     def lists(self, batch: int) -> Tensor:
         """[B, layers, K, n] int32, as `seat` filled it; -1: none."""
-        return self._rows[batch]
+        return self._rows[:batch]
 
     def bind(self, steps: Sequence[SeqStep]) -> None:
         """As `KVView`. Precondition: the sequences are admitted, and the blocks cover what a round may draft."""
@@ -190,18 +192,24 @@ class ListedKV(SharedKV):
         if (shown.synced, shown.rewinds) == (length, parent.rewinds(step.seq_id)):
             return
         if shown.rewinds != parent.rewinds(step.seq_id):
-            shown.rewinds, shown.chosen, shown.syncs = parent.rewinds(step.seq_id), False, 0
+            shown.rewinds, shown.syncs = parent.rewinds(step.seq_id), 0
+            self._clear(shown)
         shown.synced = length
         if length <= self._budget:
             shown.recent = self.sinks
-            if shown.chosen or shown.refreshes:
-                self._ids[shown.slot].fill_(-1)
+            self._clear(shown)
             return
         stop = (length - self._recent) // self.chunk * self.chunk
         if not shown.chosen or (self._refresh and shown.syncs % self._refresh == 0):
             self._choose(step, shown, stop)
         shown.syncs += 1
         shown.recent = stop if shown.chosen else length - self._budget + self.sinks
+
+    def _clear(self, shown: _Shown) -> None:
+        """Nothing is listed."""
+        if shown.chosen:
+            self._ids[shown.slot].fill_(-1)
+            shown.chosen = False
 
     def _choose(self, step: SeqStep, shown: _Shown, stop: int) -> None:
         """List the best chunks between the sinks and position `stop`, by the queries of the last pass, if it kept any."""
@@ -210,8 +218,6 @@ class ListedKV(SharedKV):
         parent, chunk = self._parent, self.chunk
         queries = parent.queries(step.seq_id, parent.keep_queries)
         if queries is None:
-            if not shown.chosen:
-                self._ids[shown.slot].fill_(-1)
             return
         first, last = self.sinks // chunk, stop // chunk
         numbers = torch.tensor([first, last, self.length(step.seq_id), *step.blocks], dtype=torch.int32, device=queries.device)

@@ -70,16 +70,17 @@ def ladder_needs(
 
     `drafts`: the draft models of its rungs, by the names that these give them. `calibration`: what its sparse rungs read.
     `dense_copy`: passes over all weights take layers in a layout of their own, beside the one that sparse passes take, of which
-    long passes copy a table at a time. `listed`: a retrieval view lists chunks and copies none. `width`: bytes of an element of
-    weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a re-ordered copy of a model's tied LM
-    head takes. Raises UserError for a `chunk` that does not divide `block_size`.
+    long passes copy a table at a time. `listed`: rounds run on the device, where a retrieval view lists chunks and copies none.
+    `width`: bytes of an element of weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a
+    re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
     models = [draft.spec for draft in drafts.values()]
-    block_bytes = slot_bytes = work_bytes = 0
+    block_bytes = slot_bytes = work_bytes = row_bytes = 0
     for rung in ladder.lower:
         if rung.kind == "self" and rung.kv is not None and rung.retrieves and listed:
             slot_bytes += listed_bytes(spec, rung.kv, rung.chunk)
+            row_bytes += listed_bytes(spec, rung.kv, rung.chunk)
             work_bytes = max(work_bytes, choosing_bytes(spec, max_context, rung.chunk))
         elif rung.kind == "self" and rung.kv is not None:
             slot_bytes += selected_bytes(spec, policy(rung), rung.kv, ahead, width)
@@ -121,6 +122,8 @@ def ladder_needs(
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
+        row_bytes=row_bytes,
+        on_device=listed,
         copied_bytes=max(
             copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_weights.product_bytes(spec) if few_bits else 0
         ),
