@@ -8,7 +8,6 @@ used for the second time. Without capture the same calls are made one by one: th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels import rounds
-from rowcast.kernels.gpu import MOST_TOKENS, drawing
+from rowcast.kernels.gpu import MOST_TOKENS
 from rowcast.kernels.rounds import FAILED, HISTORY
 from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
+from rowcast.runtime.device_round.sampling import Sampling, draw, fill, is_served, simulated
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.kv.device import BoundStore, DeviceStore, Placement
 from rowcast.runtime.kv.listed import ListedKV
@@ -33,7 +33,6 @@ from rowcast.runtime.ladder.climb import Climber
 from rowcast.runtime.ladder.costs import expected_tokens
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
-from rowcast.runtime.logits import keep_min_p_, keep_top_
 from rowcast.runtime.protocols import ChoosesOnDevice, Reads, Tokens
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.step import SeqStep
@@ -46,16 +45,6 @@ _STANDS, _NEWEST = 0.7, 0.05
 """Share of the judged proposals that is taken to stand before any were judged, and what the newest verdict weighs."""
 _GRAPHS = 256
 """Most graphs kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """What sampling parameters ask of a pass beside numbers."""
-
-    min_p: bool
-    """Some sequence has min_p."""
-    truncates: bool
-    """Some sequence has top_k or top_p."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +95,7 @@ class DeviceRounds:
         self._stands: dict[tuple[int, int], float] = {}
         """By proposing and judging rung: the share of the judged proposals that stood lately."""
         self._ahead: _Ahead | None = None
-        self._sampling = Sampling(False, False)
+        self._sampling = Sampling()
         """Of the newest round."""
 
     @staticmethod
@@ -124,10 +113,7 @@ class DeviceRounds:
 
     def serves(self, seq_id: int) -> bool:
         """Whether the sequence's sampling parameters are numbers in device tensors: no penalties, biases, log-probabilities."""
-        sequence = self._sampler.sequence(seq_id)
-        params = sequence.params
-        edits = params.penalises or params.logit_bias or params.allowed_token_ids or sequence.bad_words
-        return not edits and params.logprobs is None and not (params.min_tokens and sequence.stop_ids)
+        return is_served(self._sampler.sequence(seq_id))
 
     def forget(self) -> None:
         """KV of some sequence is void: what was launched ahead does not count."""
@@ -193,7 +179,7 @@ class DeviceRounds:
             if isinstance(runner.decoder.weights, ChoosesOnDevice):
                 late = isinstance(self._late(rung, state), int)
                 runner.decoder.weights.begin_round(runner.view, [climber.path.seq_id for climber in mine], late)
-        min_p = truncates = False
+        sampling = Sampling()
         with state.filling() as fields:
             for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
                 fields[name].fill(value)
@@ -206,19 +192,9 @@ class DeviceRounds:
                 for rung in used:
                     if self._uses(climber, rung):
                         self._fill_rung(state, fields, row, rung, climber, room)
-                sequence = self._sampler.sequence(path.seq_id)
-                params, vocabulary = sequence.params, self._sampler.vocab_size
-                random = not params.greedy
-                top_k = params.top_k if random and 0 < params.top_k < vocabulary else vocabulary
-                top_p = params.top_p if random and params.top_p < 1 else math.inf
-                fields["temperature"][row] = params.temperature if random else 0.0
-                fields["log_min_p"][row] = math.log(params.min_p) if params.min_p and random else -math.inf
-                fields["top_k"][row], fields["top_p"][row] = top_k, top_p
-                fields["seeds"][row], fields["sample_index"][row] = sequence.seed, sequence.sample_index
                 fields["prompt_lengths"][row] = path.prompt_length
-                min_p |= bool(params.min_p) and random
-                truncates |= top_k < vocabulary or top_p < math.inf
-        return Sampling(min_p, truncates)
+                sampling |= fill(fields, row, self._sampler.sequence(path.seq_id), self._sampler.vocab_size)
+        return sampling
 
     def _uses(self, climber: Climber, rung: int) -> bool:
         """Whether the rung runs the sequence: it may have no place for others, or no positions."""
@@ -307,13 +283,12 @@ class DeviceRounds:
         hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
         drawn = [
-            self._draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling)
-            for first in range(0, len(hidden), rows)
+            draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling) for first in range(0, len(hidden), rows)
         ]
         own = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         rate = self._rates.get(p.rung)
         if rate is not None and p.judges:
-            own = _simulated(state.round, p, own, rate)
+            own = simulated(state.round, p, own, rate)
         if runner is self._top:
             rounds.commit(state.round, at, own, state.newest, self._shared)
         else:
@@ -328,39 +303,6 @@ class DeviceRounds:
         if isinstance(store, SharedKV) and store.lazy and most <= MOST_TOKENS:
             return state.round.base
         return most if isinstance(store, PagedKV) and store.lazy and 2 * most <= MOST_TOKENS else None
-
-    def _draw(self, state: RoundState, logits: Tensor, at: rounds.Pass, first: int, sampling: Sampling) -> Tensor:
-        """Each row's own next token: logits [n, V] of rows first, first + 1, ..., of whole sequences -> [n]."""
-        some = slice(first, first + len(logits))
-        tokens = at.tokens
-        of = slice(first // tokens, (first + len(logits)) // tokens)
-        temperature = state["temperature"][of]
-        log_min_p: Tensor | None = state["log_min_p"][of] if sampling.min_p else None
-        if sampling.truncates:
-            logits, temperature, log_min_p = self._truncated(state, logits, of, tokens), (temperature != 0).float(), None
-        return drawing.draw(
-            logits,
-            temperature,
-            log_min_p,
-            state["seeds"][of],
-            state["sample_index"][of],
-            at.positions[some],
-            rows=at.wanted[some],
-            group=tokens,
-            offset=1,
-        )
-
-    def _truncated(self, state: RoundState, logits: Tensor, of: slice, tokens: int) -> Tensor:
-        """The laws of rows of which some have top_k or top_p, to be drawn from at temperature 1; greedy rows stay as they are."""
-
-        def each(name: str) -> Tensor:
-            return state[name][of].repeat_interleave(tokens, output_size=len(logits))[:, None]
-
-        temperature = each("temperature")
-        law = logits.float() / torch.where(temperature == 0, 1.0, temperature)
-        keep_min_p_(law, each("log_min_p"))
-        keep_top_(law, each("top_k"), each("top_p"), self._sampler.vocab_size)
-        return law
 
     def _captured(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -495,11 +437,3 @@ def _shared_out(reads: Reads, parts: Sequence[int]) -> list[Reads]:
         Reads(*(n * end // ends[-1] - n * (end - part) // ends[-1] for n in astuple(reads)))
         for end, part in zip(ends, parts, strict=True)
     ]
-
-
-def _simulated(state: rounds.Round, p: Pass, drawn: Tensor, rate: float) -> Tensor:
-    """Let each proposal stand with that chance: then the draw behind a token is the next token of the path, else another one."""
-    following = HISTORY + 1 + state.have[p.rung, :, None] + torch.arange(p.tokens, device=drawn.device)
-    proposed = state.path.gather(1, following.clamp(0, state.path.shape[1] - 1).long()).flatten()
-    stands = torch.rand(len(drawn), device=drawn.device) < rate
-    return torch.where(stands, proposed, torch.where(drawn == proposed, (drawn + 1) % 2, drawn))
