@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,11 +106,10 @@ def test_sequences_without_a_place_in_a_draft_s_cache_are_not_drafted_for(
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_prompt_of_one_token_is_no_decoding(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_of_one_token_is_no_decoding(models: dict[str, Path]) -> None:
     """Sparse rungs run prompts with all rows, so the device's rounds, whose tokens are all generated ones, leave it to the host."""
     llm = make_llm(models, "plain")
-    rounds, rounds_run = llm.engine._executor._rounds, []  # type: ignore[attr-defined]
-    run = rounds.run
-    monkeypatch.setattr(rounds, "run", lambda *some, **keywords: rounds_run.append(some) or run(*some, **keywords))
-    llm.generate([[7]], replace(GREEDY, max_tokens=3))
-    assert len(rounds_run) == 2
+    rounds = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    with patch.object(rounds, "run", wraps=rounds.run) as run:
+        llm.generate([[7]], replace(GREEDY, max_tokens=3))
+    assert run.call_count == 2
