@@ -100,6 +100,10 @@ def open_shape(shape: str, seed: int = 0, device: torch.device = CPU) -> Checkpo
 def _read(shape: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(shape).read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"no shape {shape!r}, and no such file: give the path of a config.json, or one of {', '.join(SHAPES)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"no shape {shape!r} ({error}): give the path of a config.json, or one of {', '.join(SHAPES)}") from error
     if not isinstance(config, dict):

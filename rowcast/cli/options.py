@@ -69,7 +69,9 @@ Calibration = Annotated[
 
 Eager = Annotated[
     bool,
-    typer.Option("--eager", help="Launch a GPU's passes call by call, not as captured graphs.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--eager", help="Launch a GPU's passes call by call, not as captured graphs; a CPU has none.", rich_help_panel=_MODEL
+    ),
 ]
 
 Temperature = Annotated[

@@ -26,7 +26,7 @@ Cut = Literal["top", "threshold"]
 """Each token's best neurons, as many for every token; or those that score above a calibrated threshold, as many on average."""
 Head = Literal["full", "hire"]
 """All rows of the LM head; or a few bits of them and exact rows for the likeliest tokens (`sparse.lm_head`)."""
-Bits = Literal[8, 4]
+Bits = Literal[4, 8]
 """All weights, rounded to so many bits when the model is loaded (`lowbit_weights`)."""
 
 MOST_GAMMA = 64
