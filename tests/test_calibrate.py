@@ -29,6 +29,7 @@ from rowcast.calibration.text import Windows, read_text, read_windows
 from rowcast.calibration.training import train
 from rowcast.cli import main
 from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.kernels.linear import backend
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.safetensors_file import read_metadata
@@ -363,18 +364,19 @@ def test_a_finished_calibration_of_another_model_is_not_overwritten(calibrated: 
 
 
 def test_presets_are_judged_as_they_will_run(model: Path, text: Path, tmp_path: Path) -> None:
-    """At the density that --bytes chose; in 16 bits on a CPU, whose LM head is not held in rows, with all of it."""
-    for dtype, lm in (("float32", "lm=hire"), ("bfloat16", "by=q4")):
+    """At the density that --bytes chose; where the LM head is not held in rows, as in 16 bits on a CPU that packs it, with all of it."""
+    for dtype in ("float32", "bfloat16"):
+        in_rows = dtype == "float32" or backend(torch.device("cpu"), torch.bfloat16) == "torch"
         made = calibrate(model, [text], tmp_path / dtype, replace(SMALL, bytes_share=0.7, train_steps=0), dtype=dtype)
         density = made.description["density"]
         assert density not in (0.5, *SHOWN)
         here = Circumstances(max_context=128, kv_bytes_per_token=0, pass_bytes=lambda _: 1, calibrated=offered(made))
         for name in ("hire", "dejavu"):
             [rung] = resolve(name, here, mode="approximate")[0].rungs
-            had = str(rung if dtype == "float32" else replace(rung, lm="full"))
+            had = str(rung if in_rows else replace(rung, lm="full"))
             assert f"mlp={density}" in had and had in made.description["quality"]
-        assert any(lm in rung for rung in made.description["quality"])
-        assert ("lm_head_share" in made.description) == (dtype == "float32")
+        assert any(("lm=hire" if in_rows else "by=q4") in rung for rung in made.description["quality"])
+        assert ("lm_head_share" in made.description) == in_rows
 
 
 def test_a_fixed_density_is_judged_by_other_windows_than_it_is_chosen_by(
