@@ -364,7 +364,7 @@ def test_a_finished_calibration_of_another_model_is_not_overwritten(calibrated: 
 
 
 def test_presets_are_judged_as_they_will_run(model: Path, text: Path, tmp_path: Path) -> None:
-    """At the density that --bytes chose; where the LM head is not held in rows, as in 16 bits on a CPU that packs it, with all of it."""
+    """At the density that --bytes chose; with all of the LM head where it is not held in rows, as in 16 bits on a CPU that packs it."""
     for dtype in ("float32", "bfloat16"):
         in_rows = dtype == "float32" or backend(torch.device("cpu"), torch.bfloat16) == "torch"
         made = calibrate(model, [text], tmp_path / dtype, replace(SMALL, bytes_share=0.7, train_steps=0), dtype=dtype)
