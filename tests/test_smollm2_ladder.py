@@ -75,5 +75,5 @@ def test_in_16_bits_outputs_part_at_near_ties_only(ladder: str) -> None:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if at is not None:
             logprobs = (reference.outputs[0].logprobs or [])[at]
-            # At most one step of a bfloat16 logit from 32 on: neighbours lie that far apart, and a CPU without 16-bit products parts there.
+            # One step of a bfloat16 logit from 32 on: a CPU without 16-bit products parts between such neighbours.
             assert logprobs[theirs[at]].logprob - logprobs[ours[at]].logprob <= NEAR_TIE_16_BITS, (prompt[:30], at)
