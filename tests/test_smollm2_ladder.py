@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rowcast import LLM, RequestOutput, SamplingParams
+from rowcast.kernels.linear import backend
 
 NOVEL = (Path(__file__).parent / "data/news-from-nowhere.txt").read_text(encoding="utf-8")
 CODE = "".join(
@@ -75,5 +77,7 @@ def test_in_16_bits_outputs_part_at_near_ties_only(ladder: str) -> None:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if at is not None:
             logprobs = (reference.outputs[0].logprobs or [])[at]
-            # One step of a bfloat16 logit from 32 on: a CPU without 16-bit products parts between such neighbours.
-            assert logprobs[theirs[at]].logprob - logprobs[ours[at]].logprob <= NEAR_TIE_16_BITS, (prompt[:30], at)
+            gap = logprobs[theirs[at]].logprob - logprobs[ours[at]].logprob
+            # Neighbouring bfloat16 logits from 32 on lie just so far apart; without 16-bit products a CPU parts between them, too.
+            packed = backend(torch.device("cpu"), torch.bfloat16) == "onednn-packed"
+            assert gap < NEAR_TIE_16_BITS or (gap == NEAR_TIE_16_BITS and not packed), (prompt[:30], at)
