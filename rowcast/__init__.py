@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rowcast.errors import OutOfMemoryError, UserError
+    from rowcast.cluster.llm import LLM
+    from rowcast.errors import GangError, OutOfMemoryError, UserError
     from rowcast.placement.plan import Plan
     from rowcast.runtime.ladder.spec import Ladder, Rung
-    from rowcast.runtime.llm import LLM
     from rowcast.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
     from rowcast.runtime.params import SamplingParams
 
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "GangError",
     "Ladder",
     "OutOfMemoryError",
     "Plan",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "LLM": "rowcast.runtime.llm",
+    "LLM": "rowcast.cluster.llm",
     "SamplingParams": "rowcast.runtime.params",
     "RequestOutput": "rowcast.runtime.outputs",
     "CompletionOutput": "rowcast.runtime.outputs",
@@ -43,6 +44,7 @@ _HOME = {
     "Rung": "rowcast.runtime.ladder.spec",
     "UserError": "rowcast.errors",
     "OutOfMemoryError": "rowcast.errors",
+    "GangError": "rowcast.errors",
 }
 
 

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a caller may want to tell apart."""
+"""The kinds of failure that a caller may want to tell apart."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class UserError(ValueError):
 
 class OutOfMemoryError(UserError):
     """The model, its KV cache or a request needs more memory than the budget allows."""
+
+
+class GangError(RuntimeError):
+    """The ranks of a model failed again and again: no request is answered any more. One sentence; the cause is chained."""

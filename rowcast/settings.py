@@ -42,6 +42,12 @@ def _threads(text: str) -> int:
     return int(text)
 
 
+def _folder(text: str) -> str:
+    if not text:
+        raise ValueError("the path of a folder")
+    return text
+
+
 def _setting(default: T, parse: Callable[[str], T], doc: str) -> T:
     """`parse` raises ValueError with what it expects."""
     return field(default=default, metadata={"parse": parse, "doc": doc})
@@ -51,11 +57,18 @@ def _setting(default: T, parse: Callable[[str], T], doc: str) -> T:
 class Settings:
     """One field a variable: `cpu_pack` is ROWCAST_CPU_PACK."""
 
+    cache: str | None = _setting(
+        None, _folder, "Folder for what was measured of this machine; unset: rowcast in $XDG_CACHE_HOME or ~/.cache."
+    )
     cpu_pack: bool = _setting(True, _switch, "1: repack CPU weights for oneDNN while loading; 0: use torch's plain linear.")
     cpu_native: bool = _setting(
         True, _switch, "1: use the C++ kernels for a few tokens where they were built; 0: torch's products."
     )
     gpu_kernels: bool = _setting(True, _switch, "1: use the Triton kernels on a GPU; 0: torch's products and attention.")
+    gpu_overlap: bool = _setting(True, _switch, "1: a GPU starts a kernel while the one before it ends; 0: one after another.")
+    gpu_rounds: bool = _setting(
+        True, _switch, "1: whole rounds of a ladder run on a GPU, where they can; 0: the host drives every pass."
+    )
     log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
     threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is first importe
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Read when kernels are decorated: without a GPU they run in Triton's interpreter.
+    if find_spec("triton") is not None:
+        from triton_interpreting import remember_what_does_not_change
+
+        remember_what_does_not_change()
 for name in [name for name in os.environ if name.startswith("ROWCAST_")]:
     del os.environ[name]
 

@@ -32,14 +32,14 @@ from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels.linear import backend
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import open_checkpoint
-from rowcast.runtime.checkpoint.safetensors_file import read_metadata
+from rowcast.runtime.checkpoint.safetensors_header import read_metadata
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.feasible import offered
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Rung
-from rowcast.runtime.planning import offered
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons

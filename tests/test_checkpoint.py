@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 
-from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, gguf_source, open_checkpoint, ranged_file
+from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, gguf_source, open_checkpoint, slices
 from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import llama3_divisors
 from rowcast.runtime.checkpoint.gguf_quants import GGML_TYPES
-from rowcast.runtime.checkpoint.safetensors_file import DTYPES, SafetensorsSource, read_header
+from rowcast.runtime.checkpoint.safetensors_file import DTYPES, SafetensorsSource
+from rowcast.runtime.checkpoint.safetensors_header import read_header
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.model import load_decoder
@@ -125,7 +126,7 @@ def test_any_slice_into_any_out(data: st.DataObject, stage: int, matrices: tuple
         canvas = torch.full((2 * len(expected) + 1, expected.shape[1] + 3), 7.0, dtype=dtype)[:, 2:-1]
     out = canvas[1::2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranged_file, "STAGE_BYTES", stage)
+        patch.setattr(slices, "STAGE_BYTES", stage)
         assert source.read(name, rows, cols, out=out) is out
     assert torch.equal(out, expected.to(dtype))
     assert bool((canvas[::2] == 7).all()), "memory beside the slice was written"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tokenizers
@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerFast
 import rowcast.cli
 from rowcast import LLM, SamplingParams
 from rowcast.bench.latency import PeakMemory
-from rowcast.cli import options
+from rowcast.cli import calibrate, options
 from rowcast.cli.output import print_statistics
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
-from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.ladder.spec import Ladder, ScorerName
 from rowcast.runtime.outputs import RequestOutput, RequestStats
 from rowcast.runtime.step import RungCounts
 
@@ -142,21 +142,45 @@ def mute_dir(model_dir: Path) -> Path:
 # What needs no model
 
 
-def test_default_model() -> None:
+def test_names_that_the_command_line_repeats() -> None:
     assert options.DEFAULT_MODEL == DEFAULT_MODEL
+    assert get_args(calibrate.ScorerName) == get_args(ScorerName)
+
+
+ONE_COMMAND = """
+import typer
+
+app = typer.Typer(add_completion=False)
+
+@app.command()
+def greet(name: str = "you") -> None:
+    "Say hello."
+
+app(["--help"], standalone_mode=False)
+"""
 
 
 def test_help_is_quick_and_light() -> None:
+    """Beside what typer and rich take to show one command: about 1.3 times that, and 1.8 times with NumPy."""
     heavy = "[m for m in ('torch', 'transformers', 'numpy') if m in sys.modules]"
     code = f"import sys, rowcast.cli as c; c.main(['--help']); print({heavy})"
-    seconds = []
-    for _ in range(3):
+
+    def cpu_s(code: str) -> tuple[float, str]:
+        """CPU time, since other work on the machine does not count, and standard output."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-        assert found.stdout.splitlines()[-1] == "[]"
-    assert min(seconds) < 0.3  # CPU time: other work on the machine does not count.
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, found.stdout
+
+    ours, least = [], []
+    for _ in range(5):  # in turn: a slower spell of the machine meets both
+        seconds, out = cpu_s(code)
+        assert out.splitlines()[-1] == "[]"
+        ours.append(seconds)
+        seconds, out = cpu_s(ONE_COMMAND)
+        assert "Say hello." in out
+        least.append(seconds)
+    assert min(ours) < 1.6 * min(least)
 
 
 @pytest.mark.parametrize(

@@ -408,11 +408,15 @@ def test_room_bounds_the_uppermost_rung() -> None:
     assert controller.choose(0, batch=1, path=path(), room=3, left=500, allowed=[True]) == (3,)
 
 
-def test_choosing_for_64_sequences_costs_less_than_a_millisecond() -> None:
+def test_choosing_for_64_sequences_costs_little() -> None:
+    """At most three times what adding up 30,000 numbers takes, beside it; about as much where nothing else runs."""
     scene = Scene("ngram / draft:model=m / self:kv=128 / plain", [0.0, 0.1, 0.6, 1.0], always(0.6), [0.0, 0.1, 0.6], prompt=900)
     controller, world = scene.controller(), scene.world(0.1, 0)
-    out, spent, rounds = dict.fromkeys(range(64), 0), 0.0, 60
-    for _ in range(rounds):
+    out, spent, beside = dict.fromkeys(range(64), 0), 0.0, 0.0
+    for _ in range(60):
+        started = time.process_time()
+        sum(map(abs, range(30_000)))
+        beside += time.process_time() - started
         started = time.process_time()
         choices = {
             group: controller.choose(
@@ -422,7 +426,7 @@ def test_choosing_for_64_sequences_costs_less_than_a_millisecond() -> None:
         }
         spent += time.process_time() - started
         play(world, controller, choices, out)
-    assert spent < 1e-3 * rounds * 3  # a busy machine
+    assert spent < 3 * beside
 
 
 def test_times_between_and_beyond_what_was_measured() -> None:

@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 
 from rowcast.kernels.gpu import retrieval  # noqa: E402
 from rowcast.kernels.gpu.retrieval import choose_chunks, chunk_scores, summarise  # noqa: E402
-from rowcast.runtime.kv.summaries import Summaries, Summary  # noqa: E402
+from rowcast.runtime.kv.sizes import Summary  # noqa: E402
+from rowcast.runtime.kv.summaries import Summaries  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

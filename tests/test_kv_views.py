@@ -23,7 +23,7 @@ from rowcast.runtime.kv import (
     StreamingKV,
     Summary,
     choice_bytes,
-    selection,
+    sizes,
     why_not_streaming,
 )
 from rowcast.runtime.ladder.memory import selected_bytes, streaming_bytes
@@ -524,7 +524,7 @@ def test_a_choice_stays_within_its_work_space(
         full.commit(0, count)
     shown = []
     for work_bytes in (1, 1 << 30):
-        monkeypatch.setattr(selection, "WORK_BYTES", work_bytes)
+        monkeypatch.setattr(sizes, "WORK_BYTES", work_bytes)
         chosen = policy()
         view = SelectedKV(full, chosen, budget=budget, slots=1, room=3)
         assert view.admit(0)

@@ -15,7 +15,8 @@ from rowcast.runtime.kv import PagedKV, SelectedKV, SharedKV, Streaming, Streami
 from rowcast.runtime.protocols import KVView, WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.heads import HeadSelector
-from rowcast.runtime.sparse.lazy import LATE_TOKENS, LazyKV, late_bytes
+from rowcast.runtime.sparse.lazy import LazyKV
+from rowcast.runtime.sparse.sizes import LATE_TOKENS, late_bytes
 from rowcast.runtime.sparse.weights import SparseWeights
 
 FAMILIES: dict[str, dict[str, int]] = {

@@ -28,7 +28,8 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.ladder.spec import Rung
-from rowcast.runtime.lowbit_weights import LowBitWeights, rounded_bytes
+from rowcast.runtime.lowbit_sizes import rounded_bytes
+from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard

@@ -112,6 +112,12 @@ def test_a_step_holds_a_token_of_every_sequence() -> None:
         make(max_num_batched_tokens=7, max_num_seqs=8)
 
 
+def test_plans_name_parts_as_the_planner_does() -> None:
+    from rowcast.placement import groups, plan
+
+    assert plan.PARTS == groups.PARTS
+
+
 def test_files_round_trip(tmp_path: Path) -> None:
     for plan in (make(), make(needs=replace(NEEDS, adaptive=True, verification="maximal", draft_fingerprints=("d",)))):
         plan.save(tmp_path / "plan")
@@ -138,6 +144,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         msgpack.packb(content | {"verification": "sloppy"}),
         msgpack.packb(content | {"mode": "sloppy"}),
         msgpack.packb(content | {"format": 2}),
+        msgpack.packb(content | {"format": 3}),
+        msgpack.packb(content | {"spec": 5}),
+        msgpack.packb(content | {"fingerprint": ""}),
+        msgpack.packb(content | {"forecast": {}}),
         msgpack.packb(content | {"calibration": 5}),
         msgpack.packb(content | {"ladder": [1]}),
         msgpack.packb(content | {"lookahead": -1}),

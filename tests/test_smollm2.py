@@ -24,6 +24,7 @@ PROMPTS = [
     "<|im_start|>user\nName three uses of a brick.<|im_end|>\n<|im_start|>assistant\n",
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.8, seed=7, max_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,12 @@ def llm() -> LLM:
 def greedy(llm: LLM) -> list[RequestOutput]:
     """Each prompt alone."""
     return [llm.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def seeded(llm: LLM) -> list[RequestOutput]:
+    """All prompts at once."""
+    return llm.generate(PROMPTS, SEEDED)
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +83,16 @@ def test_a_batch_is_eight_requests_alone(llm: LLM, greedy: list[RequestOutput]) 
     llm.engine.check()
 
 
-def test_a_seeded_batch_is_eight_requests_alone(llm: LLM) -> None:
-    params = SamplingParams(temperature=0.8, seed=7, max_tokens=48)
-    alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in PROMPTS]
-    batched = [output.outputs[0] for output in llm.generate(PROMPTS, params)]
-    assert [b.token_ids for b in batched] == [a.token_ids for a in alone]
+def test_a_seeded_batch_is_eight_requests_alone(llm: LLM, seeded: list[RequestOutput]) -> None:
+    alone = [llm.generate(prompt, SEEDED)[0].outputs[0] for prompt in PROMPTS]
+    assert [b.outputs[0].token_ids for b in seeded] == [a.token_ids for a in alone]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_little_kv_memory_changes_nothing(llm: LLM, temperature: float) -> None:
-    params = SamplingParams(temperature=temperature, seed=7, max_tokens=48, ignore_eos=True)
-    expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
+@pytest.mark.parametrize("params", [replace(GREEDY, max_tokens=32), SEEDED], ids=["greedy", "seeded"])
+def test_little_kv_memory_changes_nothing(
+    llm: LLM, greedy: list[RequestOutput], seeded: list[RequestOutput], params: SamplingParams
+) -> None:
+    expected = [output.outputs[0].token_ids[:32] for output in (seeded if params is SEEDED else greedy)]
     small = LLM(plan=replace(llm.plan, num_blocks=14, kv_bytes=14 * 16 * llm.plan.kv_token_bytes))
     outputs = small.generate(PROMPTS, params)
     assert [output.outputs[0].token_ids for output in outputs] == expected

@@ -16,10 +16,9 @@ from tiny import tiny_model
 
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.errors import UserError
-from rowcast.runtime.banks import copied_bytes
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.sizes import expected_bytes
+from rowcast.runtime.sparse.sizes import copied_bytes, expected_bytes
 from rowcast.runtime.spec import layer_parameters
 
 VIEW = "chunk=4,sinks=4,recent=8"

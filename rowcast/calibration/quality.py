@@ -23,12 +23,13 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
+from rowcast.runtime.ladder.feasible import offered
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
-from rowcast.runtime.planning import offered
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import build_view, check_rung
+from rowcast.runtime.sparse.build import build_view
+from rowcast.runtime.sparse.checks import check_rung
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import load_tokenizer
 

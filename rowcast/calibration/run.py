@@ -30,7 +30,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import ScorerName
 from rowcast.runtime.progress import LoadProgress
 from rowcast.runtime.sparse.artefact import FORMAT, Calibration
-from rowcast.runtime.sparse.build import DIRECTIONS, check_scorer, needs_calibration
+from rowcast.runtime.sparse.checks import DIRECTIONS, check_scorer, needs_calibration
 from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead, directions
 from rowcast.runtime.spec import ModelSpec, parameter_count
 from rowcast.runtime.tokenizer import load_tokenizer

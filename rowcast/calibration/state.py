@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+from rowcast.runtime.checkpoint.safetensors_header import read_header
 from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
 
 STATE, SETTINGS, DRAFT, REPORT = "state", "settings.json", "draft", "report.html"

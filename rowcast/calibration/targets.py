@@ -11,12 +11,13 @@ from torch import Tensor
 from rowcast.calibration.evaluate import laws_of
 from rowcast.calibration.metrics import Laws
 from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.ladder.feasible import offered
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Rung, ScorerName
-from rowcast.runtime.planning import offered
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import build_view, check_rung
+from rowcast.runtime.sparse.build import build_view
+from rowcast.runtime.sparse.checks import check_rung
 from rowcast.runtime.sparse.sizes import expected_bytes
 
 DENSE = "dense"

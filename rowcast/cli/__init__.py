@@ -11,16 +11,18 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, calibrate, chat, env, eval, generate, options
+from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe
 from rowcast.errors import UserError
 from rowcast.settings import configure_logging
 
 app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
+app.command()(probe.probe)
 app.command()(env.env)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rowcast.cli import options
 from rowcast.cli.output import print_json
-from rowcast.runtime.ladder.spec import ScorerName
+
+ScorerName = Literal[
+    "q2", "q3", "q4", "q8", "lowrank", "dejavu", "gate", "oracle",
+    "q2-ahead", "q3-ahead", "q4-ahead", "q8-ahead", "lowrank-ahead", "dejavu-ahead",
+]  # fmt: skip
+"""`runtime.ladder.spec.ScorerName`, which every help would wait for."""
 
 
 def calibrate(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rowcast.cli import options
-from rowcast.cli.output import print_json, print_outputs, print_stream
+from rowcast.cli.output import print_json, print_outputs, print_plan_report, print_stream, with_plan
 from rowcast.errors import UserError
 
 
@@ -76,11 +76,14 @@ def generate(
 
     if as_json:
         for output in llm.iterate(prompts, params):
-            print_json(output.to_json())
+            print_json(with_plan(output.to_json(), llm.plan_report()))
     elif len(prompts) == 1 and n == 1:
         print_stream(llm.stream(prompts[0], params))
     else:
         print_outputs(llm.iterate(prompts, params))
+    report = llm.plan_report(remember=True)
+    if not as_json:
+        print_plan_report(report)
 
 
 def _read_file(path: Path) -> str:

@@ -89,10 +89,11 @@ _ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
         "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "device", "gpu_memory",
-        "host_memory", "max_model_len", "plan",
+        "host_memory", "max_model_len", "plan", "gpus", "link", "inter_node", "context", "prompt", "batch", "acceptance", "hit_rate",
+        "groups", "picture",
     )
-} | {"tensor_parallel_size": "--tp"}  # fmt: skip
-"""Arguments of `LLM` and the options that they come from."""
+} | {"tensor_parallel_size": "--tp", "tensor_parallel": "--tp"}  # fmt: skip
+"""Arguments of `LLM` and `plan_for`, and the options that they come from."""
 
 
 def as_typed(sentence: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rowcast.placement.report import PlanReport
     from rowcast.runtime.outputs import RequestOutput, RequestStats, StreamChunk
 
 SHOWN_POSITIONS = 8
@@ -59,6 +60,21 @@ def _rung(name: str, stats: RequestStats) -> str:
 
 def _print_bracketed(parts: Iterable[str]) -> None:
     print(f"[{'; '.join(parts)}]", file=sys.stderr)
+
+
+def with_plan(value: dict[str, Any], report: PlanReport | None) -> dict[str, Any]:
+    """A request's object with what the plan foretold, and what was measured up to its end, in `stats`; as it is without a report."""
+    if report is not None:
+        value["stats"]["plan"] = report.to_json()
+    return value
+
+
+def print_plan_report(report: PlanReport | None) -> None:
+    """On standard error, what a plan foretold beside what was measured; nothing without a report."""
+    if report is not None:
+        from rowcast.cli.plan_table import print_report
+
+        print_report(report, sys.stderr)
 
 
 def print_stream(chunks: Iterable[StreamChunk]) -> str:

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from rowcast.errors import UserError
 from rowcast.kernels import gpu, native, select
+from rowcast.kernels.lowbit_sizes import BLOCK as BLOCK
+from rowcast.kernels.lowbit_sizes import ELEMENTS_AT_ONCE
 from rowcast.kernels.rows import ACTIVATION_CODES, ACTIVATIONS, ffn, library_for_tables
 
-BLOCK = 64
 BITS = (2, 3, 4, 8)
 INPUT_ROUNDING = 2.0**-12
 """Bound of |x - x'| / |x| for the input x' that `product` multiplies by: 16-bit fixed point, one scale for 64 columns."""
-_ROWS_AT_ONCE, _ELEMENTS_AT_ONCE = 2048, 1 << 23
-"""In float32 at the same time, at most."""
-_WORK_BYTES = 16
-"""For each of these, in copies."""
+_ROWS_AT_ONCE = 2048
+"""In float32 at the same time, at most, beside `ELEMENTS_AT_ONCE`."""
 _CACHED_ELEMENTS = 1 << 20
 """Likewise while a CPU looks for scales: it goes over them dozens of times, from its cache."""
 _MOST_COLUMNS = 1 << 15
@@ -82,7 +81,7 @@ def quantise(weight: Tensor, bits: int, group: int = BLOCK) -> LowBit:
     padding = -columns % group
     codes = torch.empty(rows, (columns + padding) * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, (columns + padding) // group, dtype=torch.float16, device=weight.device)
-    piece = _rows_at_once(columns + padding, _CACHED_ELEMENTS if weight.device.type == "cpu" else _ELEMENTS_AT_ONCE)
+    piece = _rows_at_once(columns + padding, _CACHED_ELEMENTS if weight.device.type == "cpu" else ELEMENTS_AT_ONCE)
     for start in range(0, rows, piece):
         span = slice(start, start + piece)
         part = F.pad(weight[span].float(), (0, padding)).contiguous()
@@ -103,17 +102,6 @@ def stacked(parts: Sequence[LowBit]) -> LowBit:
 def dequantise(q: LowBit) -> Tensor:
     """The weight that the codes stand for: float32 [R, D]."""
     return torch.cat([part for _, part in _dequantised(q)])
-
-
-def stored_bytes(rows: int, columns: int, bits: int, group: int = BLOCK) -> int:
-    """`LowBit.bytes` of a weight [rows, columns]."""
-    groups = -(-columns // group)
-    return rows * groups * (group * bits // 8 + 2)
-
-
-def work_bytes(elements: int) -> int:
-    """Most that it takes, for a while, to round a weight of so many elements or to dequantise it for a product."""
-    return _WORK_BYTES * min(elements, _ELEMENTS_AT_ONCE)
 
 
 def product(
@@ -255,7 +243,7 @@ def _run(lib: CDLL, q: LowBit, x: Tensor, norms: Tensor | None, activation: int)
 
 def _dequantised(q: LowBit) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows, so that no second weight is ever whole in memory."""
-    middle, piece = ((1 << q.bits) - 1) / 2, _rows_at_once(q.padded, _ELEMENTS_AT_ONCE)
+    middle, piece = ((1 << q.bits) - 1) / 2, _rows_at_once(q.padded, ELEMENTS_AT_ONCE)
     for start in range(0, q.rows, piece):
         rows = slice(start, min(start + piece, q.rows))
         levels = _unpack(q.codes[rows], q.bits).float().sub_(middle).view(rows.stop - start, -1, q.group)

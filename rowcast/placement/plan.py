@@ -1,22 +1,23 @@
 """A plan: which rung runs where, and how every byte of each device's budget is used. Torch-free.
 
-The engine executes a plan and nothing else; without one it makes the all-resident plan (`resident`). Files are msgpack; `to_json`
-is for reading.
+The engine executes a plan and nothing else; without one it makes the all-resident plan (`resident`). The planner's plans foretell their
+speed, too (`forecast`). Files are msgpack (`plan_file`); `to_json` is for reading.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
-import msgpack
+from rowcast.placement import plan_file
+from rowcast.placement.forecast import LINKS, MEMORY_CLASSES, TIERS, DeviceMemory, Forecast, RungTime, Share, Stage
+from rowcast.placement.plan_file import Rule, WrongField
+from rowcast.placement.units import MAX_BYTES, format_bytes
+from rowcast.placement.workload import Input
 
-from rowcast.errors import UserError
-from rowcast.placement.units import format_bytes
-
-FORMAT = 3
+FORMAT = 4
 """Raised when a field changes its meaning; files of another format are refused."""
 
 VERIFICATIONS = ("coupled", "maximal")
@@ -34,9 +35,9 @@ class Plan:
 
     format: int = FORMAT
     fingerprint: str
-    """Of the weights that it was made for (`Source.fingerprint`)."""
+    """Of the weights that it was made for (`Source.fingerprint`); empty: any of `spec`, as it was made from a config alone."""
     draft_fingerprints: list[str]
-    """Likewise of the draft models in `ladder`, in its order."""
+    """Likewise of the draft models in `ladder`, in its order; digests of their shapes where `fingerprint` is empty."""
     ladder: list[str]
     """Rungs, cheapest first; the last decides."""
     calibration: str
@@ -78,6 +79,12 @@ class Plan:
     """KV of one position in all layers."""
     notes: list[str]
     """Why automatic choices came out as they did."""
+    spec: str = ""
+    """Digest of the model's shape."""
+    machine: str = ""
+    """What it was made for, in one line; empty: where it was made."""
+    forecast: Forecast | None = None
+    """What to expect of it; None where nobody asked."""
 
     @property
     def kv_tokens(self) -> int:
@@ -100,12 +107,12 @@ class Plan:
         return " / ".join(self.ladder)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan file."""
-        Path(path).write_bytes(msgpack.packb(asdict(self)))
+        """Write the plan file. Raises UserError where that cannot be."""
+        plan_file.write(path, asdict(self))
 
     def to_json(self) -> str:
         """The same content to read, indented."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(asdict(self), indent=2, allow_nan=False)
 
     def summary(self) -> str:
         """One line: what takes how much."""
@@ -121,48 +128,80 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan file. Raises UserError when there is none, it is damaged, or of another version."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the plan file {path}: {error.strerror}") from error
-        try:
-            content = msgpack.unpackb(data)
-        except Exception as error:
-            raise UserError(f"{path} is not a plan file: write one with Plan.save") from error
-        return Plan._from_content(path, content)
+        """Read a plan file. Raises UserError when there is none, and for one that is foreign, damaged or of another format."""
+        return Plan.decode(plan_file.read(path), path)
 
     @staticmethod
-    def _from_content(path: str | Path, content: Any) -> Plan:
-        names = {f.name for f in fields(Plan)}
-        if not isinstance(content, dict) or "format" not in content:
-            raise UserError(f"{path} is not a plan file: write one with Plan.save")
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{path} has plan format {content['format']!r}, this version reads format {FORMAT}: make the plan again"
-            )
-        if set(content) != names:
-            wrong = sorted(names ^ set(content))
-            raise UserError(f"{path} lacks or adds the plan fields {', '.join(map(str, wrong))}: make the plan again")
-        for name, kind in get_type_hints(Plan).items():
-            plain = {list[str]: list}.get(kind, kind)
-            if not isinstance(content[name], plain) or isinstance(content[name], bool) != (plain is bool):
-                raise UserError(
-                    f"{path}: the plan field {name} is {content[name]!r}, not of type {plain.__name__}: make the plan again"
-                )
-        plan = Plan(**content)
-        sizes = dict.fromkeys(("world", "max_context", "max_num_seqs", "max_batch_tokens", "block_size", "num_blocks"), 1)
-        for name, low in (sizes | {"lookahead": 0, "speculating_seqs": 0}).items():
-            if content[name] < low:
-                raise UserError(
-                    f"{path}: the plan field {name} is {content[name]}, at least {low} is needed: make the plan again"
-                )
-        for name in ("ladder", "draft_fingerprints", "notes"):
-            if not all(isinstance(text, str) for text in content[name]):
-                raise UserError(f"{path}: the plan field {name} does not hold texts only: make the plan again")
-        for name, known in (("verification", VERIFICATIONS), ("mode", MODES), ("dtype", tuple(DTYPE_BYTES))):
-            if content[name] not in known:
-                raise UserError(
-                    f"{path}: the plan field {name} is {content[name]!r:.60}, not one of {', '.join(known)}: make the plan again"
-                )
+    def decode(data: bytes, path: str | Path) -> Plan:
+        """Likewise from a file's bytes; `path` is for the errors' sentences."""
+        content = plan_file.decode(data, path, FORMAT)
+        try:
+            plan = plan_file.build(Plan, content, _RULES)
+            _check_whole(plan)
+        except WrongField as error:
+            raise plan_file.damaged(path, str(error)) from error
         return plan
+
+
+PARTS = ("attention", "neurons", "LM head", "embeddings", "KV")
+"""Of a model, as `Share` names them."""
+
+_SIZE = Rule(most=MAX_BYTES)
+_COUNT, _ONE_AT_LEAST = Rule(most=1 << 40), Rule(least=1, most=1 << 40)
+
+_RULES: dict[tuple[type, str], Rule] = {
+    **{(Plan, name): _ONE_AT_LEAST for name in ("max_context", "max_num_seqs", "max_batch_tokens", "block_size", "num_blocks")},
+    **{(Plan, name): _COUNT for name in ("lookahead", "speculating_seqs")},
+    **{
+        (Plan, f"{name}_bytes"): _SIZE
+        for name in ("budget", "weight", "rung_weight", "kv", "rung_kv", "work", "pass", "kv_token")
+    },
+    (Plan, "world"): Rule(least=1, most=1 << 16),
+    (Plan, "verification"): Rule(among=VERIFICATIONS),
+    (Plan, "mode"): Rule(among=MODES),
+    (Plan, "dtype"): Rule(among=tuple(DTYPE_BYTES)),
+    **{(Forecast, name): _ONE_AT_LEAST for name in ("tensor_parallel", "pipeline_stages", "context", "prompt", "batch")},
+    (Forecast, "bottleneck"): Rule(among=LINKS),
+    (Forecast, "bottleneck_share"): Rule(most=1),
+    (Forecast, "gap"): Rule(least=-1, most=1),  # Below 0 by rounding.
+    (DeviceMemory, "budget_bytes"): _SIZE,
+    (DeviceMemory, "classes"): Rule(among=MEMORY_CLASSES, most=MAX_BYTES),
+    (RungTime, "bound_by"): Rule(among=LINKS),
+    (Stage, "bytes"): Rule(among=LINKS),
+    (Stage, "seconds"): Rule(among=LINKS),
+    (Share, "part"): Rule(among=PARTS),
+    (Share, "layer"): Rule(least=-1),
+    (Share, "tier"): Rule(among=TIERS),
+    (Share, "bytes"): _SIZE,
+    (Input, "value"): Rule(least=-1e300),
+}
+"""Of fields that take less than any text or any number from 0."""
+
+
+def _check_whole(plan: Plan) -> None:
+    """What fields have to do with one another. Raises WrongField."""
+    if not plan.ladder:
+        raise WrongField("ladder is empty")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", plan.device):
+        raise WrongField(f"device is {plan_file.shown(plan.device)}, not cpu or cuda")
+    if not (plan.fingerprint or plan.spec):
+        raise WrongField("fingerprint and spec are both empty, so it is of no model")
+    if plan.margin_bytes < 0:
+        used = plan.budget_bytes - plan.margin_bytes
+        raise WrongField(f"budget_bytes is {plan.budget_bytes}, less than the {used} that it takes")
+    if plan.forecast is not None:
+        _check_forecast(plan.forecast)
+
+
+def _check_forecast(forecast: Forecast) -> None:
+    least, most = forecast.tokens_per_s_range if len(forecast.tokens_per_s_range) == 2 else (1.0, 0.0)
+    if least > most:
+        raise WrongField("forecast.tokens_per_s_range is not a least and a most")
+    for memory in forecast.memory:
+        if sum(memory.classes.values()) != memory.budget_bytes:
+            raise WrongField(
+                f"forecast.memory of {memory.device!r:.40} does not add up to its budget of {memory.budget_bytes} bytes"
+            )
+    for share in forecast.shares:
+        if share.first + share.count > share.of:
+            raise WrongField(f"forecast.shares has groups {share.first} to {share.first + share.count} of {share.of}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import DTYPE_BYTES, Plan
 from rowcast.placement.units import format_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
+
+BLOCK_SIZE = 16
+"""KV entries in a block, unless the caller says otherwise."""
+
+MAX_BATCH_TOKENS = 2048
+"""Tokens of a step, likewise."""
 
 MAX_NUM_SEQS = 64
 """Sequences that run at the same time, unless the caller says otherwise."""
@@ -34,6 +40,9 @@ SPECULATION_SHARE = 4
 ROUND_SEQS = 64
 """Sequences of one round on the device."""
 
+_SUM_ROWS = 4
+"""Of a step's hidden states, those that a sum over ranks holds at once: all ranks' parts, or pieces of them, and the sum in float32."""
+
 _SPLIT, _MOST_SPLITS = 256, 128
 """Entries of a context that one part of an attention's sum is of at least, and most such parts."""
 
@@ -44,6 +53,20 @@ _GRAPHS_BYTES = 64 << 20
 def round_rows(max_num_seqs: int) -> int:
     """Rows of a round on the device for so many sequences: rounded up to a power of two."""
     return 1 << (min(max_num_seqs, ROUND_SEQS) - 1).bit_length()
+
+
+def rank_share(spec: ModelSpec, world: int) -> ModelSpec:
+    """What the fullest of `world` tensor-parallel ranks holds, as a model of its own to be counted: its heads, neurons and rows of the
+    vocabulary. KV heads that are fewer than ranks are held by several."""
+    if world == 1:
+        return spec
+    return replace(
+        spec,
+        vocab_size=-(-spec.vocab_size // world),
+        num_heads=spec.num_heads // world,
+        num_kv_heads=max(1, spec.num_kv_heads // world),
+        intermediate_size=-(-spec.intermediate_size // world),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,14 +126,16 @@ def resident_plan(
     head_copy_bytes: int = 0,
     max_model_len: int | None = None,
     max_num_seqs: int | None = None,
-    max_num_batched_tokens: int = 2048,
-    block_size: int = 16,
+    max_num_batched_tokens: int = MAX_BATCH_TOKENS,
+    block_size: int = BLOCK_SIZE,
     needs: LadderNeeds = PLAIN,
     notes: tuple[str, ...] = (),
+    world: int = 1,
 ) -> Plan:
     """Weights first, then work space, then the lower rungs' caches, then as much KV as `max_num_seqs` full contexts can use or the
     budget allows.
 
+    Of one of `world` ranks, which the budget, `head_copy_bytes` and `needs` are of, too; `spec` is the whole model.
     `head_copy_bytes`: what a second, re-ordered copy of a tied LM head takes. `max_model_len` None: the model's own, shortened by the
     KV memory if that is smaller. Raises OutOfMemoryError when the budget cannot hold weights, lower rungs for one sequence and
     `max_model_len` tokens (one block if None), and UserError for values out of range.
@@ -134,8 +159,9 @@ def resident_plan(
             "token of each sequence: raise the one or lower the other"
         )
     width = DTYPE_BYTES[dtype]
-    weights = parameter_count(spec) * width + head_copy_bytes - needs.spared_bytes
-    token_bytes = kv_bytes_per_token(spec, width)
+    share = rank_share(spec, world)
+    weights = parameter_count(share) * width + head_copy_bytes - needs.spared_bytes
+    token_bytes = kv_bytes_per_token(share, width)
     block_bytes = token_bytes * block_size
     paged_bytes = block_bytes + needs.block_bytes
     context = max_model_len or spec.max_context
@@ -145,9 +171,18 @@ def resident_plan(
     seqs = min(max_num_seqs, MAX_SPECULATING_SEQS) if needs.lookahead else 0
     while True:
         caches = seqs * needs.slot_bytes + max_num_seqs * needs.query_bytes
-        work = _work_bytes(
-            spec, width, max_num_seqs, max_num_batched_tokens, context, needs, max_num_seqs if needs.anyone else seqs
+        work = work_bytes(
+            share,
+            width,
+            max_num_seqs,
+            max_num_batched_tokens,
+            context,
+            needs,
+            max_num_seqs if needs.anyone else seqs,
+            spec.vocab_size,
         )
+        if world > 1:
+            work += _SUM_ROWS * max_num_batched_tokens * spec.hidden_size * width
         rest = after_weights - work - caches
         if seqs <= 1 or (rest >= needed * paged_bytes and caches <= after_weights // SPECULATION_SHARE):
             break
@@ -157,8 +192,8 @@ def resident_plan(
         lower = {f"the rungs of {' / '.join(needs.ladder)}": needs.weight_bytes + caches}
         raise _too_little(budget_bytes, device, {"weights": weights, "work space": work, **lower, **kv})
     blocks = min(max_num_seqs * context_blocks, rest // paged_bytes)
-    if device == "cpu" and blocks * block_bytes > CPU_KV_BYTES:
-        blocks = min(blocks, max(context_blocks, CPU_KV_BYTES // block_bytes))
+    if device == "cpu" and blocks * block_bytes > CPU_KV_BYTES // world:
+        blocks = min(blocks, max(context_blocks, CPU_KV_BYTES // world // block_bytes))
     if blocks < context_blocks:
         chosen.append(f"context {blocks * block_size} instead of {context} tokens: the budget holds no more KV")
         context = blocks * block_size
@@ -172,7 +207,7 @@ def resident_plan(
         mode=needs.mode,
         dtype=dtype,
         device=device,
-        world=1,
+        world=world,
         max_context=context,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_num_batched_tokens,
@@ -186,7 +221,7 @@ def resident_plan(
         kv_bytes=blocks * block_bytes,
         rung_kv_bytes=blocks * needs.block_bytes + caches,
         work_bytes=work,
-        pass_bytes=pass_bytes(spec, width) if needs.pass_bytes is None else needs.pass_bytes,
+        pass_bytes=pass_bytes(share, width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=token_bytes,
         notes=chosen,
     )
@@ -210,15 +245,22 @@ def _too_little(budget: int, device: str, parts: dict[str, int]) -> OutOfMemoryE
     )
 
 
-def _work_bytes(
-    spec: ModelSpec, width: int, max_num_seqs: int, max_batch_tokens: int, context: int, needs: LadderNeeds, speculating: int
+def work_bytes(
+    spec: ModelSpec,
+    width: int,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    context: int,
+    needs: LadderNeeds,
+    speculating: int,
+    vocab_size: int | None = None,
 ) -> int:
     """Peak of what a step takes and gives back, and of the sampler's counts.
 
     Layers, of the largest model: residual stream and norms, fused QKV, MLP; one sequence's K/V of one layer, gathered; masks.
     Before them a view may choose its entries. In them a sparse rung scores neurons, and a table may be copied.
     Sampling: logits in parts, at least of one verification; laws of drafted tokens. Penalties: prompt and output counts of every
-    running sequence, with room to grow.
+    running sequence, with room to grow. `vocab_size`: of whole rows of logits, where `spec` is a rank's share.
     """
 
     def layers(model: ModelSpec) -> int:
@@ -227,7 +269,7 @@ def _work_bytes(
         gathered = context * 2 * model.num_kv_heads * model.head_dim
         return (max_batch_tokens * (4 * model.hidden_size + max(2 * qkv, mlp)) + gathered) * width + MASK_BYTES
 
-    vocabulary = spec.vocab_size
+    vocabulary = vocab_size or spec.vocab_size
     rows = max_num_seqs + speculating * needs.lookahead
     logits = min(max(LOGIT_ELEMENTS, (1 + needs.lookahead) * vocabulary), rows * vocabulary) * (width + LOGIT_BYTES)
     laws = 4 * speculating * needs.law_rows * vocabulary

@@ -10,7 +10,7 @@ import torch
 
 from rowcast.errors import OutOfMemoryError
 from rowcast.kernels import gpu
-from rowcast.placement.resident import pass_bytes, round_rows
+from rowcast.placement.resident import pass_bytes, rank_share, round_rows
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime.banks import BankWeights
@@ -19,9 +19,10 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
+from rowcast.runtime.kv.selection import policy
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
-from rowcast.runtime.ladder.memory import kept_queries, lazy, policy, summaries
+from rowcast.runtime.ladder.memory import kept_queries, lazy, summaries
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.ngram import NgramLookup
 from rowcast.runtime.ladder.rule import Rule
@@ -30,14 +31,15 @@ from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.planning import Planned
-from rowcast.runtime.progress import LoadProgress
-from rowcast.runtime.protocols import KVView, WeightView
+from rowcast.runtime.progress import LoadProgress, Report
+from rowcast.runtime.protocols import Comm, Decisions, KVView, WeightView
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.build import build_view
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters, parameter_count
 from rowcast.runtime.weights import DenseWeights
+from rowcast.settings import settings
 
 if TYPE_CHECKING:
     from rowcast.runtime.device_round.rounds import DeviceRounds
@@ -48,18 +50,31 @@ MakeRule = Callable[[Sampler], Rule]
 
 
 def assemble(
-    planned: Planned, checkpoint: Checkpoint, spec: ModelSpec, *, make_rule: MakeRule, progress: bool | None, eager: bool = False
+    planned: Planned,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    make_rule: MakeRule,
+    progress: bool | None,
+    eager: bool = False,
+    comm: Comm | None = None,
+    decisions: Decisions | None = None,
+    report: Report | None = None,
 ) -> LocalExecutor:
     """The executor of a plan: reads the weights of `checkpoint` and of the drafts, allocates all caches.
 
     `eager`: a GPU's passes are launched one call at a time, not as captured graphs. `progress`: show a bar; None: if standard error is
-    a terminal. Raises UserError for damaged weights, OutOfMemoryError where the device has less memory than the plan takes.
+    a terminal; `report` is told, too. `comm` (None: alone) says which rank's share of the model this is; drafts, which are small, are
+    whole on every rank. Several ranks need `decisions`. Raises UserError for damaged weights, OutOfMemoryError where the device has
+    less memory than the plan takes.
     """
     plan = planned.plan
     device, _ = devices.choose_device(plan.device)
     devices.hold_to_budget(device, plan.budget_bytes)
     try:
-        return _Assembly(planned, spec, device).executor(checkpoint, make_rule, progress, eager)
+        return _Assembly(planned, spec, device, comm or SoloComm(), decisions).executor(
+            checkpoint, make_rule, progress, eager, report
+        )
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -77,22 +92,29 @@ _WeightsKey = str | Rung | None
 class _Assembly:
     """The views are made first: what is wrong with a rung is known before any weights are read."""
 
-    def __init__(self, planned: Planned, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(self, planned: Planned, spec: ModelSpec, device: torch.device, comm: Comm, decisions: Decisions | None) -> None:
         self._plan, self._ladder, self._drafts = planned.plan, planned.ladder, planned.drafts
         self._calibration = planned.calibration
-        self._comm = SoloComm()
+        self._comm, self._shard = comm, Shard(comm.rank, comm.world)
+        self._decisions = decisions
         self._spec = spec
         self._device = device
         self._dtype = devices.DTYPES[planned.plan.dtype]
         self._full = self._paged(
-            spec, keep_queries=kept_queries(self._ladder), summaries=summaries(self._ladder), lazy=lazy(self._ladder, spec)
+            spec,
+            self._shard,
+            keep_queries=kept_queries(self._ladder),
+            summaries=summaries(self._ladder),
+            lazy=lazy(self._ladder, spec),
         )
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
 
-    def executor(self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None, eager: bool) -> LocalExecutor:
+    def executor(
+        self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None, eager: bool, report: Report | None
+    ) -> LocalExecutor:
         ladder = self._ladder
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
-        decoders = self._decoders(checkpoint, progress)
+        decoders = self._decoders(checkpoint, progress, report)
         runners = [
             self._runner(rung, name, decoders[_weights(rung)])
             for rung, name in zip(ladder.rungs, ladder.names, strict=True)
@@ -111,13 +133,17 @@ class _Assembly:
             rule=rule,
             controller=controller if lower else None,
             rounds=self._rounds(lower, runners[-1], sampler, rule, eager),
+            decisions=self._decisions,
         )
 
     def _rounds(
         self, lower: list[Runner | Lookup], top: ModelRunner, sampler: Sampler, rule: Rule, eager: bool
     ) -> DeviceRounds | None:
         """Rounds that the device runs by itself, where it can."""
-        if not gpu.serves(self._device):
+        if not gpu.serves(self._device) or not settings().gpu_rounds:
+            return None
+        if self._comm.world > 1:
+            log.info("rounds are driven by the host: there are %s ranks", self._comm.world)
             return None
         from rowcast.runtime.device_round.rounds import DeviceRounds
 
@@ -133,7 +159,7 @@ class _Assembly:
     def _spec_of(self, rung: Rung) -> ModelSpec:
         return self._spec if rung.model is None else self._drafts[rung.model].spec
 
-    def _decoders(self, checkpoint: Checkpoint, progress: bool | None) -> dict[_WeightsKey, Decoder]:
+    def _decoders(self, checkpoint: Checkpoint, progress: bool | None, report: Report | None) -> dict[_WeightsKey, Decoder]:
         keys = {_weights(rung) for rung in self._views}
         sparse = [key for key in keys if isinstance(key, Rung) and key.sparse]
         low_bit = {key: key.bits for key in keys if isinstance(key, Rung) and key.bits is not None}
@@ -142,16 +168,17 @@ class _Assembly:
         dense = None in keys and not on_gpu
         whole_view = BankWeights if on_gpu else DenseWeights
         width = self._dtype.itemsize
-        sizes = [parameter_count(draft.spec) for draft in self._drafts.values()] + [parameter_count(self._spec)]
+        share, solo = rank_share(self._spec, self._comm.world), SoloComm()
+        sizes = [parameter_count(draft.spec) for draft in self._drafts.values()] + [parameter_count(share)]
         if dense and sparse:
-            sizes.append(self._spec.num_layers * layer_parameters(self._spec))
+            sizes.append(share.num_layers * layer_parameters(share))
         if dense and low_bit and not sparse:
-            sizes += [self._spec.num_layers * layer_parameters(self._spec)] * len(low_bit)
+            sizes += [share.num_layers * layer_parameters(share)] * len(low_bit)
         views: dict[_WeightsKey, WeightView] = {}
-        with LoadProgress(checkpoint.path.name, sum(sizes) * width, progress) as bar:
+        with LoadProgress(checkpoint.path.name, sum(sizes) * width, progress, report) as bar:
             how: dict[str, Any] = {"dtype": self._dtype, "device": self._device, "progress": bar.advance}
             for name, draft in self._drafts.items():
-                views[name] = whole_view(draft.spec, draft.checkpoint.source, self._comm, **how)
+                views[name] = whole_view(draft.spec, draft.checkpoint.source, solo, **how)
             outer = banks = None
             if dense:
                 whole = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
@@ -166,7 +193,7 @@ class _Assembly:
                     continue
                 rounded = views[key] = LowBitWeights.load(self._spec, checkpoint.source, self._comm, bits, outer=outer, **how)
                 outer = rounded.outer
-        return {key: Decoder(views[key], self._comm, self._device) for key in keys}
+        return {key: Decoder(views[key], solo if key in self._drafts else self._comm, self._device) for key in keys}
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
@@ -188,6 +215,8 @@ class _Assembly:
 
     def _bytes_read(self, rung: Rung, entries: int) -> int:
         spec, width = self._spec_of(rung), self._dtype.itemsize
+        if rung.kind != "draft":
+            spec = rank_share(spec, self._comm.world)
         weights = pass_bytes(spec, width) if rung.kind == "draft" else expected_bytes(spec, rung, width, self._calibration)
         return weights + min(entries, rung.kv or entries) * kv_bytes_per_token(spec, width)
 
@@ -197,7 +226,7 @@ class _Assembly:
         spec = self._spec_of(rung)
         if rung.kv is None:
             if rung.kind == "draft":
-                return self._paged(spec)
+                return self._paged(spec, Shard())
             return SharedKV(self._full, lazy=sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1)
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
         if rung.retrieves and gpu.serves(self._device):
@@ -235,11 +264,11 @@ class _Assembly:
         )
 
     def _paged(
-        self, spec: ModelSpec, *, keep_queries: int = 0, summaries: Collection[Summary] = (), lazy: bool = False
+        self, spec: ModelSpec, shard: Shard, *, keep_queries: int = 0, summaries: Collection[Summary] = (), lazy: bool = False
     ) -> PagedKV:
         return PagedKV(
             spec,
-            Shard(),
+            shard,
             num_blocks=self._plan.num_blocks,
             block_size=self._plan.block_size,
             dtype=self._dtype,

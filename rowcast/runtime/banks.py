@@ -4,7 +4,7 @@ Neurons stand in an order of their own, a seeded permutation, which changes no o
 alike). `BankWeights` runs all rows; sparse views choose some.
 
 Few tokens go through the row kernels, many through library products, for which a table that is not contiguous is copied
-(`copied_bytes`). In 16 bits the two round differently: scores that nearly tie may change their order with the number of tokens.
+(`sparse/sizes.py`). In 16 bits the two round differently: scores that nearly tie may change their order with the number of tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ from rowcast.runtime.weights import HeadSplit, Outer, plus
 
 FEW_TOKENS = 16
 """Up to so many tokens the row kernels run all rows, too; above, library products do."""
-
-
-def copied_bytes(spec: ModelSpec, width: int) -> int:
-    """Most that a library product copies at once: a layer's up, down or output table. `width`: bytes of an element."""
-    return max(spec.intermediate_size, spec.num_heads * spec.head_dim) * spec.hidden_size * width
 
 
 def product(table: Tensor, x: Tensor, bias: Tensor | None = None, ids: Tensor | None = None) -> Tensor:

@@ -67,6 +67,11 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min([*found, *_control_group_bytes(Path("/sys/fs/cgroup"))]))
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory of a GPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def _control_group_bytes(root: Path) -> list[int]:
     """What this process's control group (version 2, or 1) still allows; empty without a limit. Cached file pages count as free."""
     for folder, limit, used, inactive in (
@@ -102,5 +107,5 @@ def hold_to_budget(device: torch.device, budget: int) -> None:
     """From now on torch refuses to take more of the GPU than `budget` bytes beyond what it holds. Nothing to do on a CPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated(device) + budget) / total), device)
+        share = (torch.cuda.memory_allocated(device) + budget) / total_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)

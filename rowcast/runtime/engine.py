@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -12,11 +13,12 @@ from rowcast.placement.units import format_bytes
 from rowcast.runtime.detokenizer import Detokenizer
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
+from rowcast.runtime.pace import Pace
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.request import Request, Sequence
 from rowcast.runtime.scheduler import Scheduler
 from rowcast.runtime.spec import ModelSpec
-from rowcast.runtime.step import Executor, SeqResult, SeqSetup, SeqStep, TokenLogprobs
+from rowcast.runtime.step import Executor, SeqResult, SeqSetup, SeqStep, StepLost, TokenLogprobs
 
 MakeDetokenizer = Callable[[SamplingParams, Seq[int]], Detokenizer]
 """(params, prompt ids) -> one sample's detokenizer."""
@@ -50,6 +52,7 @@ class Engine:
             lookahead=plan.lookahead,
         )
         self._ladder = Ladder.parse(plan.ladder_text)
+        self.pace = Pace(self._ladder.names[-1])
         self._executor = executor
         self._eos_ids = list(eos_ids)
         self._seed = seed
@@ -116,7 +119,8 @@ class Engine:
         self.scheduler.add(seq)
 
     def step(self) -> None:
-        """Schedule, run, commit. Precondition: `has_work`."""
+        """Schedule, run, commit. Precondition: `has_work`. A lost step (`StepLost`) emits nothing, later ones make up for it."""
+        started = time.perf_counter()
         self._reap()
         chosen, preempted = self.scheduler.schedule()
         for seq in preempted:
@@ -125,14 +129,21 @@ class Engine:
         steps = [self._command(seq, tokens) for seq, tokens in chosen]
         emitted: Counter[Request] = Counter()
         try:
-            for (seq, _), step, result in zip(chosen, steps, self._executor.step(steps), strict=True):
+            results = self._executor.step(steps)
+            for (seq, _), step, result in zip(chosen, steps, results, strict=True):
                 emitted[seq.request] += self._commit(seq, step, result)
+        except StepLost:
+            self._preempt_all()
+            return
         except BaseException:
             self._preempt_all()  # what the step left of the KV is unknown
             raise
         for request, tokens in emitted.items():
             if tokens:
                 request.count(tokens)
+            if request.finished:
+                self.pace.finished(request)
+        self.pace.step(time.perf_counter() - started, steps, results, emitted.total())
 
     def abort(self, request: Request) -> None:
         """Drop what is left of a request; samples that have finished stay as they are."""

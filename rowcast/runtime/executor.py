@@ -1,4 +1,4 @@
-"""The executor of world size 1: one rank in this process, one ladder."""
+"""The executor of one rank in this process: one ladder. Ranks of a gang run one each and make the same calls."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Proposal, Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
+from rowcast.runtime.protocols import Decisions
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
 from rowcast.runtime.step import PREFILL, SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
@@ -47,9 +48,11 @@ class LocalExecutor:
         rule: Rule | None = None,
         controller: Controller | None = None,
         rounds: DeviceRounds | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
         """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled.
-        `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round."""
+        `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round.
+        `decisions`: by which several ranks choose the same gammas; None: this one is alone."""
         assert not lower or controller is not None
         self._top = top
         self._lower = lower
@@ -58,6 +61,7 @@ class LocalExecutor:
         self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
         self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
         self._rounds = rounds
+        self._decisions = decisions
         self._sequences: dict[int, _Sequence] = {}
 
     def add(self, setup: SeqSetup) -> None:
@@ -87,8 +91,7 @@ class LocalExecutor:
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         self._climb.passes.clear()
         self._climb.outcomes.clear()
-        decoding = sum(step.decodes for step in steps)
-        climbers = [self._climber(step, decoding) for step in steps]
+        climbers = self._climbers(steps)
         mine = [self._serves(step) for step in steps]
         results: dict[int, SeqResult] = {}
         device_passes = 0
@@ -168,18 +171,45 @@ class LocalExecutor:
         for rung in (self._top, *self._lower):
             assert rung.seq_ids <= set(seq_ids), rung.name
 
-    def _climber(self, step: SeqStep, batch: int) -> Climber:
-        """The sequence at the start of the round, with the gammas that it climbs by; `batch` sequences decode."""
+    def _climbers(self, steps: Sequence[SeqStep]) -> list[Climber]:
+        """The sequences at the start of the round, with the gammas that they climb by."""
+        paths = [self._path(step) for step in steps]
+        if self._decisions is None or self._decisions.leads:
+            batch = sum(step.decodes for step in steps)
+            gammas = [
+                self._gammas(step, path, self._sequences[step.seq_id].group, batch)
+                for step, path in zip(steps, paths, strict=True)
+            ]
+        else:
+            gammas = [[0] * len(self._lower)] * len(steps)
+        if self._decisions is not None and self._lower:
+            gammas = self._shared(self._decisions, gammas, steps, paths)
+        return [Climber(path, each) for path, each in zip(paths, gammas, strict=True)]
+
+    def _shared(
+        self, decisions: Decisions, gammas: Sequence[Sequence[int]], steps: Sequence[SeqStep], paths: Sequence[Path]
+    ) -> list[Sequence[int]]:
+        """The deciding rank's gammas. Rungs that it uses have a place there, and so they have here."""
+        flat = decisions.share([gamma for each in gammas for gamma in each])
+        width = len(self._lower)
+        shared: list[Sequence[int]] = [flat[i * width : (i + 1) * width] for i in range(len(steps))]
+        if not decisions.leads:
+            for step, path, each in zip(steps, paths, shared, strict=True):
+                for rung, gamma in zip(self._lower, each, strict=True):
+                    admitted = not gamma or rung.admit(path, step.room)
+                    assert admitted, f"{rung.name} has no place for sequence {step.seq_id}, which it has on the deciding rank"
+        return shared
+
+    def _path(self, step: SeqStep) -> Path:
         sequence = self._sequences[step.seq_id]
         end = step.start + len(step.tokens)
-        path = Path(
+        return Path(
             step.seq_id,
             sequence.ids if step.sample else sequence.ids[:end],  # where it is sampled, `end` is its length
             end,
             step.blocks,
             sequence.prompt_length,
         )
-        return Climber(path, self._gammas(step, path, sequence.group, batch))
 
     def _gammas(self, step: SeqStep, path: Path, group: int, batch: int) -> Sequence[int]:
         allowed = [step.room > 0 and step.decodes] * len(self._lower)

@@ -13,6 +13,7 @@ import torch
 
 from rowcast.errors import UserError
 from rowcast.placement.plan import Plan
+from rowcast.placement.report import PlanReport
 from rowcast.runtime.assembly import assemble
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
@@ -24,11 +25,13 @@ from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestOutput
 from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.plan_report import plan_report
 from rowcast.runtime.planning import Planned, Target, Wish, check_plan, make_plan
 from rowcast.runtime.prompts import Prompt, each_prompt
 from rowcast.runtime.request import Request
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import Executor
 from rowcast.runtime.stream import Stream
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 from rowcast.settings import configure_logging, settings
@@ -73,7 +76,8 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `ladder`: who drafts for it; a
+        `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `tensor_parallel_size`: ranks
+        that share its weights, with a plan the plan's; this class is one, `rowcast.LLM` any number. `ladder`: who drafts for it; a
         preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
         the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse or low-bit rung, whose
         law the output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the
@@ -104,7 +108,7 @@ class LLM:
         }
         texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
         _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
-        _check_choices(tensor_parallel_size)
+        self._check_ranks(tensor_parallel_size)
         if not isinstance(eager, bool):
             raise UserError(f"eager={eager!r:.60} has to be True or False")
         if "ROWCAST_LOG" in os.environ:
@@ -133,6 +137,7 @@ class LLM:
             device=device,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
+            tensor_parallel_size=tensor_parallel_size,
             **limits,
         )
         target = Target(
@@ -215,16 +220,32 @@ class LLM:
         """`chat` for one conversation, streamed."""
         return self.stream(self.tokenizer.chat(messages), sampling_params)
 
+    def plan_report(self, *, remember: bool = False) -> PlanReport | None:
+        """What the plan foretold beside what was measured since the model was loaded; None for a plan without a forecast, and before
+        anything was generated. `remember`: keep what a plan for this machine was off by, for the next `rowcast plan`."""
+        return plan_report(self.engine, remember=remember)
+
     def _engine(self, planned: Planned, seed: int, progress: bool | None, eager: bool) -> Engine:
         return Engine(
             planned.plan,
             self.spec,
-            assemble(planned, self.checkpoint, self.spec, make_rule=self._rule, progress=progress, eager=eager),
+            self._executor(planned, progress, eager),
             eos_ids=self._eos_ids(),
             seed=seed,
             make_detokenizer=_detokenizers(self._tokenizer),
             token_text=None if isinstance(self._tokenizer, str) else self._tokenizer.token,
         )
+
+    def _check_ranks(self, tensor_parallel_size: int) -> None:
+        """Raise UserError for a number of ranks that `_executor` cannot run."""
+        if tensor_parallel_size != 1:
+            raise UserError(
+                f"tensor_parallel_size={tensor_parallel_size} is not to be had: this class runs in one process, use rowcast.LLM"
+            )
+
+    def _executor(self, planned: Planned, progress: bool | None, eager: bool) -> Executor:
+        """What runs the engine's steps: here, this process."""
+        return assemble(planned, self.checkpoint, self.spec, make_rule=self._rule, progress=progress, eager=eager)
 
     def _rule(self, sampler: Sampler) -> Rule:
         """The rule by which proposals stand."""
@@ -303,8 +324,3 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, (str, Path)):
         return str(value)
     raise UserError(f"{name}={value!r:.60} has to be text")
-
-
-def _check_choices(tensor_parallel_size: int) -> None:
-    if tensor_parallel_size != 1:
-        raise UserError(f"tensor_parallel_size={tensor_parallel_size} is not to be had: this version runs on one device, use 1")

@@ -5,7 +5,7 @@ Host memory never holds more than the shard and one tensor's worth of staging on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,20 +129,28 @@ class Loader:
 
         Reads all of it, some megabytes at a time: rows of a seeded permutation lie everywhere.
         """
+        self.deal(stem, [(out, order)], whole, columns=columns)
+        self.elements += out.numel()
+
+    def deal(
+        self, stem: str, outs: Sequence[tuple[Tensor, Tensor]], whole: tuple[int, int], *, columns: bool = False
+    ) -> None:
+        """`rows` of several tables [n, D], on any devices, each with its own `order` [n], in one reading of the matrix."""
         name, total = self.name(f"{stem}.weight"), whole[1] if columns else whole[0]
-        target = torch.full((total,), -1).index_copy_(0, order, torch.arange(len(order)))
-        piece = max(1, STAGING_ELEMENTS // out.shape[1])
+        targets = [torch.full((total,), -1).index_copy_(0, order, torch.arange(len(order))) for _, order in outs]
+        width = whole[0] if columns else whole[1]
+        piece = max(1, STAGING_ELEMENTS // width)
         for start in range(0, total, piece):
             span = slice(start, min(start + piece, total))
-            staged = self.empty((span.stop - start, out.shape[1]))
+            staged = self.empty((span.stop - start, width))
             if columns:
                 self._read(name, staged.T, cols=span, whole=whole)
             else:
                 self._read(name, staged, rows=span, whole=whole)
-            ours = (target[span] >= 0).nonzero()[:, 0]
-            out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
-            self._placed(staged[ours])
-        self.elements += out.numel()
+            for (out, _), target in zip(outs, targets, strict=True):
+                ours = (target[span] >= 0).nonzero()[:, 0]
+                out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
+                self._placed(staged[ours])
 
     def vector(self, stem: str, size: int) -> Tensor:
         vector = self.empty((size,))

@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import ceil, gcd
 from pathlib import Path
 from shlex import quote
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels import gpu
 from rowcast.kernels.linear import packed_copy_bytes
+from rowcast.placement.executable import not_yet
 from rowcast.placement.plan import DTYPE_BYTES, MODES, VERIFICATIONS, Plan
-from rowcast.placement.resident import resident_plan
-from rowcast.placement.units import parse_bytes
+from rowcast.placement.resident import BLOCK_SIZE, rank_share, resident_plan
+from rowcast.placement.units import format_bytes, parse_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint
-from rowcast.runtime.kv import why_not_streaming
+from rowcast.runtime.forecast import spec_digest
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
+from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
 from rowcast.runtime.ladder.memory import ladder_needs, lookahead
-from rowcast.runtime.ladder.presets import DENSITY, Calibrated, Circumstances, check_mode, resolve
-from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
-from rowcast.runtime.lowbit_weights import HEAD_BITS
+from rowcast.runtime.ladder.presets import Circumstances, check_mode, resolve
+from rowcast.runtime.ladder.spec import Ladder, Rung
+from rowcast.runtime.lowbit_sizes import HEAD_BITS
+from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import check_rung
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
-
-BLOCK_SIZE = 16
-"""KV entries in a block, unless the caller says otherwise."""
-
-_SCORERS: tuple[ScorerName, ...] = ("q4", "dejavu", "lowrank")
-"""Of those that read the MLP's input, what rungs use that name none."""
 
 _REACHED = 0.01
 """Shares that are missed by more, as there are no parts of heads and neurons, are told."""
@@ -70,6 +65,7 @@ class Wish:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +103,27 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory, or device='cuda'"
         )
     budget, budget_reason = devices.budget_bytes(device, asked["gpu_memory" if device.type == "cuda" else "host_memory"])
+    world = wish.tensor_parallel_size
+    Shard(0, world).check(spec)
+    share = rank_share(spec, world)
+    if world > 1 and device.type == "cpu":
+        budget, budget_reason = budget // world, f"{budget_reason}, a part for each of {world} ranks"
     width = DTYPE_BYTES[dtype]
-    _check_kv_budget(wish.kv_budget)
-    _check_density(wish.density)
+    check_kv_budget(wish.kv_budget)
+    check_density(wish.density)
     calibration = None if wish.calibration is None else Calibration.open(wish.calibration, target.fingerprint)
     max_context = min(wish.max_model_len or spec.max_context, spec.max_context)
     here = Circumstances(
         max_context=max_context,
-        kv_bytes_per_token=kv_bytes_per_token(spec, width),
-        pass_bytes=lambda rung: expected_bytes(spec, rung, width, calibration),
+        kv_bytes_per_token=kv_bytes_per_token(share, width),
+        pass_bytes=lambda rung: expected_bytes(share, rung, width, calibration),
         calibrated=None if calibration is None else offered(calibration),
     )
     ladder, adaptive, ladder_reasons = resolve(
         wish.ladder, here, mode=wish.mode, draft=wish.draft, kv_budget=wish.kv_budget, density=wish.density
     )
-    _check_views(ladder, max_context)
-    _check_sparse(ladder, spec, calibration, adaptive)
+    check_views(ladder, max_context)
+    check_sparse(ladder, spec, calibration, adaptive)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
     notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons, *_reached_shares(ladder, spec), *_rounded(ladder, here)]
     sizes = {"block_size": BLOCK_SIZE} | {
@@ -131,7 +132,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         if (value := getattr(wish, name)) is not None
     }
     block_size = max(1, sizes["block_size"])
-    ladder = Ladder(tuple(_possible(rung, drafts, block_size, adaptive, notes) for rung in ladder.rungs))
+    ladder = Ladder(tuple(possible(rung, drafts, block_size, adaptive, notes) for rung in ladder.rungs))
 
     def head_copy_bytes(model: ModelSpec) -> int:
         head = model.vocab_size * model.embed_size if model.tied_embeddings else 0
@@ -141,7 +142,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         used = {rung.model: drafts[rung.model] for rung in ladder.lower if rung.model is not None}
         needs = ladder_needs(
             ladder,
-            spec,
+            share,
             used,
             adaptive=adaptive,
             verification=wish.verification,
@@ -157,21 +158,23 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             spec,
             fingerprint=target.fingerprint,
             dtype=dtype,
-            device=str(device),
+            device=str(device) if world == 1 else device.type,  # each rank has its own
             budget_bytes=budget,
-            head_copy_bytes=head_copy_bytes(spec),
+            head_copy_bytes=head_copy_bytes(share),
             needs=needs,
             notes=tuple(notes),
+            world=world,
             **sizes,
         )
         idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
         told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
-        return _planned(replace(plan, notes=plan.notes + told), ladder, used, calibration, target)
+        plan = replace(plan, notes=plan.notes + told, spec=spec_digest(spec))
+        return _planned(plan, ladder, used, calibration, target)
 
     if adaptive:
         return _what_fits(ladder, plan_for, notes)
     planned = plan_for(ladder)
-    _check_views(ladder, planned.plan.max_context)
+    check_views(ladder, planned.plan.max_context)
     return planned
 
 
@@ -179,23 +182,28 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
     """The caller's plan or plan file, if it fits the model and nothing else was asked for beside it. Raises UserError."""
     for field in fields(Wish):
         value = getattr(wish, field.name)
-        if value != field.default and field.name != "calibration":
+        if value != field.default and field.name not in ("calibration", "tensor_parallel_size"):
             raise UserError(
                 f"{field.name}={value} was given together with a plan, which decides that itself: leave one of them out"
             )
     if not isinstance(plan, (Plan, str, Path)):
         raise UserError(f"plan={plan!r:.60} has to be a Plan or the path of a plan file")
     chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if chosen.fingerprint != target.fingerprint:
+    if chosen.fingerprint not in ("", target.fingerprint):
         raise UserError("the plan was made for other weights than this model's: make a plan for this model")
+    if not chosen.fingerprint and chosen.spec != spec_digest(target.spec):
+        made_for = f" ({chosen.forecast.model})" if chosen.forecast is not None else ""
+        raise UserError(f"the plan was made for a model of another shape{made_for}: make a plan for this model with rowcast plan")
     if chosen.max_context > target.spec.max_context:
         context = f"the plan's context of {chosen.max_context} tokens is more than the model's {target.spec.max_context}"
         raise UserError(f"{context}: make the plan again")
     ladder = Ladder.parse(chosen.ladder_text)
-    _check_executable(chosen, ladder)
+    _check_executable(chosen, ladder, wish.tensor_parallel_size)
+    _check_device(chosen)
     calibration = _planned_calibration(chosen, ladder, target, wish.calibration)
     drafts = open_drafts(ladder, target.spec, target.tokenizer, opened)
-    if chosen.draft_fingerprints != [draft.fingerprint for draft in drafts.values()]:
+    found = [draft.fingerprint if chosen.fingerprint else spec_digest(draft.spec) for draft in drafts.values()]
+    if chosen.draft_fingerprints != found:
         raise UserError(
             f"the plan was made for other draft weights than those of {', '.join(drafts) or 'no draft'}: make the plan again"
         )
@@ -217,44 +225,8 @@ def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str |
     if calibration is not None and calibration.identity != plan.calibration:
         made = "another calibration" if plan.calibration else "no calibration"
         raise UserError(f"calibration={path} was given, but the plan was made with {made}: make the plan again")
-    _check_sparse(ladder, target.spec, calibration, plan.adaptive)
+    check_sparse(ladder, target.spec, calibration, plan.adaptive)
     return calibration
-
-
-def offered(calibration: Calibration) -> Calibrated:
-    """What presets look at."""
-    density = calibration.description.get("density")
-    return Calibrated(
-        scorers=_ranked(calibration, density or DENSITY),
-        density=density,
-        heads="layers.0.heads.own.weight" in calibration,
-        over=_over(calibration, density or DENSITY),
-    )
-
-
-def _ranked(calibration: Calibration, density: float) -> tuple[ScorerName, ...]:
-    """The scorers that it measured, by acceptance at the judged density nearest to `density`; q4 alone where it measured none."""
-    acceptance: dict[ScorerName, float] = {}
-    distance: dict[ScorerName, float] = {}
-    for text, figures in calibration.description.get("quality", {}).items():
-        rung = None if text == "dense" else Ladder.parse(text).rungs[0]
-        if rung is None or rung.by not in _SCORERS or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
-            continue
-        assert rung.mlp is not None
-        away = abs(rung.mlp - density)
-        if away < distance.get(rung.by, 1.0):
-            distance[rung.by], acceptance[rung.by] = away, figures["acceptance"]
-    return tuple(sorted(acceptance, key=lambda by: -acceptance[by])) or ("q4",)
-
-
-def _over(calibration: Calibration, density: float) -> float | None:
-    """Candidates over kept neurons with which q4 reaches the calibration's recall, in hundredths, at the judged density nearest."""
-    judged: list[float] = calibration.description.get("judged", [])
-    found: dict[str, list[float]] | None = calibration.description.get("scorers", {}).get("q4")
-    if found is None:
-        return None
-    _, over = min(zip(judged, found["over"], strict=True), key=lambda pair: abs(pair[0] - density))
-    return ceil(over * 100) / 100
 
 
 def _quality(rung: Rung, calibration: Calibration | None, target: Target) -> str:
@@ -269,15 +241,6 @@ def _quality(rung: Rung, calibration: Calibration | None, target: Target) -> str
         f"mode approximate: with {rung} the calibration measured perplexity {found['perplexity']:.2f}, with all weights "
         f"{dense['perplexity']:.2f}, and acceptance as a draft {found['acceptance']:.3f}"
     )
-
-
-def _check_density(density: float | None) -> None:
-    if density is None:
-        return
-    try:
-        Rung(kind="self", mlp=density)
-    except UserError as error:
-        raise UserError(f"density={density!r:.60} is not a share of the neurons: give a number above 0 and up to 1") from error
 
 
 def _reached_shares(ladder: Ladder, spec: ModelSpec) -> list[str]:
@@ -303,45 +266,19 @@ def _rounded(ladder: Ladder, here: Circumstances) -> list[str]:
     return told
 
 
-def _check_sparse(ladder: Ladder, spec: ModelSpec, calibration: Calibration | None, adaptive: bool) -> None:
-    """Raises UserError for a rung that the model or the calibration has no scorer for, and for a calibration that nothing reads."""
-    sparse = [rung for rung in ladder.rungs if rung.sparse]
-    for rung in sparse:
-        check_rung(rung, spec, calibration)
-    if calibration is not None and not sparse and not adaptive:
-        raise UserError(
-            f"calibration={calibration.path} has no place in the ladder {str(ladder)!r:.80}, as no rung is sparse: leave it out, or "
-            "use auto, dejavu or hire"
-        )
-
-
-def _check_kv_budget(kv_budget: int | None) -> None:
-    if kv_budget is None:
-        return
-    if kv_budget < 1:
-        raise UserError(f"kv_budget={kv_budget} is not a number of KV entries: give one from 95 to less than the context")
-    try:
-        Rung(kind="self", kv=kv_budget)
-    except UserError as error:
-        raise UserError(f"kv_budget={kv_budget}: {error}") from error
-
-
-def _check_views(ladder: Ladder, max_context: int) -> None:
-    """Raises UserError for a rung self that sees whatever plain sees."""
-    for rung in ladder.lower:
-        if rung.kind == "self" and rung.kv is not None and rung.kv >= max_context:
-            raise UserError(
-                f"kv={rung.kv} of the rung self is not less than the context of {max_context} tokens: use a smaller kv in the ladder, "
-                "or a smaller kv_budget=, or a longer context"
-            )
-
-
-def _check_executable(plan: Plan, ladder: Ladder) -> None:
+def _check_executable(plan: Plan, ladder: Ladder, world: int) -> None:
     """Raises UserError for what a plan file may say and no engine does."""
-    _check_views(ladder, plan.max_context)
+    check_views(ladder, plan.max_context)
     check_mode(ladder, plan.mode, str(ladder))
-    if plan.world != 1:
-        raise UserError(f"the plan's world is {plan.world}, only 1 can be run: make the plan again")
+    if missing := not_yet(plan, world):
+        raise UserError(
+            f"the plan has {', '.join(missing)}, which this version cannot do yet, as it runs everything on one device: plan for one "
+            "GPU that holds it all, or run without a plan"
+        )
+    if plan.world != world:
+        raise UserError(
+            f"the plan's world is {plan.world} and tensor_parallel_size is {world}: give the plan's, or make the plan again"
+        )
     if plan.lookahead < lookahead(ladder):
         raise UserError(
             f"the plan's lookahead of {plan.lookahead} tokens is less than the {lookahead(ladder)} that its ladder {ladder} may draft: "
@@ -352,16 +289,22 @@ def _check_executable(plan: Plan, ladder: Ladder) -> None:
         raise UserError(f"the plan has room for speculating_seqs=0 sequences in the cache of {slots[0]}: make the plan again")
 
 
-def _possible(rung: Rung, drafts: Mapping[str, Draft], block_size: int, adaptive: bool, notes: list[str]) -> Rung:
-    """The rung; under `auto`, as its model and the KV blocks allow it. Raises UserError for a draft that cannot be streamed."""
-    if adaptive and rung.retrieves:
-        return replace(rung, chunk=gcd(rung.chunk, block_size))
-    if rung.model is None or rung.kv is None or (reason := why_not_streaming(drafts[rung.model].spec)) is None:
-        return rung
-    if not adaptive:
-        raise UserError(f"the draft {rung.model} cannot have a streaming cache of kv={rung.kv} entries ({reason}): use kv=full")
-    notes.append(f"rung draft with all of its KV: {reason}")
-    return Rung(kind="draft", model=rung.model, kv=None)
+def _check_device(plan: Plan) -> None:
+    """Raises UserError where this machine is not what the plan counts on."""
+    if plan.device == "cpu":
+        return
+    again = "make a plan for this machine with rowcast plan"
+    try:
+        device, _ = devices.choose_device(plan.device)
+    except UserError as error:
+        raise UserError(f"the plan is for a GPU ({plan.device}), which is not there: {again}") from error
+    total, free = devices.total_bytes(device), devices.available_bytes(device)
+    taken = plan.budget_bytes - plan.margin_bytes
+    if plan.budget_bytes > total or taken > free:
+        raise UserError(
+            f"the plan takes {format_bytes(taken)} of a budget of {format_bytes(plan.budget_bytes)}, but {device} has "
+            f"{format_bytes(total)}, of which {format_bytes(free)} are free: {again}"
+        )
 
 
 def _what_fits(ladder: Ladder, plan_for: Callable[[Ladder], Planned], notes: list[str]) -> Planned:

@@ -111,6 +111,17 @@ class Comm(Protocol):
         ...
 
 
+class Decisions(Protocol):
+    """What may come out differently on each rank, as it depends on the clock, is decided by one of them for all."""
+
+    leads: bool
+    """Whether this rank decides."""
+
+    def share(self, numbers: Sequence[int]) -> list[int]:
+        """The deciding rank's numbers, on every rank. Each gives as many; those of the others do not count."""
+        ...
+
+
 class Source(Protocol):
     """Named tensors of one checkpoint, read by slice. Names are Hugging Face's, whatever the file format."""
 

@@ -142,6 +142,13 @@ class SeqSetup:
     """Sequences of one group (one request's samples) share their measured acceptance."""
 
 
+class StepLost(Exception):
+    """A step came to nothing, and so did all K/V: the executor has begun anew, and remembers its sequences.
+
+    Nothing of the step was committed. The caller frees all sequences' K/V and runs them again from their tokens.
+    """
+
+
 class Executor(Protocol):
     """One or many ranks. Not thread-safe: one engine drives it."""
 
@@ -153,7 +160,8 @@ class Executor(Protocol):
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`.
 
-        If it raises, the caller has to `free_kv` all sequences and may run them again.
+        If it raises, the caller has to `free_kv` all sequences and may run them again; after StepLost it should, as no request is to
+        blame.
         """
         ...
 

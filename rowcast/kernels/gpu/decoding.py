@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from rowcast.kernels.gpu.decoding_kernels import combine, partial
+from rowcast.kernels.gpu.overlap import overlaps
 
 MOST_ROWS: Final = 64
 """Query rows of a tile: tokens times query heads of a group; more of them are several tiles."""
@@ -140,7 +141,7 @@ def decode(
     stats = q.new_empty(2, rows * query_heads, splits, dtype=torch.float32)
     sums = q.new_empty(rows * query_heads, splits, size, dtype=torch.float32)
     recent = starts if chunks is None else chunks.recent
-    overlap = q.is_cuda if overlap is None else overlap
+    overlap = overlaps(q.device) if overlap is None else overlap
     partial[(splits * kv_heads * row_tiles, sequences)](
         q,
         keys,

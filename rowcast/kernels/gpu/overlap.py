@@ -15,15 +15,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-ENABLED: Final = True
+from rowcast.settings import settings
+
 _FIRST_CAPABILITY: Final = (9, 0)
 
 
 @cache
-def _supported(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+def overlaps(device: torch.device) -> bool:
+    """Whether launches on this device overlap: where it can, unless ROWCAST_GPU_OVERLAP is 0. Asked once a device."""
+    return device.type == "cuda" and settings().gpu_overlap and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
 
 
 def overlap(x: Tensor) -> dict[str, bool]:
     """Arguments of a launch for tensors on x's device: the constant OVERLAP, and the launch's attribute."""
-    return {"OVERLAP": True, "launch_pdl": True} if ENABLED and _supported(x.device) else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(x.device) else {"OVERLAP": False}

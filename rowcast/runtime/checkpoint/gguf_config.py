@@ -16,7 +16,7 @@ import torch
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.gguf_file import GGUFFile
 from rowcast.runtime.checkpoint.gguf_names import NAME_MAPS, NameMap
-from rowcast.runtime.checkpoint.ranged_file import read_dense
+from rowcast.runtime.checkpoint.slices import read_dense
 from rowcast.runtime.fields import short
 
 ROPE_FACTORS = "rope_freqs.weight"

@@ -21,7 +21,8 @@ from rowcast.runtime.checkpoint.gguf_config import ROPE_FACTORS
 from rowcast.runtime.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from rowcast.runtime.checkpoint.gguf_names import NameMap, Rows, translate
 from rowcast.runtime.checkpoint.gguf_quants import decode
-from rowcast.runtime.checkpoint.ranged_file import Window, fingerprint, read_dense
+from rowcast.runtime.checkpoint.ranged_file import fingerprint
+from rowcast.runtime.checkpoint.slices import Window, read_dense, read_rows
 
 CHUNK_VALUES = 1 << 18
 """Values that one thread dequantises at a time, 1 MiB of float32: they stay in the second-level cache."""
@@ -105,7 +106,7 @@ class GGUFSource:
         def load(first: int, last: int, out: Tensor | None = None) -> Tensor:
             """The window's columns of file rows first..last."""
             raw = torch.empty(last - first + 1, blocks * kind.block_bytes, dtype=torch.uint8)
-            self._gguf.file.read_rows(tensor.offset + first * pitch + first_block * kind.block_bytes, pitch, raw)
+            read_rows(self._gguf.file, tensor.offset + first * pitch + first_block * kind.block_bytes, pitch, raw)
             return decode(raw, kind, out)[:, left : left + window.columns]
 
         def in_file_order(top: int) -> None:

@@ -16,28 +16,13 @@ from rowcast.kernels import gpu
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes
 from rowcast.runtime.kv.selection import Retrieval
 from rowcast.runtime.kv.shared import SharedKV
+from rowcast.runtime.kv.sizes import ROUNDED_CHUNKS
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
-from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
 
-WORK_BYTES = 64 << 20
-"""For scores of chunks by token, of a few layers at a time."""
 _MOST_PROPOSALS = 64
 """More than a round ever has behind the committed tokens."""
-_ROUNDED = 256
-"""Chunks that work space is rounded up to, so that kernels see few sizes."""
-
-
-def listed_bytes(spec: ModelSpec, kv: int, chunk: int) -> int:
-    """The lists of one sequence, as they are kept, or as a round reads them."""
-    return 4 * spec.num_layers * spec.num_kv_heads * -(-kv // chunk)
-
-
-def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
-    """Work space of one sequence's choice."""
-    chunks = context // chunk + _ROUNDED
-    return WORK_BYTES + 4 * chunks * spec.num_kv_heads * (spec.num_layers + 32)
 
 
 @dataclass(slots=True)
@@ -229,7 +214,7 @@ class ListedKV(SharedKV):
             numbers[1:2],
             scale=self.spec.attention_scale,
             chunk=chunk,
-            most_chunks=-(-last // _ROUNDED) * _ROUNDED,
+            most_chunks=-(-last // ROUNDED_CHUNKS) * ROUNDED_CHUNKS,
             lengths=numbers[2:3],
             slopes=self.slopes,
             absolute_bias_scale=self.absolute_bias_scale,

@@ -16,7 +16,8 @@ from torch import Tensor
 from rowcast.kernels import gpu
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.places import places, take
-from rowcast.runtime.kv.summaries import Summaries, Summary
+from rowcast.runtime.kv.sizes import Summary
+from rowcast.runtime.kv.summaries import Summaries
 from rowcast.runtime.protocols import Late
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec

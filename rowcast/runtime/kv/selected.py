@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rowcast.kernels.attention import attend_entries
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes, write_heads
-from rowcast.runtime.kv.selection import Policy, copy_bytes, head_groups
+from rowcast.runtime.kv.selection import Policy
+from rowcast.runtime.kv.sizes import copy_bytes, head_groups
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
 from rowcast.runtime.protocols import Late

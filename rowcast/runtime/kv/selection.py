@@ -1,12 +1,11 @@
 """Which entries of a long sequence a small view shows: chosen for each layer and KV head, from committed entries and queries only.
 
 KV heads are counted through all layers here: `heads` are layers * K. Some of them are chosen for at a time, so that a choice takes
-WORK_BYTES of work space, not that of the whole model.
+`sizes.WORK_BYTES` of work space, not that of the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,12 +13,8 @@ import torch
 from torch import Tensor
 
 from rowcast.runtime.kv.paged import PagedKV
-from rowcast.runtime.kv.summaries import Summary
-from rowcast.runtime.ladder.spec import Score
-from rowcast.runtime.spec import ModelSpec
-
-WORK_BYTES = 64 << 20
-"""Work space of a choice, unless a single head needs more."""
+from rowcast.runtime.kv.sizes import HeavyHitterSizes, PolicySizes, RetrievalSizes, StreamingSizes, Summary, head_groups
+from rowcast.runtime.ladder.spec import Rung, Score
 
 
 class Choice(NamedTuple):
@@ -31,13 +26,11 @@ class Choice(NamedTuple):
     """Summaries or keys that were looked at."""
 
 
-class Policy(Protocol):
+class Policy(PolicySizes, Protocol):
     """One way to choose."""
 
     chunk: int
     """It chooses whole chunks of so many positions."""
-    held_bytes: int
-    """What it remembers of each entry that a head shows of a sequence."""
 
     def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         """Choose `count` of the chunks in `span`, a range of positions that holds more than so many whole ones.
@@ -47,26 +40,20 @@ class Policy(Protocol):
         """
         ...
 
-    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
-        """Work space of one head's choice among `entries` by `rows` queries, `width` bytes an element."""
-        ...
-
     def free(self, seq_id: int) -> None:
         """Forget the sequence. Unknown ids are ignored."""
         ...
 
 
-class Retrieval:
+class Retrieval(RetrievalSizes):
     """The chunks whose summaries score highest (TriForce, arXiv 2404.11912, section 4.1; Quest, arXiv 2406.10774, section 3.2).
 
     The parent has to keep `summary`.
     """
 
-    held_bytes = 0
-
     def __init__(self, score: Score = "bounds", chunk: int = 8) -> None:
+        super().__init__(Summary(score, chunk))
         self.chunk = chunk
-        self.summary = Summary(score, chunk)
 
     def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         if queries is None:
@@ -89,25 +76,17 @@ class Retrieval:
             self.summary.parts * len(rows) * (last - first) * rows.shape[2] * parent.dtype.itemsize,
         )
 
-    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
-        # Summaries of scattered blocks are copied, one of them once more where the product wants another order.
-        return entries // self.chunk * (rows * _SCORE_BYTES + (self.summary.parts + 1) * head_dim * width)
-
     def free(self, seq_id: int) -> None:
         pass
 
 
-class Streaming:
+class Streaming(StreamingSizes):
     """Nothing: sinks and recent entries fill the budget, at their true positions (StreamingLLM, arXiv 2309.17453, section 3.2)."""
 
     chunk = 1
-    held_bytes = 0
 
     def select(self, parent: PagedKV, seq_id: int, queries: Tensor | None, span: range, count: int) -> Choice | None:
         return None
-
-    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
-        return 0
 
     def free(self, seq_id: int) -> None:
         pass
@@ -124,7 +103,7 @@ class _Held:
     length: int
 
 
-class HeavyHitters:
+class HeavyHitters(HeavyHitterSizes):
     """The entries that gathered most attention; what was evicted never comes back (H2O, arXiv 2306.14048, section 4).
 
     The paper adds up the attention of every query, the prompt's included, and evicts one entry a token. Here only the queries that
@@ -132,7 +111,6 @@ class HeavyHitters:
     """
 
     chunk = 1
-    held_bytes = 8
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
@@ -165,45 +143,15 @@ class HeavyHitters:
             len(rows) * entries * rows.shape[2] * parent.dtype.itemsize,
         )
 
-    def head_bytes(self, entries: int, rows: int, head_dim: int, width: int) -> int:
-        return entries * (rows * _SCORE_BYTES + 2 * head_dim * width + _PLACE_BYTES)
-
     def free(self, seq_id: int) -> None:
         self._held.pop(seq_id, None)
 
 
-_SCORE_BYTES = 13
-"""Of one score while it becomes a weight: itself, in float32, its share, and whether its key is visible."""
-
-_PLACE_BYTES = 32
-"""Of one entry while it is looked up: its position, its row in the store."""
-
-
-_TABLE_BYTES = 32
-"""Of one entry of the whole sequence: its place in the store, for the view and for the policy."""
-
-_CHOSEN_BYTES = 24
-"""Of one chosen position, until it is copied: as it was found, in one piece, as the index of an entry."""
-
-
-def copy_bytes(head_dim: int, width: int) -> int:
-    """Work space of copying one entry of one head: its key or value, `width` bytes an element."""
-    return head_dim * width + _PLACE_BYTES
-
-
-def choice_bytes(policy: Policy, spec: ModelSpec, kv: int, context: int, queries: int, width: int) -> int:
-    """Most work space of choosing `kv` entries of `context` by the last `queries` tokens, and of copying them."""
-    each = max(policy.head_bytes(context, queries * spec.group_size, spec.head_dim, width), kv * copy_bytes(spec.head_dim, width))
-    heads = spec.num_layers * spec.num_kv_heads
-    chosen = heads * kv * (_CHOSEN_BYTES + policy.held_bytes)
-    return min(heads * each, max(WORK_BYTES, each)) + chosen + context * _TABLE_BYTES
-
-
-def head_groups(heads: int, each_bytes: int) -> Iterator[slice]:
-    """All heads in groups, as large as work space allows where one head needs `each_bytes`."""
-    size = max(1, WORK_BYTES // max(1, each_bytes))
-    for first in range(0, heads, size):
-        yield slice(first, min(first + size, heads))
+def policy(rung: Rung) -> Policy:
+    """By which a rung self chooses its entries."""
+    if rung.view == "retrieval":
+        return Retrieval(rung.score, rung.chunk)
+    return Streaming() if rung.view == "streaming" else HeavyHitters()
 
 
 def _by_kv_head(queries: Tensor, kv_heads: int) -> Tensor:

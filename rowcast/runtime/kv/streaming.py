@@ -19,6 +19,7 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.paged import alibi, visible_bytes, write_heads
+from rowcast.runtime.kv.sizes import why_not_streaming
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import SINKS, STREAMING_STRIDE
 from rowcast.runtime.protocols import Late
@@ -26,15 +27,6 @@ from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
-
-
-def why_not_streaming(spec: ModelSpec) -> str | None:
-    """Why sinks cannot slide in this model, None if they can."""
-    if spec.learned_positions:
-        return "its positions are learned, and a key cannot be moved to another one"
-    if spec.rope is not None and spec.rope.scaling == "dynamic":
-        return "its rotary frequencies change with the length (dynamic scaling)"
-    return None
 
 
 @dataclass(slots=True)

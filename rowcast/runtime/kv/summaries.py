@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from rowcast.errors import UserError
 from rowcast.runtime.kv.places import take
-from rowcast.runtime.ladder.spec import Score
-
-
-class Summary(NamedTuple):
-    """One kind of summary."""
-
-    score: Score = "bounds"
-    chunk: int = 8
-    """Positions to a chunk."""
-
-    @property
-    def parts(self) -> int:
-        """Keys that stand for a chunk."""
-        return 1 if self.score == "mean" else 2
-
-    def per_block(self, block_size: int) -> int:
-        """Chunks to a KV block. Raises UserError where they do not fill it."""
-        if self.chunk < 1 or block_size % self.chunk:
-            fits = [n for n in range(1, block_size + 1) if block_size % n == 0]
-            raise UserError(
-                f"chunk={self.chunk} does not divide a KV block of {block_size} tokens: use one of {fits}, or another block_size"
-            )
-        return block_size // self.chunk
+from rowcast.runtime.kv.sizes import Summary
 
 
 class Summaries:

@@ -1,4 +1,4 @@
-"""What a ladder takes beside the weights and the KV of a plain model: drafts, sparse and low-bit rungs, caches, work space.
+"""What a ladder takes beside the weights and the KV of a plain model: drafts, sparse and low-bit rungs, caches, work space. Torch-free.
 
 The views allocate what is counted here, each once, when it is made.
 """
@@ -6,17 +6,22 @@ The views allocate what is counted here, each once, when it is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from rowcast.placement.resident import LadderNeeds
-from rowcast.runtime import lowbit_weights
-from rowcast.runtime.banks import copied_bytes
-from rowcast.runtime.kv import HeavyHitters, Policy, Retrieval, Streaming, Summary, choice_bytes, choosing_bytes, listed_bytes
-from rowcast.runtime.ladder.control import GAMMAS
-from rowcast.runtime.ladder.drafts import Draft
-from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder, Rung
+from rowcast.runtime import lowbit_sizes
+from rowcast.runtime.kv.sizes import PolicySizes, Summary, choice_bytes, choosing_bytes, listed_bytes, policy_sizes
+from rowcast.runtime.ladder.options import GAMMAS
+from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.lazy import late_bytes
-from rowcast.runtime.sparse.sizes import bank_bytes, expected_bytes, predictor_bytes, score_bytes
+from rowcast.runtime.sparse.sizes import (
+    bank_bytes,
+    copied_bytes,
+    expected_bytes,
+    late_bytes,
+    predictor_bytes,
+    score_bytes,
+)
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 KEPT_QUERIES = 16
@@ -44,17 +49,20 @@ def lazy(ladder: Ladder, spec: ModelSpec) -> bool:
     return ladder.rungs[-1].heads is not None and spec.group_size == 1 and not any(rung.kind == "self" for rung in ladder.lower)
 
 
-def policy(rung: Rung) -> Policy:
-    """By which a rung self chooses its entries."""
-    if rung.view == "retrieval":
-        return Retrieval(rung.score, rung.chunk)
-    return Streaming() if rung.view == "streaming" else HeavyHitters()
+class DraftModel(Protocol):
+    """What is asked of a draft here."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 def ladder_needs(
     ladder: Ladder,
     spec: ModelSpec,
-    drafts: Mapping[str, Draft],
+    drafts: Mapping[str, DraftModel],
     *,
     adaptive: bool,
     verification: str,
@@ -83,8 +91,10 @@ def ladder_needs(
             row_bytes += listed_bytes(spec, rung.kv, rung.chunk)
             work_bytes = max(work_bytes, choosing_bytes(spec, max_context, rung.chunk))
         elif rung.kind == "self" and rung.kv is not None:
-            slot_bytes += selected_bytes(spec, policy(rung), rung.kv, ahead, width)
-            work_bytes = max(work_bytes, choice_bytes(policy(rung), spec, rung.kv, max_context, kept_queries(ladder), width))
+            slot_bytes += selected_bytes(spec, policy_sizes(rung), rung.kv, ahead, width)
+            work_bytes = max(
+                work_bytes, choice_bytes(policy_sizes(rung), spec, rung.kv, max_context, kept_queries(ladder), width)
+            )
         elif rung.kind == "draft":
             assert rung.model is not None
             model = drafts[rung.model].spec
@@ -100,7 +110,7 @@ def ladder_needs(
     banks = bool(sparse) or (dense and not dense_copy)
     alone = not (dense or sparse)
     if few_bits:
-        work_bytes = max(work_bytes, lowbit_weights.making_bytes(spec, width))
+        work_bytes = max(work_bytes, lowbit_sizes.making_bytes(spec, width))
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
@@ -114,18 +124,18 @@ def ladder_needs(
         weight_bytes=sum(parameter_count(model) * width + head_copy_bytes(model) for model in models)
         + (bank_bytes(spec, width if dense_copy and dense else 0) if banks else 0)
         + sum(predictor_bytes(spec, rung, calibration) for rung in sparse)
-        + sum(lowbit_weights.rounded_bytes(spec, bits) for bits in few_bits)
-        + max(0, len(few_bits) - alone) * lowbit_weights.bias_bytes(spec, width, banks=banks),
-        spared_bytes=lowbit_weights.spared_bytes(spec, width) + head_copy_bytes(spec) if alone else 0,
+        + sum(lowbit_sizes.rounded_bytes(spec, bits) for bits in few_bits)
+        + max(0, len(few_bits) - alone) * lowbit_sizes.bias_bytes(spec, width, banks=banks),
+        spared_bytes=lowbit_sizes.spared_bytes(spec, width) + head_copy_bytes(spec) if alone else 0,
         pass_bytes=expected_bytes(spec, last, width, calibration),
-        token_bytes=max(score_bytes(spec) if sparse else 0, lowbit_weights.token_bytes(spec) if few_bits else 0),
+        token_bytes=max(score_bytes(spec) if sparse else 0, lowbit_sizes.token_bytes(spec) if few_bits else 0),
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
         row_bytes=row_bytes,
         on_device=listed,
         copied_bytes=max(
-            copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_weights.product_bytes(spec) if few_bits else 0
+            copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_sizes.product_bytes(spec) if few_bits else 0
         ),
         query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
         + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),
@@ -134,7 +144,7 @@ def ladder_needs(
     )
 
 
-def selected_bytes(spec: ModelSpec, policy: Policy, kv: int, ahead: int, width: int) -> int:
+def selected_bytes(spec: ModelSpec, policy: PolicySizes, kv: int, ahead: int, width: int) -> int:
     """One sequence's cache of selected entries: `kv` of them, `ahead` proposals and the pending token; what the policy remembers."""
     heads = spec.num_layers * spec.num_kv_heads
     positions = 8 * heads if spec.alibi is not None or any(spec.windows) else 0

@@ -13,7 +13,7 @@ from rowcast.runtime.ladder.spec import Rung
 
 GAMMAS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Asked of the uppermost rung in use. The largest bounds what a round drafts where nothing is pinned."""
-_INNER_GAMMAS = (1, 2, 4)
+INNER_GAMMAS = (1, 2, 4)
 _TRIAL_GAMMAS = (1, 2)
 """Of a rung that has not been timed."""
 _LOOKUP_SECONDS = 1e-5
@@ -134,7 +134,7 @@ def _choices(usable: tuple[bool, ...], tried: tuple[bool, ...], pinned: tuple[in
             grids = []
             for r in used:
                 gamma = pinned[r]
-                grid = GAMMAS if r == used[-1] else _INNER_GAMMAS
+                grid = GAMMAS if r == used[-1] else INNER_GAMMAS
                 grids.append((gamma,) if gamma is not None else grid if tried[r] else _TRIAL_GAMMAS)
             for gammas in product(*grids):
                 chosen = dict(zip(used, gammas, strict=True))

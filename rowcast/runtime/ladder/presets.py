@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from rowcast.errors import UserError
 from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
 
-_AUTO_KV = (256, 4096)
+AUTO_KV = (256, 4096)
 _AUTO_KV_SHARE = 8
 
 DENSITY = 0.5
 """Share of the neurons where neither the user nor a calibration names one."""
 _HEADS = 0.67
 """Of the query heads, `dejavu`."""
-_OVER = 1.5
+OVER = 1.5
 """`hire`, where no calibration says how many candidates reach its recall, or that would take more than `_MOST_OVER`."""
 _MOST_OVER = 2.0
 _CLEARLY_FEWER = 0.8
@@ -79,9 +79,9 @@ def resolve(
     elif ladder in ("dejavu", "hire"):
         found = _sparse_preset(str(ladder), here.calibrated, mode, density, reasons)
     elif ladder == "triforce":
-        kv = kv_budget if kv_budget is not None else _kv_for(here.max_context)
+        kv = kv_budget if kv_budget is not None else kv_for(here.max_context)
         if kv_budget is None:
-            low, high = _AUTO_KV
+            low, high = AUTO_KV
             reasons.append(f"rung self:kv={kv}: an eighth of {here.max_context} tokens of context, within {low} and {high}")
         found = Ladder((Rung(kind="draft"), Rung(kind="self", kv=kv), Rung(kind="plain")))
     elif isinstance(ladder, Ladder):
@@ -117,10 +117,10 @@ def _sparse_preset(name: str, calibrated: Calibrated | None, mode: str, density:
         )
     mlp = _density(density, calibrated, reasons)
     if name == "hire":
-        over = _OVER
+        over = OVER
         if calibrated is not None and calibrated.over is not None:
             known = 1 <= calibrated.over <= _MOST_OVER
-            over = calibrated.over if known else _OVER
+            over = calibrated.over if known else OVER
             reached = f"the calibration's recall takes {calibrated.over}"
             reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
         rung = Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire")
@@ -200,15 +200,15 @@ def _auto_ladder(
     if kv_budget is not None:
         rungs.append(Rung(kind="self", kv=kv_budget))
         reasons.append(f"rung self:kv={kv_budget}: a KV budget was given")
-    elif share >= 0.5 and here.max_context >= 2 * _AUTO_KV[0]:
-        rungs.append(Rung(kind="self", kv=_kv_for(here.max_context)))
+    elif share >= 0.5 and here.max_context >= 2 * AUTO_KV[0]:
+        rungs.append(Rung(kind="self", kv=kv_for(here.max_context)))
         reasons.append(f"rung {rungs[-1]}: {told}")
     else:
         reasons.append(f"no rung self over a part of the KV: {told}")
     return Ladder((*rungs, plain))
 
 
-def _kv_for(max_context: int) -> int:
-    """An eighth of the context in whole 64s, within `_AUTO_KV`."""
-    low, high = _AUTO_KV
+def kv_for(max_context: int) -> int:
+    """An eighth of the context in whole 64s, within `AUTO_KV`."""
+    low, high = AUTO_KV
     return min(max(max_context // _AUTO_KV_SHARE // 64 * 64, low), high)

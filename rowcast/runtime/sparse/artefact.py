@@ -1,5 +1,7 @@
 """What a calibration leaves behind: a folder with tensors (safetensors) and their description (JSON), tied to one model's weights.
 
+Torch-free.
+
 Written by `rowcast.calibration`, read here. Neurons stand in the checkpoint's order, whatever order a bank holds them in.
 
 Tensors, for layer i, N neurons, H heads, D hidden (all float32 or float16, whole model, no shard):
@@ -47,12 +49,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rowcast.errors import UserError
-from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource, read_header, read_metadata
+from rowcast.runtime.checkpoint.safetensors_header import (
+    TYPE_NAMES,
+    StoredTensor,
+    read_header,
+    read_metadata,
+    tensors_fingerprint,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 FORMAT = 1
 """Raised when a tensor or a field changes its meaning; folders of another format are refused."""
@@ -69,11 +79,14 @@ class Calibration:
     """Of the model's weights (`Source.fingerprint`)."""
     description: Mapping[str, Any]
     """The JSON: format, fingerprint, model, texts, settings, densities, scorers, quality and what else the report shows."""
-    _source: SafetensorsSource
+    _tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def open(cls, path: str | Path, fingerprint: str) -> Calibration:
-        """Raises UserError where there is none, it is damaged, of another version, or of other weights than `fingerprint`'s."""
+    def open(cls, path: str | Path, fingerprint: str | None) -> Calibration:
+        """`fingerprint`: of the model's weights; None where they are not known, and any will do.
+
+        Raises UserError where there is none, it is damaged, of another version, or of other weights than `fingerprint`'s.
+        """
         folder = Path(path)
         again = "run rowcast calibrate again"
         try:
@@ -88,42 +101,69 @@ class Calibration:
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             found = description.get("format") if isinstance(description, dict) else None
             raise UserError(f"{folder} has calibration format {found!r:.20}, this version reads format {FORMAT}: {again}")
-        if description.get("fingerprint") != fingerprint:
+        made_for = description.get("fingerprint")
+        if not isinstance(made_for, str) or fingerprint not in (None, made_for):
             raise UserError(
-                f"the calibration {folder} was made for weights {description.get('fingerprint')!r:.20}, the model's are "
-                f"{fingerprint!r}: {again} for this model"
+                f"the calibration {folder} was made for weights {made_for!r:.20}, the model's are "
+                f"{fingerprint or 'unknown'!r}: {again} for this model"
             )
         if not (folder / TENSORS).is_file():
             raise UserError(f"{folder} lacks {TENSORS}: {again}")
-        source = SafetensorsSource(read_header(folder / TENSORS))
-        if read_metadata(folder / TENSORS).get("fingerprint") != fingerprint:
+        tensors = read_header(folder / TENSORS)
+        if read_metadata(folder / TENSORS).get("fingerprint") != made_for:
             raise UserError(f"{folder / TENSORS} was made for other weights than {DESCRIPTION} beside it: {again} for this model")
         for key, check in _FIELDS.items():
             if not check(description.get(key)):
                 raise UserError(f"{folder / DESCRIPTION} is damaged, its {key} is {description.get(key)!r:.60}: {again}")
-        return cls(folder, fingerprint, description, source)
+        return cls(folder, made_for, description, tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._source
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises UserError where there is none of that name."""
+        return self._stored(name).shape
 
     def tensor(self, name: str, shape: Sequence[int | None] | None = None) -> Tensor:
         """On the CPU. `shape`: what it has to have, None for any size. Raises UserError where there is none of that name and shape."""
-        if name not in self._source:
+        from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+
+        self._stored(name, shape)
+        return SafetensorsSource(self._tensors).read(name)
+
+    def array(self, name: str, shape: Sequence[int | None] | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """As `tensor`, without torch: values of a float tensor in float32. Raises UserError for another type, too."""
+        import numpy as np
+
+        stored = self._stored(name, shape)
+        if stored.kind not in ("F16", "F32", "F64"):
+            raise UserError(
+                f"{name} of the calibration {self.path} is of type {stored.kind}, not float: run rowcast calibrate again"
+            )
+        values = np.frombuffer(
+            stored.file.read(stored.offset, stored.nbytes), np.dtype(TYPE_NAMES[stored.kind]).newbyteorder("<")
+        )
+        return values.astype(np.float32).reshape(stored.shape)
+
+    def _stored(self, name: str, shape: Sequence[int | None] | None = None) -> StoredTensor:
+        found = self._tensors.get(name)
+        if found is None:
             raise UserError(f"the calibration {self.path} has no {name}: run rowcast calibrate again")
-        found = self._source.shape(name)
         if shape is not None and (
-            len(found) != len(shape) or any(size not in (None, there) for size, there in zip(shape, found, strict=True))
+            len(found.shape) != len(shape)
+            or any(size not in (None, there) for size, there in zip(shape, found.shape, strict=True))
         ):
             wanted = ["any" if size is None else size for size in shape]
             raise UserError(
-                f"{name} of the calibration {self.path} has the shape {list(found)} instead of {wanted}: run rowcast calibrate again"
+                f"{name} of the calibration {self.path} has the shape {list(found.shape)} instead of {wanted}: run rowcast calibrate "
+                "again"
             )
-        return self._source.read(name)
+        return found
 
     @property
     def identity(self) -> str:
         """16 hex digits that tell calibrations apart, as `Source.fingerprint` does."""
-        return self._source.fingerprint()
+        return tensors_fingerprint(self._tensors)
 
     @property
     def densities(self) -> list[float]:

@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 
 from rowcast.runtime.protocols import KVView, Span
-from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.sparse.sizes import LATE_TOKENS
 from rowcast.runtime.step import SeqStep
-
-LATE_TOKENS = 16
-"""Every so many tokens all heads are filled in."""
-
-
-def late_bytes(spec: ModelSpec, width: int) -> int:
-    """One sequence's kept inputs, on every rank; `width`: bytes of an element. None for grouped heads, whose K/V are never late."""
-    return spec.num_layers * LATE_TOKENS * spec.hidden_size * width if spec.group_size == 1 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,8 @@ from rowcast.kernels import lowbit, select
 from rowcast.kernels.lowbit import LowBit
 from rowcast.kernels.rows import rows_in
 from rowcast.runtime.protocols import Reads
+from rowcast.runtime.sparse.checks import HEAD_BITS
 
-BITS = (4, 3)
-"""Of the first proxy and its refinement: fewest bytes on SmolLM2 for k of 1 to 64 (benchmarks/certified_head.py)."""
-UNDIRECTED_BITS = (8,)
-"""Where no directions are known: 4 and 3 bits then read twice as much, as their bounds hardly bite."""
 TOP = 64
 """Logits that `CertifiedHead.logits` makes exact."""
 CAPACITY = 1 / 8
@@ -96,7 +93,7 @@ class CertifiedHead:
         self,
         rows: Tensor,
         *,
-        bits: Sequence[int] = BITS,
+        bits: Sequence[int] = HEAD_BITS,
         directions: Tensor | None = None,
         group: int = lowbit.BLOCK,
         capacity: float = CAPACITY,

@@ -1,18 +1,20 @@
-"""What a sparse rung takes beside the model's weights, and what a pass of any rung reads: sizes before anything is loaded."""
+"""What a sparse rung takes beside the model's weights, and what a pass of any rung reads, before anything is loaded. Torch-free."""
 
 from __future__ import annotations
 
-from rowcast.kernels.lowbit import stored_bytes
+from rowcast.kernels.lowbit_sizes import stored_bytes
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
-from rowcast.runtime.lowbit_weights import replaced_bytes, rounded_bytes
+from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import AHEAD, BITS, DIRECTIONS, FITTED, head_bits
+from rowcast.runtime.sparse.checks import AHEAD, BITS, DIRECTIONS, FITTED, head_bits
 from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 _SCORE_BYTES = 20
 """For each token and neuron while a selector works: estimates, scores, and what is kept of them."""
 
+LATE_TOKENS = 16
+"""Every so many tokens all heads that were skipped are filled in (`lazy`)."""
 
 _REFINED = 1 / 4
 """Share of the LM head's rows that its first stage leaves to the second, where nobody measured it."""
@@ -21,6 +23,16 @@ _REFINED = 1 / 4
 def bank_bytes(spec: ModelSpec, width: int) -> int:
     """The layers in the bank layout: their products' weights, and each neuron's place and column length."""
     return spec.num_layers * (layer_parameters(spec) * width + 12 * spec.intermediate_size)
+
+
+def copied_bytes(spec: ModelSpec, width: int) -> int:
+    """Most that a library product copies at once: a layer's up, down or output table. `width`: bytes of an element."""
+    return max(spec.intermediate_size, spec.num_heads * spec.head_dim) * spec.hidden_size * width
+
+
+def late_bytes(spec: ModelSpec, width: int) -> int:
+    """One sequence's kept inputs, on every rank; `width`: bytes of an element. None for grouped heads, whose K/V are never late."""
+    return spec.num_layers * LATE_TOKENS * spec.hidden_size * width if spec.group_size == 1 else 0
 
 
 def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
@@ -45,7 +57,7 @@ def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
             each += stored_bytes(hidden, hidden, 8)
     else:
         assert calibration is not None
-        rank = calibration.tensor(f"layers.0.{rung.by}.a").shape[0]
+        rank = calibration.shape(f"layers.0.{rung.by}.a")[0]
         each = stored_bytes(rank, hidden, 8) + stored_bytes(rows, rank, 8) + 4 * rows
     return spec.num_layers * each
 
@@ -62,29 +74,46 @@ def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibra
     """
     if rung.bits is not None:
         return pass_bytes(spec, width) - replaced_bytes(spec, width) + rounded_bytes(spec, rung.bits)
-    found = pass_bytes(spec, width) + _scorer_bytes(spec, rung, calibration)
+    found = pass_bytes(spec, width) + proxy_bytes(spec, rung, calibration)
     row = spec.num_layers * spec.hidden_size * width
     if rung.mlp is not None:
-        candidates = min(1.0, rung.mlp * rung.over)
-        exact = {"oracle": 2 if spec.gated else 1, "gate": 1}.get(rung.by or "", 0)
-        inner = exact + ((2 if spec.gated else 1) - exact) * candidates
-        unread = spec.num_layers * spec.intermediate_size * ((2 if spec.gated else 1) - inner)
+        products = 2 if spec.gated else 1
+        unread = spec.num_layers * spec.intermediate_size * products * (1 - inner_share(spec, rung))
         found -= round(unread * (spec.hidden_size + spec.mlp_bias) * width)
-        if rung.by != "gate":
-            found += 4 * spec.num_layers * spec.intermediate_size
         found -= round(spec.intermediate_size * row * (1 - rung.mlp))
     if rung.heads is not None:
-        found += spec.num_layers * _head_selector_bytes(spec)
         found -= round(2 * spec.num_heads * spec.head_dim * row * (1 - rung.heads))
     if rung.lm == "hire":
-        rows = spec.vocab_size * spec.embed_size * width
-        measured = None if calibration is None else calibration.description.get("lm_head_share")
-        if measured is None:
-            first, *others = (_head_stage_bytes(spec, stage, calibration) for stage in range(len(head_bits(calibration))))
-            found += round(first + _REFINED * sum(others)) - rows
-        else:
-            found += round((measured - 1) * rows)
+        found += round((head_share(spec, calibration, width) - 1) * spec.vocab_size * spec.embed_size * width)
     return found
+
+
+def proxy_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
+    """Of that, proxies and predictors of neurons and heads, and the lengths of neurons' columns."""
+    found = _scorer_bytes(spec, rung, calibration)
+    if rung.mlp is not None and rung.by != "gate":
+        found += 4 * spec.num_layers * spec.intermediate_size
+    if rung.heads is not None:
+        found += spec.num_layers * _head_selector_bytes(spec)
+    return found
+
+
+def inner_share(spec: ModelSpec, rung: Rung) -> float:
+    """Of the rows of the MLP's first products, those that a rung reads for one token: candidates, and what a scorer needs exactly."""
+    if rung.mlp is None:
+        return 1.0
+    products = 2 if spec.gated else 1
+    exact = {"oracle": products, "gate": 1}.get(rung.by or "", 0)
+    return (exact + (products - exact) * min(1.0, rung.mlp * rung.over)) / products
+
+
+def head_share(spec: ModelSpec, calibration: Calibration | None, width: int) -> float:
+    """Bytes that lm=hire reads for one token, over those of all rows of the LM head."""
+    measured: float | None = None if calibration is None else calibration.description.get("lm_head_share")
+    if measured is not None:
+        return measured
+    first, *others = (_head_stage_bytes(spec, stage, calibration) for stage in range(len(head_bits(calibration))))
+    return (first + _REFINED * sum(others)) / (spec.vocab_size * spec.embed_size * width)
 
 
 def _head_selector_bytes(spec: ModelSpec) -> int:
@@ -97,5 +126,5 @@ def _head_stage_bytes(spec: ModelSpec, stage: int, calibration: Calibration | No
     found = stored_bytes(spec.vocab_size, spec.embed_size, head_bits(calibration)[stage]) + 8 * spec.vocab_size
     if stage or calibration is None or DIRECTIONS not in calibration:
         return found
-    count = len(calibration.tensor(DIRECTIONS))
+    count = calibration.shape(DIRECTIONS)[0]
     return found + stored_bytes(spec.vocab_size, count, head_bits(calibration)[0]) + 4 * count * spec.embed_size

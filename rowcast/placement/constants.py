@@ -1,0 +1,103 @@
+"""The cost model's constants: what share of a rate a program reaches, what each call takes whatever its size. Torch-free.
+
+One set serves all predictions. `docs/planning.md` has the points that they were fitted to and those that they were only checked
+against.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """Shares are of a rate that a copy reaches, seconds are of one call."""
+
+    copy_share: float = 0.88
+    """Of a GPU's datasheet memory rate, what a copy reaches: .88 on an H200, .89 on an H100 (measured)."""
+    weights_share: float = 0.90
+    """Of the copy rate, products with few tokens over 16-bit weights. Fitted to Llama-2-7B's decode on an H100."""
+    kv_share: float = 1.0
+    """Attention over a long KV: 1.01 of the copy rate with 32 KV heads, .92 with 8 (measured on an H100)."""
+    rows_share: float = 0.72
+    """Gathered rows. Fitted to the sparse FFN of an OPT-175B on an H100."""
+    lowbit_share: dict[int, float] | None = None
+    """By bits; None: `LOWBIT_SHARES`."""
+    bus_share: float = 0.85
+    """Of a link's nominal rate to the host, what one large copy reaches: 54.3 of 64 GB/s on an H200 (measured)."""
+    bus_rows_share: float = 0.90
+    """Of that, a kernel that reads rows where they lie: .93, .86 and .91 with 8, 24 and 144 KiB a row (measured on an H100)."""
+    host_share: float = 0.80
+    """Of host memory's nominal rate. Assumed."""
+    peer_share: float = 0.75
+    """Of a link's nominal rate between GPUs. Assumed."""
+    flops_share: float = 0.60
+    """Of the dense rate, products with many tokens. Assumed."""
+    cpu_flops_share: float = 0.50
+    """Likewise on a CPU. Assumed."""
+
+    layer_s: float = 10e-6
+    """One layer's calls in a captured graph, beyond what their bytes take. Fitted to Llama-2-7B and SmolLM2-135M on an H100."""
+    eager_layer_s: float = 145e-6
+    """The same of a framework's own kernels, nothing fused, captured or called one by one where the GPU is behind. Fitted to TriForce's
+    retrieval pass on an A100."""
+    select_s: float = 12e-6
+    """Predictor and selection of one layer, beyond their bytes. Fitted to the sparse FFN."""
+    round_s: float = 0.3e-3
+    """Host work of a round that nothing hides. Fitted to SmolLM2-135M on an H100."""
+    cpu_layer_s: float = 40e-6
+    """To the CPU and back in a layer in which it computes. Assumed."""
+    fetch_layer_s: float = 10e-6
+    """A layer's fetch of rows, beyond its bytes: one latency of the bus and a launch. Assumed."""
+    all_reduce_s: dict[str, float] | None = None
+    """A sum of a token's hidden state over two ranks, by link; None: `ALL_REDUCE_S`."""
+
+    context_bytes: int = 600 * MIB
+    """A GPU context with its libraries. Assumed: it differs by driver."""
+    graphs_bytes: int = 64 * MIB
+    """Captured graphs and the states of rounds."""
+    margin_share: float = 0.02
+    """Of a GPU's memory, what is left free for fragments."""
+    host_margin_bytes: int = 4 << 30
+    """Of host memory, what the system and the process itself take."""
+    eager: bool = False
+    """Passes are made of a framework's own kernels: what published research systems did."""
+    spread: float = 0.10
+    """Rates may be so much higher or lower: the ends of a predicted range."""
+
+    @property
+    def layer_launch_s(self) -> float:
+        return self.eager_layer_s if self.eager else self.layer_s
+
+    def all_reduce(self, link: str, ranks: int) -> float:
+        """Seconds of one, by nvlink, pcie, host or network. Eight ranks take twice as long as two: gpt-fast's on 8 A100."""
+        return (self.all_reduce_s or ALL_REDUCE_S)[link] * (1 + math.log2(ranks)) / 2
+
+    def lowbit(self, bits: int) -> float:
+        """Share of the copy rate that products with few tokens over low-bit weights reach."""
+        return (self.lowbit_share or LOWBIT_SHARES)[bits]
+
+    def at(self, end: int) -> Constants:
+        """The constants with rates at one end of what they may be: -1 slower, 1 faster."""
+        factor = 1 + end * self.spread
+        return replace(
+            self,
+            weights_share=self.weights_share * factor,
+            kv_share=self.kv_share * factor,
+            rows_share=self.rows_share * factor,
+            bus_share=self.bus_share * factor,
+            host_share=self.host_share * factor,
+            layer_s=self.layer_s / factor,
+            eager_layer_s=self.eager_layer_s / factor,
+        )
+
+
+ALL_REDUCE_S = {"nvlink": 6.5e-6, "pcie": 19e-6, "host": 40e-6, "network": 30e-6}
+"""Of two ranks. nvlink: one-shot over symmetric memory, measured on two H200 (24 KB, in a captured graph). pcie: NCCL's time on the
+same machine stands in for it. host, network: assumed."""
+
+LOWBIT_SHARES = {8: 0.71, 4: 0.55}
+"""Measured on an H100: 45 MB in 22.5 us, 25 MB in 15 us."""

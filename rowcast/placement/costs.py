@@ -1,0 +1,424 @@
+"""The cost model: what each part of a model takes in bytes and seconds at each tier, as a `Problem` for the solver. Torch-free.
+
+A pass of a rung over a stage takes as long as the slowest of these chains, and what every layer adds that nothing hides:
+
+    GPU memory   all bytes that the card reads; streamed bytes are written once and read once
+    compute      the products' arithmetic
+    bus          all bytes that cross to the card; copies of whole layers run ahead and hide under everything else
+    bus, serial  what is not neurons, then rows that are known only when they are needed
+    host memory  all bytes that leave it, for all cards of the node and for the CPU
+    CPU          what is not neurons, then the neurons that the CPU computes
+    peers        bytes read from other cards
+    launches     calls of every layer, selection, sums over ranks, the CPU's and the fetches' latency: added to the slowest chain
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rowcast.placement.constants import Constants
+from rowcast.placement.groups import EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
+from rowcast.placement.hardware import Quantity
+from rowcast.placement.layout import Layout, Site
+from rowcast.placement.solver import Problem
+from rowcast.placement.workload import LadderUse, RungUse, Workload
+from rowcast.runtime.spec import kv_bytes_per_token, layer_parameters, parameter_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+RESIDENT, STREAMED, ROWS, CPU, HOST, PEER = range(6)
+"""Tiers, in the order of `forecast.TIERS` but for the last two; PEER + i: the site that holds it is the i-th of the layout."""
+
+STREAM_BYTES = 256 << 20
+"""A piece that is copied at once, where a layer has more; two are in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Which tiers may be used beside `resident`. Each has a price of its own, whatever lies there."""
+
+    streamed: bool = False
+    rows: bool = False
+    cpu: bool = False
+    kv_away: bool = False
+    """KV may be streamed; the rungs below the last then show a copy of their part of it."""
+
+    @property
+    def name(self) -> str:
+        ways = ["whole layers streamed"] * self.streamed + ["rows fetched when needed"] * self.rows
+        ways += ["cold neurons computed on the CPU"] * self.cpu + ["KV in host memory"] * self.kv_away
+        return ", ".join(ways) or "everything next to the compute"
+
+
+def modes(ladder: LadderUse, layout: Layout) -> list[Mode]:
+    """Those that the ladder and the machine have a use for, the plainest first."""
+    if layout.on_cpu:
+        return [Mode()]
+    sparse = any(rung.neurons < 1 for rung in ladder.rungs)
+    found = [Mode()]
+    for kv_away in (False, True):
+        for rows in (False, True) if sparse else (False,):
+            for cpu in (False, True):
+                for streamed in (False, True):
+                    mode = Mode(streamed, rows, cpu, kv_away)
+                    if mode not in found:
+                        found.append(mode)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What one row of a problem's seconds stands for."""
+
+    rung: int
+    stage: int
+    site: int
+    """-1: all of the stage's."""
+    link: str
+    """Of `forecast.LINKS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A problem with what its rows mean."""
+
+    problem: Problem
+    groups: Groups
+    chains: tuple[Chain, ...]
+    limits: tuple[str, ...]
+    """Names of the problem's limits."""
+    fixed: tuple[dict[str, int], ...]
+    """For each site, bytes by memory class that are spent whatever goes where."""
+    launches: tuple[tuple[float, float], ...]
+    """For each rung, seconds of a pass that nothing hides: calls; sums over ranks and hops between stages."""
+
+
+class CostModel:
+    """Prices one ladder on one layout. Groups are made once; each mode and each machine that is a little different is priced anew."""
+
+    def __init__(self, work: Workload, ladder: LadderUse, layout: Layout, constants: Constants, groups: int) -> None:
+        """`groups`: about how many, of all layers of one rank."""
+        self.work, self.ladder, self.layout, self.constants = work, ladder, layout, constants
+        self.groups = make_groups(work, ladder, layout, groups)
+
+    def at(self, end: int) -> CostModel:
+        """The same model where rates are at one end of what they may be: -1 slower, 1 faster."""
+        other = copy(self)
+        other.constants = self.constants.at(end)
+        return other
+
+    def kv_bytes(self, site: Site, layers: int | None = None) -> float:
+        """Of all sequences on one rank of the site, for so many layers of its stage (all if None)."""
+        spec, tp = self.work.spec, self.layout.tensor_parallel
+        count = len(self.layout.stages[site.stage].layers) if layers is None else layers
+        per_layer = kv_bytes_per_token(spec, self.work.width) / spec.num_layers
+        copies = max(1, tp // spec.num_kv_heads)
+        return per_layer * copies / tp * count * self.work.context * self.work.batch
+
+    def fixed_bytes(self, site: Site, mode: Mode) -> dict[str, int]:
+        """By memory class, what a rank of the site holds whatever goes where."""
+        work, ladder, constants, tp = self.work, self.ladder, self.constants, self.layout.tensor_parallel
+        spec, share = work.spec, len(self.layout.stages[site.stage].layers) / work.spec.num_layers
+        slots = ladder.slot_bytes if mode.kv_away else ladder.listed_slot_bytes
+        rest = unplaced_bytes(spec, work.width, len(self.layout.stages[site.stage].layers))
+        buffers = 0.0
+        layer = layer_parameters(spec) * work.width * ladder.placed_share / tp
+        if mode.streamed:
+            buffers += 2 * min(layer, STREAM_BYTES)
+        if mode.kv_away:
+            buffers += 2 * min(self.kv_bytes(site, 1), STREAM_BYTES)
+        if mode.rows:
+            sparse = max(rung.neurons for rung in ladder.rungs if rung.neurons < 1)
+            buffers += 2 * mlp_bytes(spec, work.width) * ladder.placed_share / tp * sparse
+        on_cpu = self.layout.on_cpu
+        return {
+            "weights": rest,
+            "draft": ladder.fixed_bytes,
+            "predictors": round(ladder.shared_bytes * share / tp),
+            "rung KV": round((slots * work.batch / tp + ladder.kv_share * self.kv_bytes(site) / share) * share),
+            "buffers": round(buffers),
+            "work": work.work_bytes + ladder.work_bytes,
+            "graphs": 0 if on_cpu else constants.context_bytes + constants.graphs_bytes,
+            "margin": constants.host_margin_bytes if on_cpu else round(constants.margin_share * site.card.memory_bytes),
+        }
+
+    def price(self, mode: Mode, corrections: Sequence[float] | None = None) -> Priced:
+        """Of this mode. `corrections`: for each rung, measured seconds of a pass over predicted ones."""
+        import numpy as np
+
+        layout, groups, ladder = self.layout, self.groups, self.ladder
+        rungs, sites = ladder.rungs, layout.sites
+        tiers = PEER + len(sites) * any(self._may_hold(site, holder) for site in sites for holder in sites)
+        memory_link = "host memory" if layout.on_cpu else "GPU memory"
+        factors = [1.0] * len(rungs) if corrections is None else list(corrections)
+        count = len(groups)
+        reads = groups.reads if not mode.kv_away else self.reads_away()
+        rows: list[Floats] = []
+        base: list[float] = []
+        chains: list[Chain] = []
+
+        def chain(rung: int, stage: int, site: int, link: str, seconds: Floats | None, start: float) -> None:
+            rows.append(np.zeros((count, tiers)) if seconds is None else seconds * factors[rung])
+            base.append(start * factors[rung])
+            chains.append(Chain(rung, stage, site, link))
+
+        for k, rung in enumerate(rungs):
+            for s in range(len(layout.stages)):
+                host = np.zeros((count, tiers))
+                cpu = np.zeros((count, tiers))
+                shared = np.zeros((count, tiers))
+                own: list[tuple[Floats, float]] = []
+                for i, site in enumerate(sites):
+                    if site.stage != s:
+                        continue
+                    mine = groups.site == i
+                    node = layout.machine.nodes[site.node]
+                    size, read = groups.bytes * mine, groups.bytes * reads[k] * mine
+                    memory = self._memory_rate(site)
+                    at_rest = self._read_seconds(site, rung, size, read)
+                    gpu = np.zeros((count, tiers))
+                    gpu[:, RESIDENT] = at_rest
+                    touched = size * (reads[k] > 0)
+                    gpu[:, STREAMED] = at_rest + touched / memory
+                    gpu[:, ROWS] = 2 * read / memory
+                    gpu[:, HOST] = self._lookup_seconds(site, rung) * mine * (groups.part == EMBEDDINGS)
+                    bus = np.zeros((count, tiers))
+                    serial = np.zeros((count, tiers))
+                    rate = self._rate(site.card.bus_rate, self.constants.bus_share)
+                    if rate:
+                        bus[:, STREAMED] = touched / rate
+                        fetched = read * (1 - self.work.hit_rate)
+                        bus[:, ROWS] = fetched / (rate * self.constants.bus_rows_share)
+                        serial[:, ROWS] = 0.0 if rung.ahead else bus[:, ROWS]
+                        host_rate = self._rate(node.host.memory_rate, self.constants.host_share)
+                        ranks = len(site.ranks)
+                        host[:, STREAMED] += ranks * touched / host_rate
+                        host[:, ROWS] += ranks * fetched / host_rate
+                        host[:, CPU] += ranks * read / host_rate
+                        tokens = rung.tokens * self.work.batch
+                        arithmetic = tokens / self.work.width * 2 / (node.host.flops.value * self.constants.cpu_flops_share)
+                        cpu[:, CPU] += ranks * np.maximum(read / host_rate, read * arithmetic)
+                        if node.shared_bus_rate is not None:
+                            shared += ranks * bus * rate / self._rate(node.shared_bus_rate, self.constants.bus_share)
+                    peers = np.zeros((count, tiers))
+                    for j, holder in enumerate(sites):
+                        if self._may_hold(site, holder):
+                            peers[:, PEER + j] = read / self._rate(node.peer_rate, self.constants.peer_share)
+                            gpu[:, PEER + j] = 2 * read / memory
+                    fixed = self.fixed_read_seconds(site, rung, mode)
+                    before = gpu * (groups.part != NEURONS)[:, None]
+                    chain(k, s, i, memory_link, gpu, fixed)
+                    chain(k, s, i, "compute", None, self._compute_seconds(site, rung))
+                    if mode.streamed or mode.kv_away or mode.rows:
+                        chain(k, s, i, "bus", bus, 0.0)
+                    if mode.rows and not rung.ahead:
+                        late = before + serial
+                        late[:, ROWS] += gpu[:, ROWS] * (groups.part == NEURONS)
+                        chain(k, s, i, "bus", late, fixed)
+                    if peers.any():
+                        chain(k, s, i, "peers", peers, 0.0)
+                    own.append((before, fixed))
+                if mode != Mode():
+                    chain(k, s, -1, "host memory", host, 0.0)
+                if mode.cpu:
+                    for before, fixed in own:
+                        chain(k, s, -1, "CPU", before + cpu, fixed)
+                if shared.any():
+                    chain(k, s, -1, "bus", shared, 0.0)
+
+        launches = tuple(self._launch_seconds(rung, mode) for rung in rungs)
+        per_token = [rung.passes / ladder.tokens_per_round for rung in rungs]
+        stages = len(layout.stages)
+        constant = self.constants.round_s / ladder.tokens_per_round
+        constant += sum(each * sum(lost) for each, lost in zip(per_token, launches, strict=True))
+        limits, names, sizes = self._limits(mode, tiers)
+        problem = Problem(
+            allowed=self._allowed(mode, tiers),
+            seconds=np.stack(rows),
+            base=np.array(base),
+            passes=np.array([chain.rung * stages + chain.stage for chain in chains]),
+            weights=np.repeat(per_token, stages),
+            constant=constant,
+            bytes=sizes,
+            limits=np.array(limits),
+        )
+        fixed_all = tuple(self.fixed_bytes(site, mode) for site in sites)
+        return Priced(problem, groups, tuple(chains), tuple(names), fixed_all, launches)
+
+    def first_token_s(self, bus_bytes: float, kv_bus_bytes: float) -> float:
+        """The prefill: arithmetic at the dense rate against what crosses the bus, layer by layer.
+
+        `bus_bytes`: weights of one rank that are not resident, which a batch's prompts share; `kv_bus_bytes`: KV of one sequence on one
+        rank that goes to the host once.
+        """
+        spec, work, layout = self.work.spec, self.work, self.layout
+        slowest = 0.0
+        for site in layout.sites:
+            layers = len(layout.stages[site.stage].layers)
+            products = 2 * layers * layer_parameters(spec) * work.prompt / layout.tensor_parallel
+            pairs = work.prompt * work.prompt / 2
+            attention = 4 * layers * pairs * spec.num_heads * spec.head_dim / layout.tensor_parallel
+            share = self.constants.cpu_flops_share if layout.on_cpu else self.constants.flops_share
+            arithmetic = (products + attention) / (site.card.flops.value * share)
+            rate = self._rate(site.card.bus_rate, self.constants.bus_share)
+            moved = (bus_bytes + kv_bus_bytes * work.batch) / rate if rate else 0.0
+            slowest = max(slowest, arithmetic * work.batch, moved)
+        last = work.ladders[0].rungs[-1]
+        return slowest * len(layout.stages) + sum(self._launch_seconds(last, Mode()))
+
+    def _memory_rate(self, site: Site) -> float:
+        share = self.constants.host_share if self.layout.on_cpu else self.constants.copy_share
+        return self._rate(site.card.memory_rate, share)
+
+    @staticmethod
+    def _rate(quantity: Quantity, share: float) -> float:
+        """What a program reaches: a share of what is printed or assumed; what was measured or given as it is."""
+        return quantity.value * (share if quantity.origin in ("datasheet", "assumed") else 1.0)
+
+    def _read_seconds(self, site: Site, rung: RungUse, size: Floats, read: Floats) -> Floats:
+        """From the memory next to the compute: rows where that is less than the whole block."""
+        import numpy as np
+
+        memory, part = self._memory_rate(site), self.groups.part
+        alone = self.ladder.alone_bits
+        products = self.constants.lowbit(alone) if alone else self.constants.weights_share
+        whole = size * (read > 0) / (memory * products)
+        some = read / (memory * min(products, self.constants.rows_share))
+        seconds = np.minimum(whole, some)
+        return np.where(part == KV, read / (memory * self.constants.kv_share), seconds)
+
+    def _lookup_seconds(self, site: Site, rung: RungUse) -> float:
+        """A pass's rows of the embeddings, where these lie in host memory."""
+        rate = self._rate(site.card.bus_rate, self.constants.bus_share)
+        row = self.work.spec.embed_size * self.work.width
+        return self.constants.fetch_layer_s + rung.tokens * self.work.batch * row / rate if rate and rung.model is None else 0.0
+
+    def fixed_read_seconds(self, site: Site, rung: RungUse, mode: Mode) -> float:
+        """Of a pass: weights of its own, proxies, a draft, the copy of a part of the KV that lies elsewhere."""
+        work, tp, memory = self.work, self.layout.tensor_parallel, self._memory_rate(site)
+        share = len(self.layout.stages[site.stage].layers) / work.spec.num_layers
+        if rung.model is not None:
+            entries = min(work.context, rung.kv_entries or work.context)
+            kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch
+            weights = parameter_count(rung.model) * work.width / self.constants.weights_share
+            return (weights + kv) / memory if site.stage == 0 else 0.0  # every rank of the first stage runs it whole
+        seconds = rung.proxy_bytes * share / tp / (memory * self.constants.rows_share)
+        if rung.own_weights_bytes and not self.ladder.reads_placed(rung):
+            seconds += rung.own_weights_bytes * share / tp / (memory * self.constants.lowbit(rung.own_bits))
+        if mode.kv_away and rung.kv_entries is not None:
+            part = min(1.0, rung.kv_entries / work.context)
+            seconds += self.kv_bytes(site) * part / (memory * self.constants.kv_share)
+        return seconds
+
+    def _compute_seconds(self, site: Site, rung: RungUse) -> float:
+        """Arithmetic of one pass on one rank, all rows dense."""
+        work, stage = self.work, self.layout.stages[site.stage]
+        if rung.model is not None and site.stage:
+            return 0.0
+        spec = work.spec if rung.model is None else rung.model
+        layers, tp = (len(stage.layers), self.layout.tensor_parallel) if rung.model is None else (spec.num_layers, 1)
+        tokens = rung.tokens * work.batch
+        entries = min(work.context, rung.kv_entries or work.context)
+        operations: float = 2 * tokens * (layers * layer_parameters(spec) + spec.vocab_size * spec.hidden_size)
+        operations += 4 * tokens * entries * layers * spec.num_heads * spec.head_dim
+        share = self.constants.cpu_flops_share if self.layout.on_cpu else self.constants.flops_share
+        return operations / tp / (site.card.flops.value * share)
+
+    def _launch_seconds(self, rung: RungUse, mode: Mode) -> tuple[float, float]:
+        """Of one pass, what nothing hides: calls and latencies; sums over ranks and hops between stages."""
+        constants, spec = self.constants, self.work.spec if rung.model is None else rung.model
+        each = constants.layer_launch_s
+        if rung.model is not None:
+            return spec.num_layers * each, 0.0
+        if rung.neurons < 1 or rung.heads < 1:
+            each += constants.select_s
+        if mode.rows and rung.neurons < 1 and not rung.ahead:
+            each += constants.fetch_layer_s
+        if mode.cpu:
+            each += constants.cpu_layer_s
+        hidden = spec.hidden_size * self.work.width * rung.tokens * self.work.batch
+        sums = 0.0
+        for index, stage in enumerate(self.layout.stages):
+            if self.layout.tensor_parallel > 1:
+                sums += 2 * len(stage.layers) * self._all_reduce_seconds(index, hidden)
+            sums += self.layout.hop_s(index, hidden)
+        return spec.num_layers * each, sums
+
+    def _all_reduce_seconds(self, stage: int, bytes_: float) -> float:
+        link, machine = self.layout.stages[stage].link, self.layout.machine
+        start = self.constants.all_reduce(link, self.layout.tensor_parallel)
+        if link == "network":
+            assert machine.inter_node_rate is not None
+            return start + 2 * machine.inter_node_latency_s + 2 * bytes_ / machine.inter_node_rate.value
+        rate = machine.nodes[self.layout.stages[stage].nodes[0]].peer_rate
+        return start + 2 * bytes_ / self._rate(rate, self.constants.peer_share)
+
+    def _may_hold(self, site: Site, holder: Site) -> bool:
+        """Whether ranks of one site may read what lies with ranks of another: unequal cards of a node with a link between them."""
+        link = self.layout.machine.nodes[site.node].link
+        return site is not holder and site.node == holder.node and link in ("nvlink", "pcie")
+
+    def reads_away(self) -> Floats:
+        """Where KV may lie in host memory, rungs that see a part of it read their own copy and none of it."""
+        reads: Floats = self.groups.reads.copy()
+        for k, rung in enumerate(self.ladder.rungs):
+            if rung.kv_entries is not None:
+                reads[k, self.groups.part == KV] = 0.0
+        return reads
+
+    def _allowed(self, mode: Mode, tiers: int) -> NDArray[np.bool_]:
+        import numpy as np
+
+        groups, sites = self.groups, self.layout.sites
+        allowed = np.zeros((len(groups), tiers), dtype=bool)
+        allowed[:, RESIDENT] = True
+        weights, neurons = groups.part != KV, groups.part == NEURONS
+        allowed[:, STREAMED] = (weights & mode.streamed) | (~weights & mode.kv_away)
+        allowed[:, ROWS] = neurons & mode.rows
+        allowed[:, CPU] = neurons & mode.cpu
+        allowed[:, HOST] = (groups.part == EMBEDDINGS) & (not self.layout.on_cpu)
+        for i, site in enumerate(sites):
+            for j, holder in enumerate(sites):
+                if self._may_hold(site, holder):
+                    allowed[(groups.site == i) & weights, PEER + j] = True
+        return allowed
+
+    def _limits(self, mode: Mode, tiers: int) -> tuple[list[float], list[str], Floats]:
+        """Bytes that are left by device, host and its pinned part, and what each group takes of them at each tier."""
+        import numpy as np
+
+        groups, layout, sites = self.groups, self.layout, self.layout.sites
+        limits: list[float] = []
+        names: list[str] = []
+        sizes: list[Floats] = []
+        for i, site in enumerate(sites):
+            size = np.zeros((len(groups), tiers))
+            size[:, RESIDENT] = groups.bytes * (groups.site == i)
+            for j, other in enumerate(sites):
+                if self._may_hold(other, site):
+                    size[:, PEER + i] += groups.bytes * (groups.site == j) * len(other.ranks) / len(site.ranks)
+            limits.append(site.card.memory_bytes - sum(self.fixed_bytes(site, mode).values()))
+            names.append(f"GPU {site.ranks[0]}" if not layout.on_cpu else "host of node 0")
+            sizes.append(size)
+        if not layout.on_cpu:
+            for n, node in enumerate(layout.machine.nodes):
+                pinned, total = np.zeros((len(groups), tiers)), np.zeros((len(groups), tiers))
+                for i, site in enumerate(sites):
+                    if site.node == n:
+                        away = len(site.ranks) * groups.bytes * (groups.site == i)
+                        pinned[:, STREAMED] += away
+                        pinned[:, ROWS] += away
+                        total[:, CPU] += away
+                        total[:, HOST] += away
+                total += pinned
+                limits += [max(0.0, node.host.pin_bytes), max(0.0, node.host.memory_bytes - self.constants.host_margin_bytes)]
+                names += [f"pinned memory of node {n}", f"host of node {n}"]
+                sizes += [pinned, total]
+        return limits, names, np.stack(sizes)

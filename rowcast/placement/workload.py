@@ -1,0 +1,180 @@
+"""What is to be run: a model, a ladder as its passes, context and batch. Torch-free.
+
+What the cost model knows of a ladder, and nothing of how it runs. `runtime/forecast.py` makes these from a ladder's text; the cost
+model does not know rungs by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rowcast.placement.hardware import Origin
+from rowcast.runtime.spec import ModelSpec
+
+PUBLISHED_RELU_HOT = 0.26
+"""Share of an OPT-30B's neurons that take 80% of the activations (PowerInfer, arXiv 2312.12456, section 3.1, figure 5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One figure that a prediction rests on."""
+
+    name: str
+    value: float
+    origin: Origin
+    source: str = ""
+    """Paper and section, datasheet, calibration or file; empty where the user gave it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hotness:
+    """How often neurons are needed, most frequent first: what decides which of them are worth memory next to the compute.
+
+    `layers[i][g]`: probability that one token needs a neuron of group g of layer i; groups of equal size. All layers have equally many.
+    """
+
+    layers: tuple[tuple[float, ...], ...]
+    origin: Origin
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungUse:
+    """One rung of a ladder as the cost model sees it. Bytes are those of the whole model, not of a rank."""
+
+    name: str
+    """As a user writes it."""
+    passes: float
+    """In a round."""
+    tokens: int
+    """Of one sequence in a pass: 1 while it drafts, proposals and the pending token while it verifies."""
+    model: ModelSpec | None = None
+    """Of a draft, which lies whole on every rank; None: the target."""
+    kv_entries: int | None = None
+    """Entries that its attention reads at most; None: the whole context."""
+    neurons: float = 1.0
+    """Share that one token needs."""
+    candidates: float = 1.0
+    """Share whose inner rows are read: more than `neurons` where candidates are ranked again."""
+    heads: float = 1.0
+    """Share of query heads that one token needs."""
+    head_share: float = 1.0
+    """Bytes that the LM head reads over those of all its rows."""
+    own_weights_bytes: int = 0
+    """Weights of its own that it reads in place of the target's (a low-bit copy); 0: it reads the target's."""
+    own_bits: int = 0
+    """Bits of those."""
+    own_weights_share: float = 1.0
+    """Their bytes over those of the same matrices in the target's own format."""
+    proxy_bytes: int = 0
+    """Proxies and predictors that a pass reads beside them."""
+    ahead: bool = False
+    """Neurons are known one sub-layer before they are needed, so that fetching them hides under attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LadderUse:
+    """A ladder with what it takes, resolved."""
+
+    name: str
+    """As a user writes it, gammas included."""
+    family: str = ""
+    """The same for ladders that differ in their gammas only."""
+    rungs: tuple[RungUse, ...]
+    """Cheapest first; the last decides."""
+    tokens_per_round: float
+    """Committed for one sequence, on average."""
+    tokens_per_round_range: tuple[float, float]
+    """The same where acceptance is as low and as high as its source allows."""
+    fixed_bytes: int = 0
+    """Weights that lie on every rank whole: drafts."""
+    shared_bytes: int = 0
+    """Proxies, predictors, low-bit copies: divided among ranks."""
+    slot_bytes: int = 0
+    """Caches of the rungs below the last, for one sequence, divided among ranks, where the KV that they show a part of is elsewhere."""
+    listed_slot_bytes: int = 0
+    """The same where the whole KV lies next to the compute and rungs read their part of it where it lies."""
+    kv_share: float = 0.0
+    """Chunk summaries and drafts' own KV, over the bytes of the target's KV."""
+    work_bytes: int = 0
+    """Work space of the largest step, on every rank, beyond what a plain model takes."""
+    alone_bits: int = 0
+    """Bits of the weights that its rungs read where none of them reads the target's own: these are placed, and the target's products
+    are not held. 0: the target's own are."""
+    inputs: tuple[Input, ...] = ()
+    """Acceptances, densities, hit rates and where they are from."""
+
+    def reads_placed(self, rung: RungUse) -> bool:
+        """Whether a rung's passes read the weights that are placed: the target's own, or the only ones that there are."""
+        return rung.model is None and rung.own_bits == self.alone_bits
+
+    @property
+    def placed_share(self) -> float:
+        """Bytes of the layers' and the LM head's matrices that are placed, over those in the target's own format."""
+        return self.rungs[-1].own_weights_share if self.alone_bits else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a plan is for."""
+
+    model: str
+    """As the user named it."""
+    spec: ModelSpec
+    width: int
+    """Bytes of an element of weights and KV."""
+    context: int
+    """Tokens of a sequence at which speed is predicted, and of the longest that has to fit."""
+    prompt: int
+    """Tokens of the prompt whose first output token is waited for."""
+    batch: int
+    """Sequences that run together, each of `context` tokens."""
+    ladders: tuple[LadderUse, ...]
+    """To choose from."""
+    fallbacks: tuple[LadderUse, ...] = ()
+    """What the user did not ask for, to be named where nothing else fits."""
+    hotness: Hotness
+    hit_rate: float = 0.0
+    """Of rows fetched from the host, the share that the GPU's row cache already holds."""
+    work_bytes: int = 0
+    """Work space of a plain step, one rank's."""
+    inputs: tuple[Input, ...] = ()
+
+
+def assumed_hotness(spec: ModelSpec, density: float, groups: int) -> Hotness:
+    """Where nobody measured: for ReLU the published concentration, for other activations none at all.
+
+    The hottest share f of the neurons takes f ** a of the activations, with a from `PUBLISHED_RELU_HOT`; probabilities are its slope,
+    scaled to a mean of `density` and cut at 1.
+    """
+    origin: Origin = "assumed"
+    if density >= 1:
+        flat, source = (1.0,) * groups, "all neurons are read"
+    elif spec.activation != "relu":
+        flat, source = (density,) * groups, f"no hot set: {spec.activation} models were not found to have one"
+    else:
+        power = math.log(0.8) / math.log(PUBLISHED_RELU_HOT)
+        flat = _scaled([((g + 1) / groups) ** power - (g / groups) ** power for g in range(groups)], density)
+        source = "PowerInfer, arXiv 2312.12456, figure 5: 26% of OPT-30B's neurons take 80% of the activations"
+    return Hotness((flat,) * spec.num_layers, origin, source)
+
+
+def _scaled(weights: list[float], mean: float) -> tuple[float, ...]:
+    """Probabilities in proportion to `weights`, none above 1, with this mean."""
+    low, high = 0.0, len(weights) / min(weights)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(min(1.0, middle * weight) for weight in weights) < mean * len(weights):
+            low = middle
+        else:
+            high = middle
+    return tuple(min(1.0, high * weight) for weight in weights)
+
+
+def united(probability: float, tokens: int) -> float:
+    """That at least one of so many tokens needs a row, if they need it independently.
+
+    Neighbouring tokens share rows, so this is what is read at most (Polar Sparsity, arXiv 2505.14884, section 3).
+    """
+    return 1.0 - (1.0 - probability) ** tokens

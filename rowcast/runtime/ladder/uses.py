@@ -1,0 +1,189 @@
+"""A ladder as the cost model sees it: passes, shares and bytes of its rungs, from its text and a config. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+
+from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SPECULATING_SEQS, LadderNeeds, work_bytes
+from rowcast.placement.workload import Input, LadderUse, RungUse
+from rowcast.runtime.acceptances import NEVER, Acceptance, Acceptances
+from rowcast.runtime.ladder.costs import expected_passes, expected_tokens
+from rowcast.runtime.ladder.memory import ladder_needs
+from rowcast.runtime.ladder.options import GAMMAS, INNER_GAMMAS
+from rowcast.runtime.ladder.spec import Ladder, Rung
+from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.checks import AHEAD
+from rowcast.runtime.sparse.sizes import head_share, inner_share, proxy_bytes
+from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
+
+_GAMMA, _INNER_GAMMA = 6, 2
+"""Where nothing pins them: TriForce's on one card (arXiv 2404.11912, section 5.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftConfig:
+    """A draft of which only the config is known."""
+
+    spec: ModelSpec
+    fingerprint: str = ""
+
+
+def with_gammas(ladder: Ladder, gammas: Sequence[int]) -> Ladder:
+    """The ladder with what the rung above asks of each rung below the last; 0: nothing is pinned there."""
+    pinned = (replace(rung, gamma=gamma or None) for rung, gamma in zip(ladder.lower, gammas, strict=True))
+    return Ladder((*pinned, ladder.rungs[-1]))
+
+
+def gamma_grid(ladder: Ladder) -> list[tuple[int, ...]]:
+    """All gammas to choose from: what the user pinned stays, a lookup whose gamma is open has 0."""
+    grids: list[tuple[int, ...]] = []
+    for i, rung in enumerate(ladder.lower):
+        if rung.gamma is not None or rung.kind == "ngram":
+            grids.append((rung.gamma or 0,))
+        else:
+            grids.append(GAMMAS if i == len(ladder.lower) - 1 else INNER_GAMMAS)
+    return list(product(*grids))
+
+
+def ladder_use(
+    ladder: Ladder,
+    spec: ModelSpec,
+    *,
+    width: int,
+    context: int,
+    block_size: int = BLOCK_SIZE,
+    calibration: Calibration | None,
+    acceptance: Acceptances,
+    drafts: Mapping[str, ModelSpec],
+    batch: int = 1,
+) -> LadderUse:
+    """A resolved ladder as the cost model sees it; gammas that are open take TriForce's. `drafts`: by the names that rungs give them.
+
+    A lookup is used where its acceptance is above 0 or its gamma is pinned; it takes no time. Raises UserError for a `chunk` that does
+    not divide `block_size`.
+    """
+    last = ladder.rungs[-1]
+    chances = [acceptance.find(rung, above, top=above == last) for rung, above in pairwise(ladder.rungs)]
+    used = [i for i, rung in enumerate(ladder.lower) if rung.kind != "ngram" or rung.gamma is not None or chances[i].value]
+    gammas = [ladder.rungs[i].gamma or (_GAMMA if i == used[-1] else _INNER_GAMMA) for i in used]
+    asked = gammas[-1] if gammas else 0
+    passes = expected_passes([chances[i].value for i in used], gammas, asked) if used else []
+    rungs = [
+        _rung_use(rung, spec, count, tokens, width, calibration, drafts)
+        for rung, (count, tokens) in zip([*(ladder.rungs[i] for i in used), last], [*passes, (1.0, asked + 1)], strict=True)
+        if rung.kind != "ngram"
+    ]
+    outer = chances[used[-1]] if used else NEVER
+    listed, copied = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each) for each in (True, False))
+    models = {rung.model: drafts[rung.model] for rung in ladder.lower if rung.model is not None}
+    fixed = sum(parameter_count(model) for model in models.values()) * width
+    work = max(_work_bytes(spec, width, batch, context, needs) for needs in (listed, copied))
+    alone = _alone_bits(ladder)
+    return LadderUse(
+        name=str(ladder),
+        family=str(with_gammas(ladder, [0] * len(ladder.lower))),
+        rungs=tuple(rungs),
+        tokens_per_round=expected_tokens(outer.value, asked),
+        tokens_per_round_range=(expected_tokens(outer.low, asked), expected_tokens(outer.high, asked)),
+        fixed_bytes=fixed,
+        shared_bytes=listed.weight_bytes - fixed - (rounded_bytes(spec, alone) if alone else 0),
+        slot_bytes=copied.slot_bytes + copied.query_bytes,
+        listed_slot_bytes=listed.slot_bytes + listed.row_bytes + listed.query_bytes,
+        kv_share=listed.block_bytes / (block_size * kv_bytes_per_token(spec, width)),
+        work_bytes=max(0, work - plain_work_bytes(spec, width, batch, context)),
+        alone_bits=alone,
+        inputs=tuple(_inputs(ladder, chances, spec, calibration, width)),
+    )
+
+
+def plain_work_bytes(spec: ModelSpec, width: int, batch: int, context: int) -> int:
+    """Work space of a plain step of `batch` sequences."""
+    return _work_bytes(spec, width, batch, context, _plain_needs(spec, width, context))
+
+
+def _rung_use(
+    rung: Rung,
+    spec: ModelSpec,
+    passes: float,
+    tokens: int,
+    width: int,
+    calibration: Calibration | None,
+    drafts: Mapping[str, ModelSpec],
+) -> RungUse:
+    use = RungUse(name=str(rung), passes=passes, tokens=tokens, kv_entries=rung.kv)
+    if rung.kind == "draft":
+        assert rung.model is not None
+        return replace(use, model=drafts[rung.model])
+    if rung.bits is not None:
+        own = rounded_bytes(spec, rung.bits)
+        return replace(use, own_weights_bytes=own, own_bits=rung.bits, own_weights_share=own / replaced_bytes(spec, width))
+    if not rung.sparse:
+        return use
+    return replace(
+        use,
+        neurons=1.0 if rung.mlp is None else rung.mlp,
+        candidates=inner_share(spec, rung),
+        heads=1.0 if rung.heads is None else rung.heads,
+        head_share=head_share(spec, calibration, width) if rung.lm == "hire" else 1.0,
+        proxy_bytes=proxy_bytes(spec, rung, calibration),
+        ahead=rung.by is not None and rung.by.endswith(AHEAD),
+    )
+
+
+def _alone_bits(ladder: Ladder) -> int:
+    """Of the weights that are held instead of the target's own, where no rung reads those; 0: some rung does."""
+    reads_target = any(rung.kind in ("self", "plain") and rung.bits is None for rung in ladder.rungs)
+    return 0 if reads_target else ladder.rungs[-1].bits or 0
+
+
+def _needs(
+    ladder: Ladder,
+    spec: ModelSpec,
+    drafts: Mapping[str, ModelSpec],
+    calibration: Calibration | None,
+    width: int,
+    block_size: int,
+    context: int,
+    listed: bool,
+) -> LadderNeeds:
+    """What the engine takes on a GPU. `listed`: its rungs read their part of the KV where it lies."""
+    return ladder_needs(
+        ladder,
+        spec,
+        {rung.model: DraftConfig(drafts[rung.model]) for rung in ladder.lower if rung.model is not None},
+        adaptive=False,
+        verification="coupled",
+        calibration=calibration,
+        dense_copy=False,
+        listed=listed,
+        width=width,
+        block_size=block_size,
+        max_context=context,
+        head_copy_bytes=lambda _: 0,
+    )
+
+
+def _plain_needs(spec: ModelSpec, width: int, context: int) -> LadderNeeds:
+    return _needs(Ladder((Rung(kind="plain"),)), spec, {}, None, width, BLOCK_SIZE, context, True)
+
+
+def _work_bytes(spec: ModelSpec, width: int, batch: int, context: int, needs: LadderNeeds) -> int:
+    """As `resident_plan` counts it for `batch` sequences at most."""
+    speculating = min(batch, MAX_SPECULATING_SEQS) if needs.lookahead else 0
+    return work_bytes(spec, width, batch, max(MAX_BATCH_TOKENS, batch), context, needs, batch if needs.anyone else speculating)
+
+
+def _inputs(
+    ladder: Ladder, chances: Sequence[Acceptance], spec: ModelSpec, calibration: Calibration | None, width: int
+) -> Iterator[Input]:
+    for rung, chance in zip(ladder.lower, chances, strict=True):
+        yield Input(f"acceptance of {replace(rung, gamma=None)}", chance.value, chance.origin, chance.source)
+    if any(rung.lm == "hire" for rung in ladder.rungs):
+        share = head_share(spec, calibration, width)
+        if calibration is not None and calibration.description.get("lm_head_share") is not None:
+            yield Input("share of the LM head's bytes", share, "measured", f"calibration {calibration.path}")
+        else:
+            yield Input("share of the LM head's bytes", share, "assumed", "its first proxy, and a quarter of the second")

@@ -1,0 +1,144 @@
+"""Ranks for tests, forked from one process that has imported everything: a gang starts in a fraction of a second.
+
+`python warm_ranks.py` reads lines "address rank token fault" and answers each with a process id.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+class WarmLauncher:
+    """Implements `Launcher`. `faults`: for each of the gangs that are started next, what goes wrong by rank; see `misbehave`."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.faults: list[dict[int, str]] = []
+        self.started = 0
+        """Gangs."""
+
+    def addresses(self, world: int) -> list[str]:
+        self._folder = tempfile.mkdtemp(prefix="rowcast-test-")
+        return [f"ipc://{self._folder}/{rank}" for rank in range(world)]
+
+    def start(self, addresses: Sequence[str], token: str) -> WarmRanks:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self.started += 1
+        faults = self.faults.pop(0) if self.faults else {}
+        pids = []
+        for rank, address in enumerate(addresses):
+            print(address, rank, token, faults.get(rank, "none"), file=self._server.stdin, flush=True)
+            pids.append(int(self._server.stdout.readline()))
+        return WarmRanks(pids, self._folder)
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.communicate()
+
+
+class WarmRanks:
+    """Implements `Ranks`; the server reaps them."""
+
+    def __init__(self, pids: list[int], folder: str) -> None:
+        self.pids, self._folder = pids, folder
+
+    def dead(self) -> dict[int, str]:
+        return {rank: "has ended" for rank, pid in enumerate(self.pids) if not Path(f"/proc/{pid}").exists()}
+
+    def wait(self, timeout_s: float) -> bool:
+        until = time.monotonic() + timeout_s
+        while len(self.dead()) < len(self.pids):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def kill(self) -> None:
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.dead():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert self.wait(20)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def misbehave(fault: str) -> None:
+    """`fault`: "none"; WHAT@N: die or freeze when the N-th round of a ladder begins, raise in it, starve (out of memory), or lie about
+    its tokens; die@load."""
+    from rowcast.cluster import rank
+    from rowcast.errors import OutOfMemoryError
+    from rowcast.runtime.executor import LocalExecutor
+    from rowcast.runtime.step import SeqResult, SeqStep
+
+    what, _, at = fault.partition("@")
+    if what == "none":
+        return
+    if at == "load":
+
+        def die(*_: object) -> None:
+            os._exit(7)
+
+        rank.load = die  # type: ignore[assignment]
+        return
+    rounds = 0
+    step = LocalExecutor.step
+
+    def faulty(self: LocalExecutor, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == int(at):
+            if what in ("die", "freeze"):
+                os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGSTOP)
+            elif what == "raise":
+                raise RuntimeError("a fault was asked for")
+            elif what == "starve":
+                raise OutOfMemoryError("the device ran out of memory, as was asked for")
+        results = step(self, steps)
+        if what == "lie" and rounds == int(at):
+            results[0].tokens[:] = [0]
+        return results
+
+    LocalExecutor.step = faulty  # type: ignore[method-assign]
+
+
+def serve(driver: int) -> None:
+    import torch
+
+    import rowcast.cluster.rank as rank_module
+    import rowcast.runtime.assembly  # noqa: F401
+
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    server = os.getpid()
+    for line in sys.stdin:
+        address, rank, token, fault = line.split()
+        pid = os.fork()
+        if pid:
+            print(pid, flush=True)
+            continue
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        code = 1
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            misbehave(fault)
+            rank_module.run(address, token, int(rank), parent=server)
+            code = 0
+        finally:
+            os._exit(code)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(int(sys.argv[1]))
