@@ -25,6 +25,7 @@ from rowcast import LLM, SamplingParams
 from rowcast.runtime.ladder.coupled import judging_rows
 from rowcast.runtime.ladder.rule import Proposal, Rule, Verdict
 from rowcast.runtime.sampler import Sampler
+from rowcast.runtime.sharded_logits import Logits
 
 
 def maximal_acceptance(p: Tensor, q: Tensor) -> Tensor:  # [n, V] float64 each -> [n]
@@ -53,7 +54,7 @@ class Observer:
         self._drawn: dict[tuple[int, int], Tensor] = {}
         """The draft's last law [V] for a sequence's token at a place behind the committed ones."""
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         verdicts = self._rule.verify(rung, proposals, logits)
         rows = [row for proposal in proposals for row in judging_rows(proposal)]
         laws = iter(self._sampler.process(rows, logits).double().softmax(-1))

@@ -22,6 +22,7 @@ from rowcast.runtime.ladder.rule import Proposal, Rule, Verdict
 from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.sampler import Row, Sampler
+from rowcast.runtime.sharded_logits import Logits
 
 V = 3
 
@@ -179,7 +180,7 @@ def test_every_rung_proposes_by_its_own_joint_law(params: SamplingParams) -> Non
 class PublishedBug(Maximal):
     """At the middle rung a rejected token is replaced from the verifier's law instead of the residual."""
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         inner = mock.patch("rowcast.runtime.ladder.maximal.residual", lambda p, q: p) if rung == 2 else contextlib.nullcontext()
         with inner:
             return super().verify(rung, proposals, logits)

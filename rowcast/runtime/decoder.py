@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rowcast.runtime.protocols import Comm, DeviceKV, KVView, Late, Rotation, Tokens, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
+from rowcast.runtime.sharded_logits import Logits, ShardedLogits, whole
 from rowcast.runtime.step import SeqStep
 
 
@@ -68,12 +69,17 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [T, D] -> logits [T, V], the same on every rank."""
+        return whole(self.own_logits(hidden))
+
+    @torch.inference_mode()
+    def own_logits(self, hidden: Tensor) -> Logits:
+        """Hidden states [T, D] -> logits [T, V], of which each of several ranks has its own columns."""
         if self.spec.final_norm:
             hidden = self.weights.norm(0, "final", hidden)
         local = self.weights.head(hidden)
         if self._comm.world == 1:
             return local
-        return self._comm.exchange(local).transpose(0, 1).flatten(1)[:, : self.spec.vocab_size]
+        return ShardedLogits(local, self._comm, self.spec.vocab_size)
 
     def layer(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView) -> Tensor:
         """One layer of the pass that `embed` began: [T, D] -> [T, D]."""

@@ -22,6 +22,7 @@ from rowcast.runtime.ladder.rule import Proposal, Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.protocols import Decisions
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
+from rowcast.runtime.sharded_logits import whole
 from rowcast.runtime.step import PREFILL, SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -273,5 +274,5 @@ class LocalExecutor:
         found: list[TokenLogprobs] = []
         for i in range(0, len(successors), self._logit_rows):
             ids = successors[i : i + self._logit_rows]
-            found += prompt_logprobs(self._top.logits(hidden[i : i + len(ids)]), ids, step.prompt_logprobs)
+            found += prompt_logprobs(whole(self._top.logits(hidden[i : i + len(ids)])), ids, step.prompt_logprobs)
         return found

@@ -23,6 +23,7 @@ from rowcast.runtime.logits import keep_min_p_, keep_top_, penalise_, prompt_log
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.philox import Purpose, gumbel, uniform32, unit
 from rowcast.runtime.sampling_batch import Batch, Row, Rows, SampledSequence, make_batch, upload
+from rowcast.runtime.sharded_logits import Exchanged, Logits, ShardedLogits, best, kth_largest, largest, whole
 from rowcast.runtime.step import TokenLogprobs
 
 __all__ = ["Row", "Sampler", "prompt_logprobs"]
@@ -70,6 +71,8 @@ class Sampler:
         self._counts = TokenCounts(vocab_size, self.device)
         self._batches: dict[tuple[int, ...], Batch] = {}
         """By the rows' sequences, least recently used first."""
+        self.exchanged = Exchanged()
+        """Between ranks, to draw from `ShardedLogits`."""
 
     def add(
         self,
@@ -139,12 +142,13 @@ class Sampler:
         sequence.rounds = (sequence.rounds + 1) % (1 << 16)
         return sequence.rounds
 
-    def process(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
+    def process(self, rows: Sequence[Row], logits: Logits) -> Tensor:
         """The law of each row's next token: logits [B, V] -> float32 [B, V], -inf where forbidden.
 
         A row is drawn from softmax of its result. A greedy row takes the argmax: temperature and truncation leave it alone.
-        Does not modify `logits`, but returns it where nothing applies.
+        Does not modify `logits`, but returns it where nothing applies. Logits that ranks share are gathered.
         """
+        logits = whole(logits)
         assert logits.shape == (len(rows), self.vocab_size)
         batch = self._batch(rows)
         x = logits.float()
@@ -161,11 +165,16 @@ class Sampler:
                 _change_(x, t.rows, keep_top_, t.top_k, t.top_p, t.max_k)
         return x
 
-    def sample(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
+    def sample(self, rows: Sequence[Row], logits: Logits) -> Tensor:
         """Draw each row's next token from logits [B, V] -> ids [B] int64, with the noise that all rungs and rounds share.
 
-        Does not modify `logits`, does not wait for the device and counts nothing: `commit` does. Otherwise as `draw`.
+        Does not modify `logits`, does not wait for the device and counts nothing: `commit` does. Otherwise as `draw`. Logits that ranks
+        share are gathered only where edits, penalties or top_p ask for all of them; where top_k asks it waits.
         """
+        if isinstance(logits, ShardedLogits):
+            batch = self._batch(rows)
+            if not batch.edits and not any(t.nucleus for t in batch.truncations):
+                return self._draw_sharded(batch, rows, logits)
         return self.draw(rows, self.process(rows, logits), purpose=Purpose.TOKEN)
 
     def draw(
@@ -194,6 +203,30 @@ class Sampler:
             token_ids = drawn if isinstance(some, slice) else law.argmax(-1).index_copy_(0, some, drawn)
         return token_ids.where(~law.gather(-1, token_ids[:, None])[:, 0].isnan(), -1)  # argmax prefers NaN
 
+    def _draw_sharded(self, batch: Batch, rows: Sequence[Row], logits: ShardedLogits) -> Tensor:
+        """`draw` of `process`, where each rank does its part of the vocabulary: the same ids, on every rank."""
+        comm, counts = logits.comm, self.exchanged
+        x = logits.local.float()
+        if batch.temperature is not None:
+            x = x / batch.temperature
+        if batch.truncates:
+            x = _own(x, logits.local)
+            if batch.log_min_p is not None:
+                x.masked_fill_(x < largest(x, comm, counts) + batch.log_min_p, -math.inf)
+            for t in batch.truncations:
+                part = x[t.rows]
+                part.masked_fill_(part < kth_largest(part, t.top_k, t.max_k, comm, self.vocab_size, counts), -math.inf)
+                if not isinstance(t.rows, slice):
+                    x[t.rows] = part
+        score = x.double()
+        if batch.random is not None:
+            some, ids = batch.random, range(logits.first, logits.first + logits.local.shape[1])
+            positions = self._positions(batch, rows)[some]
+            noise = gumbel(batch.seeds[some], batch.sample_index[some], positions, ids, purpose=Purpose.TOKEN)
+            score[some] = noise.add_(x[some]).double()
+        values, token_ids = best(score, logits.first, comm, counts)
+        return token_ids.where(~values.isnan(), -1)
+
     def uniforms(self, rows: Sequence[Row], *, purpose: Purpose, rung: int, rounds: Sequence[int]) -> Tensor:
         """One number in (0, 1) a row, [B] float64, keyed as in `draw`."""
         batch = self._batch(rows)
@@ -208,11 +241,11 @@ class Sampler:
         )
         return unit(words[:, 0])
 
-    def report(self, seq_id: int, logits: Tensor, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
+    def report(self, seq_id: int, logits: Logits, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
         """Log-probabilities of `token_ids` [n] under the raw logits [n, V], where the sequence asks for them; then waits for the
         device."""
         k = self._sequences[seq_id].params.logprobs
-        return None if k is None else token_logprobs(logits, self._ids(token_ids).clamp(min=0), [k] * len(token_ids))
+        return None if k is None else token_logprobs(whole(logits), self._ids(token_ids).clamp(min=0), [k] * len(token_ids))
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
         pattern = tuple([row.seq_id for row in rows])

@@ -80,6 +80,8 @@ class Truncation:
     top_k: Tensor
     top_p: Tensor
     max_k: int
+    nucleus: bool
+    """Whether top_p keeps fewer than top_k does, in any row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,9 @@ def make_batch(sequences: list[SampledSequence], vocab_size: int, device: torch.
 
     def truncation(rows: list[int]) -> Truncation:
         top_k = [params[row].top_k if _keeps_k(params[row], vocab_size) else vocab_size for row in rows]
+        nucleus = any(params[row].top_p < 1 for row in rows)
         top_p = (params[row].top_p if params[row].top_p < 1 else math.inf for row in rows)
-        return Truncation(index(rows), ids(top_k)[:, None], column(top_p, torch.float64), max(top_k))
+        return Truncation(index(rows), ids(top_k)[:, None], column(top_p, torch.float64), max(top_k), nucleus)
 
     # Two groups, so that a row with top_p alone, which needs the whole vocabulary sorted, does not make the others sort it.
     with_k = [row for row in random if _keeps_k(params[row], vocab_size)]

@@ -19,6 +19,7 @@ from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Law, Proposal, Rule, Verdict
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.protocols import Reads
+from rowcast.runtime.sharded_logits import Logits
 from rowcast.runtime.step import RungCounts
 
 NOT_NUMBERS = "the model's logits are not numbers, as when float16 overflows: use dtype bfloat16 or float32, or a sound copy"
@@ -107,7 +108,7 @@ class Climb:
 
     def verify(
         self, rung: int, climbers: Sequence[Climber], proposals: Sequence[Proposal], runner: Runner, hidden: Tensor
-    ) -> Iterator[tuple[Verdict, Tensor]]:
+    ) -> Iterator[tuple[Verdict, Logits]]:
         """The rule's verdicts by the hidden states [sum(len(tokens) + 1), D] of the rung that verifies, each with its rows of logits.
 
         Each path is cut to what stands and gains the verifier's token before the next proposals are looked at; `lower` rungs up to

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from torch import Tensor
-
 from rowcast.runtime.ladder.rule import Proposal, Verdict
 from rowcast.runtime.sampler import Row, Sampler
+from rowcast.runtime.sharded_logits import Logits
 
 
 class Coupled:
@@ -22,7 +21,7 @@ class Coupled:
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         rows = [row for proposal in proposals for row in judging_rows(proposal)]
         drawn = iter(self._sampler.sample(rows, logits).tolist())
         verdicts = []

@@ -19,6 +19,7 @@ from rowcast.runtime.ladder.rule import Law, Proposal, Verdict
 from rowcast.runtime.philox import Purpose
 from rowcast.runtime.sampler import Row, Sampler
 from rowcast.runtime.sampling_batch import upload
+from rowcast.runtime.sharded_logits import Logits, whole
 
 
 class Dice(Protocol):
@@ -54,14 +55,14 @@ class Maximal:
         self._dice = dice or PhiloxDice(sampler)
         self._greedy = Coupled(sampler)
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         greedy = [self._sampler.greedy(proposal.seq_id) for proposal in proposals]
         if not any(greedy):
             return self._verify_random(rung, proposals, logits)
         # One-hot laws stand or fall without chance and without laws: both rules are the same.
         if all(greedy):
             return self._greedy.verify(rung, proposals, logits)
-        parts = torch.split(logits, [len(proposal.tokens) + 1 for proposal in proposals])
+        parts = torch.split(whole(logits), [len(proposal.tokens) + 1 for proposal in proposals])
         verdicts: dict[int, Verdict] = {}
         for kind, verify in ((True, self._greedy.verify), (False, self._verify_random)):
             some = [i for i, is_greedy in enumerate(greedy) if is_greedy == kind]
@@ -69,7 +70,7 @@ class Maximal:
             verdicts.update(zip(some, judged, strict=True))
         return [verdicts[i] for i in range(len(proposals))]
 
-    def _verify_random(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def _verify_random(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         rows = [row for proposal in proposals for row in judging_rows(proposal)]
         rounds = [self._sampler.next_round(proposal.seq_id) for proposal in proposals]
         law = self._sampler.process(rows, logits)  # [R, V]

@@ -11,6 +11,7 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.runner import Ran
 from rowcast.runtime.protocols import KVView, Reads
+from rowcast.runtime.sharded_logits import Logits
 from rowcast.runtime.step import SeqStep
 
 
@@ -64,8 +65,8 @@ class ModelRunner:
             refreshes=[view.refreshes(path.seq_id) - count for path, count in zip(paths, chosen, strict=True)],
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.decoder.logits(hidden)
+    def logits(self, hidden: Tensor) -> Logits:
+        return self.decoder.own_logits(hidden)
 
     def reads(self) -> Reads:
         return self.decoder.weights.reads()

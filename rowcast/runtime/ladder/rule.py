@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rowcast.runtime.sharded_logits import Logits
+
 Law = Tensor | None
 """The law that a token was drawn from, as processed logits [V] (softmax gives the probabilities). None: the token was certain."""
 
@@ -38,7 +40,7 @@ class Verdict:
 class Rule(Protocol):
     """Decides which proposals stand, so that the output's law is the verifier's."""
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         """Judge proposals, ragged, by the logits of the verifying rung.
 
         logits [sum(len(p.tokens) + 1), V]: for each proposal in order, the rows that predict its first token, its second, ..., and the

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.protocols import Reads
+from rowcast.runtime.sharded_logits import Logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Runner(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, V], the same on every rank."""
+    def logits(self, hidden: Tensor) -> Logits:
+        """[N, D] -> [N, V]; of several ranks each has its own columns."""
         ...
 
     def reads(self) -> Reads:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from rowcast.runtime.ladder.coupled import leading
 from rowcast.runtime.ladder.rule import Proposal, Rule, Verdict
+from rowcast.runtime.sharded_logits import Logits
 
 
 class Simulated:
@@ -24,7 +23,7 @@ class Simulated:
         self.rates = rates
         self._random = random.Random(seed)
 
-    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Tensor) -> list[Verdict]:
+    def verify(self, rung: int, proposals: Sequence[Proposal], logits: Logits) -> list[Verdict]:
         verdicts = self.rule.verify(rung, proposals, logits)
         return [self._override(self.rates.get(rung, 0.0), p, verdict) for p, verdict in zip(proposals, verdicts, strict=True)]
 
