@@ -145,7 +145,8 @@ def test_dependencies_are_what_is_imported() -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").split(".")[0])
     imported.add("jinja2")  # Transformers renders chat templates with it and does not require it.
-    names = {{"nvidia-ml-py": "pynvml"}.get(name, name) for name in re.findall(r'"([\w-]+)>=', listed)}
+    modules = {"nvidia-ml-py": "pynvml", "pyzmq": "zmq"}
+    names = {modules.get(name, name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?>=', listed)}
     (plot,) = re.findall(r'^plot = \["(\w+)>=.*\]', project, flags=re.MULTILINE)
     assert names == imported - sys.stdlib_module_names - {"rowcast", plot}
 

@@ -75,14 +75,24 @@ class WarmRanks:
 
 def misbehave(fault: str) -> None:
     """`fault`: "none"; WHAT@N: die or freeze when the N-th round of a ladder begins, raise in it, starve (out of memory), or lie about
-    its tokens; die@load."""
+    its tokens; die@load; whim: gammas by chance."""
     from rowcast.cluster import rank
     from rowcast.errors import OutOfMemoryError
     from rowcast.runtime.executor import LocalExecutor
+    from rowcast.runtime.ladder.control import Controller
     from rowcast.runtime.step import SeqResult, SeqStep
 
     what, _, at = fault.partition("@")
     if what == "none":
+        return
+    if what == "whim":
+
+        def choose(
+            self: Controller, group: int, *, path: Path, room: int, allowed: Sequence[bool], **_: object
+        ) -> tuple[int, ...]:
+            return tuple(ok and int.from_bytes(os.urandom(1), "big") % (min(room, 3) + 1) for ok in allowed)
+
+        Controller.choose = choose  # type: ignore[method-assign, assignment]
         return
     if at == "load":
 

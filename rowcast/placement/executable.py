@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rowcast.placement.forecast import Forecast
 from rowcast.placement.plan import Plan
 
@@ -25,7 +27,46 @@ def not_yet(plan: Plan, world: int = 1) -> list[str]:
         found.append(f"tensor parallelism over {forecast.tensor_parallel} GPUs")
     if forecast.pipeline_stages > 1:
         found.append(f"a pipeline of {forecast.pipeline_stages} stages")
-    return found + [f"{part} {_TIERS[tier]}" for part, tier in _away(forecast)]
+    for part, tier in _away(forecast):
+        told = f"{part} {_TIERS[tier]}"
+        if tier not in _DONE.get(part, ()):
+            found.append(told)
+        elif why := _why_not(part, plan.ladder):
+            found.append(f"{told} under a rung that {why}")
+    return found
+
+
+_DONE = {
+    "attention": ("streamed",),
+    "neurons": ("streamed", "rows", "cpu"),
+    "LM head": ("streamed",),
+    "embeddings": ("streamed", "host"),
+    "KV": ("streamed",),
+}
+"""Where parts may lie beside the memory next to the compute."""
+
+_NEEDS = {
+    "attention": (r"\bheads=", "chooses heads"),
+    "neurons": (r"\bby=gate\b", "reads the gate exactly"),
+    "LM head": (r"\blm=hire\b", "chooses rows of the LM head"),
+    "KV": (r"\bheads=", "chooses heads"),
+}
+"""What some rungs want of a part that lies there: settings of such rungs, and what these do."""
+
+
+def _why_not(part: str, ladder: list[str]) -> str | None:
+    """Why the ladder cannot run with this part away; None: it can."""
+    setting, does = _NEEDS.get(part, ("$^", ""))
+    if any(re.search(setting, rung) for rung in ladder):
+        return does
+    if part not in ("KV", "embeddings") and not any(_reads_whole(rung) for rung in ladder):
+        return "reads low-bit weights, the only ones that there are"
+    return None
+
+
+def _reads_whole(rung: str) -> bool:
+    """Whether it reads the target's weights in their own format."""
+    return rung.startswith(("plain", "self")) and "bits=" not in rung
 
 
 def _away(forecast: Forecast) -> list[tuple[str, str]]:

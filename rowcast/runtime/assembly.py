@@ -10,6 +10,8 @@ import torch
 
 from rowcast.errors import OutOfMemoryError
 from rowcast.kernels import gpu
+from rowcast.offload.host_store import HostStore
+from rowcast.placement.constants import STREAM_BYTES
 from rowcast.placement.resident import pass_bytes, rank_share, round_rows
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
@@ -19,6 +21,7 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
+from rowcast.runtime.kv.hosted import HostedKV
 from rowcast.runtime.kv.selection import policy
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
@@ -30,6 +33,10 @@ from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
+from rowcast.runtime.offloaded.sizes import Buffers
+from rowcast.runtime.offloaded.sparse import OffloadedSparse
+from rowcast.runtime.offloaded.tiers import Tiers
+from rowcast.runtime.offloaded.weights import OffloadedBanks
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress, Report
 from rowcast.runtime.protocols import Comm, Decisions, KVView, WeightView
@@ -37,8 +44,9 @@ from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.build import build_view
 from rowcast.runtime.sparse.sizes import expected_bytes
+from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters, parameter_count
-from rowcast.runtime.weights import DenseWeights
+from rowcast.runtime.weights import DenseWeights, Outer
 from rowcast.settings import settings
 
 if TYPE_CHECKING:
@@ -100,13 +108,8 @@ class _Assembly:
         self._spec = spec
         self._device = device
         self._dtype = devices.DTYPES[planned.plan.dtype]
-        self._full = self._paged(
-            spec,
-            self._shard,
-            keep_queries=kept_queries(self._ladder),
-            summaries=summaries(self._ladder),
-            lazy=lazy(self._ladder, spec),
-        )
+        self._tiers = Tiers.of(planned.plan, comm.rank, spec.num_layers)
+        self._full = self._store()
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
 
     def executor(
@@ -164,7 +167,7 @@ class _Assembly:
         sparse = [key for key in keys if isinstance(key, Rung) and key.sparse]
         low_bit = {key: key.bits for key in keys if isinstance(key, Rung) and key.bits is not None}
         # Dense passes on a CPU take a library's layout, which has no rows to choose; on a GPU they take the banks.
-        on_gpu = self._device.type != "cpu" or gpu.serves(self._device)
+        on_gpu = self._device.type != "cpu" or gpu.serves(self._device) or self._tiers is not None
         dense = None in keys and not on_gpu
         whole_view = BankWeights if on_gpu else DenseWeights
         width = self._dtype.itemsize
@@ -184,16 +187,26 @@ class _Assembly:
                 whole = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
                 outer = whole.outer
             if sparse or (None in keys and on_gpu):
-                banks = BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
+                banks = self._banks(checkpoint, outer, how)
                 views.setdefault(None, banks)
-                views |= {key: build_view(banks, key, self._calibration) for key in sparse}
+                sparse_view = OffloadedSparse if isinstance(banks, OffloadedBanks) else SparseWeights
+                views |= {key: build_view(banks, key, self._calibration, sparse_view) for key in sparse}
+                outer = banks.outer
             for key, bits in low_bit.items():
-                if banks is not None:
+                if banks is not None and not isinstance(banks, OffloadedBanks):
                     views[key] = LowBitWeights.beside(banks, checkpoint.source, self._comm, bits, **how)
                     continue
                 rounded = views[key] = LowBitWeights.load(self._spec, checkpoint.source, self._comm, bits, outer=outer, **how)
                 outer = rounded.outer
         return {key: Decoder(views[key], solo if key in self._drafts else self._comm, self._device) for key in keys}
+
+    def _banks(self, checkpoint: Checkpoint, outer: Outer | None, how: dict[str, Any]) -> BankWeights:
+        """All weights of the model, each where the plan has it."""
+        tiers = self._tiers
+        if tiers is None or tiers.weights_resident:
+            return BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
+        buffers = Buffers.of(self._plan, tiers, self._spec)
+        return OffloadedBanks(self._spec, checkpoint.source, self._comm, tiers, buffers, calibration=self._calibration, **how)
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
@@ -227,9 +240,10 @@ class _Assembly:
         if rung.kv is None:
             if rung.kind == "draft":
                 return self._paged(spec, Shard())
-            return SharedKV(self._full, lazy=sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1)
+            alone = sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1
+            return SharedKV(self._full, lazy=alone and not isinstance(self._full, HostedKV))
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
-        if rung.retrieves and gpu.serves(self._device):
+        if rung.retrieves and gpu.serves(self._device) and not isinstance(self._full, HostedKV):
             chosen = Retrieval(rung.score, rung.chunk)
             return ListedKV(
                 self._full,
@@ -261,6 +275,26 @@ class _Assembly:
             refresh=rung.refresh,
             slots=slots,
             room=room,
+        )
+
+    def _store(self) -> PagedKV:
+        """The last rung's view: all entries, each layer's where the plan has them."""
+        ladder, spec, plan = self._ladder, self._spec, self._plan
+        keep_queries, kinds = kept_queries(ladder), summaries(ladder)
+        if self._tiers is None or not self._tiers.kv_away:
+            return self._paged(spec, self._shard, keep_queries=keep_queries, summaries=kinds, lazy=lazy(ladder, spec))
+        return HostedKV(
+            spec,
+            self._shard,
+            away=self._tiers.kv_away,
+            store=HostStore(self._device),
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            dtype=self._dtype,
+            device=self._device,
+            keep_queries=keep_queries,
+            summaries=kinds,
+            piece_bytes=STREAM_BYTES,
         )
 
     def _paged(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
 
+import torch
+
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels import gpu
 from rowcast.kernels.linear import packed_copy_bytes
@@ -23,11 +25,13 @@ from rowcast.runtime.ladder.memory import ladder_needs, lookahead
 from rowcast.runtime.ladder.presets import Circumstances, check_mode, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import HEAD_BITS
+from rowcast.runtime.offloaded.plan import OffloadWish, offloading_plan
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
+from rowcast.settings import settings
 
 _REACHED = 0.01
 """Shares that are missed by more, as there are no parts of heads and neurons, are told."""
@@ -98,11 +102,13 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         what: None if amount is None else parse_bytes(amount, what)
         for what, amount in (("gpu_memory", wish.gpu_memory), ("host_memory", wish.host_memory))
     }
-    if device.type == "cpu" and wish.gpu_memory is not None:
+    stand_in = device.type == "cpu" and wish.gpu_memory is not None and settings().cpu_as_gpu
+    if device.type == "cpu" and wish.gpu_memory is not None and not stand_in:
         raise UserError(
             f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory, or device='cuda'"
         )
-    budget, budget_reason = devices.budget_bytes(device, asked["gpu_memory" if device.type == "cuda" else "host_memory"])
+    limit = "gpu_memory" if device.type == "cuda" or stand_in else "host_memory"
+    budget, budget_reason = devices.budget_bytes(device, asked[limit])
     world = wish.tensor_parallel_size
     Shard(0, world).check(spec)
     share = rank_share(spec, world)
@@ -171,11 +177,60 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         plan = replace(plan, notes=plan.notes + told, spec=spec_digest(spec))
         return _planned(plan, ladder, used, calibration, target)
 
-    if adaptive:
-        return _what_fits(ladder, plan_for, notes)
-    planned = plan_for(ladder)
+    try:
+        if adaptive:
+            return _what_fits(ladder, plan_for, notes)
+        planned = plan_for(ladder)
+    except OutOfMemoryError:
+        if device.type == "cpu" and not stand_in:
+            raise
+        limits = budget, asked["host_memory"]
+        elsewhere = _offloaded(target, wish, opened, calibration, device, stand_in, dtype, limits, tuple(notes[:3]))
+        if elsewhere is None:
+            raise
+        return elsewhere
     check_views(ladder, planned.plan.max_context)
     return planned
+
+
+def _offloaded(
+    target: Target,
+    wish: Wish,
+    opened: Mapping[str, Checkpoint],
+    calibration: Calibration | None,
+    device: torch.device,
+    stand_in: bool,
+    dtype: str,
+    limits: tuple[int, int | None],
+    notes: tuple[str, ...],
+) -> Planned | None:
+    """The plan with parts in host memory; None where no engine can execute it. `limits`: bytes of the GPU and of the host."""
+    asked = OffloadWish(
+        model=str(target.checkpoint.path),
+        ladder=wish.ladder,
+        draft=wish.draft,
+        kv_budget=wish.kv_budget,
+        density=wish.density,
+        mode=wish.mode,
+        verification=wish.verification,
+        calibration=calibration,
+        dtype=dtype,
+        device=str(device) if wish.tensor_parallel_size == 1 else device.type,
+        stand_in=stand_in,
+        gpu_memory_bytes=limits[0],
+        host_memory_bytes=limits[1],
+        world=wish.tensor_parallel_size,
+        max_context=wish.max_model_len,
+        max_num_seqs=wish.max_num_seqs,
+        max_batch_tokens=wish.max_num_batched_tokens,
+        block_size=wish.block_size,
+    )
+
+    def drafts_of(ladder: Ladder) -> Mapping[str, Draft]:
+        return open_drafts(ladder, target.spec, target.tokenizer, opened)
+
+    found = offloading_plan(asked, target.spec, target.fingerprint, drafts_of, notes)
+    return None if found is None else _planned(*found, calibration, target)
 
 
 def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> Planned:

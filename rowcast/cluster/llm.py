@@ -1,0 +1,105 @@
+"""The driver API for any number of ranks. One rank is this process and needs neither Ray nor ZeroMQ; more are a gang."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import torch
+
+from rowcast.errors import UserError
+from rowcast.runtime import llm as one_rank
+from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint
+from rowcast.runtime.planning import Planned
+from rowcast.runtime.progress import LoadProgress
+from rowcast.runtime.step import Executor
+from rowcast.settings import settings
+
+if TYPE_CHECKING:
+    from rowcast.cluster.gang import Gang, Limits
+    from rowcast.cluster.launcher import Launcher
+
+MAX_RANKS = 1024
+
+
+class LLM(one_rank.LLM):
+    """A language model ready to generate, on one rank or several. Not thread-safe.
+
+    >>> with LLM("facebook/opt-66b", tensor_parallel_size=2) as llm:
+    ...     llm.generate("The capital of France is")
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint = DEFAULT_MODEL,
+        *,
+        launcher: str | Launcher = "auto",
+        limits: Limits | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Arguments as in `rowcast.runtime.llm.LLM`, and for several ranks:
+
+        `launcher`: what starts them. "ray": actors of the Ray cluster that there is, or of one that is started here; "local":
+        processes of this machine; "auto": Ray where it is installed. `limits`: how long to wait for ranks, and how often to start them
+        again; when they failed too often, all requests raise GangError.
+        """
+        self._launcher = launcher
+        self._limits = limits
+        self._calibration = arguments.get("calibration")
+        self._end: weakref.finalize[Any, Any] | None = None
+        super().__init__(model, **arguments)
+
+    def shutdown(self) -> None:
+        """End the ranks; they end with the process, or once the LLM is dropped, anyway. May be called twice; a single rank goes on."""
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def _check_ranks(self, tensor_parallel_size: int) -> None:
+        if not isinstance(tensor_parallel_size, int) or isinstance(tensor_parallel_size, bool):
+            raise UserError(f"tensor_parallel_size={tensor_parallel_size!r:.60} has to be a whole number")
+        if not 1 <= tensor_parallel_size <= MAX_RANKS:
+            raise UserError(f"tensor_parallel_size={tensor_parallel_size} has to be from 1 to {MAX_RANKS}")
+
+    def _executor(self, planned: Planned, progress: bool | None, eager: bool) -> Executor:
+        world = planned.plan.world
+        if world == 1:
+            return super()._executor(planned, progress, eager)
+        from rowcast.cluster.executor import GangExecutor
+        from rowcast.cluster.gang import Gang, Limits
+        from rowcast.cluster.launcher import choose_launcher
+        from rowcast.cluster.wire import Order
+
+        path = self.checkpoint.path
+        if not path.exists():
+            raise UserError(f"tensor_parallel_size={world} needs a model on disk, which every rank opens: {path} is none")
+        limits = self._limits or Limits()
+        launcher = self._launcher
+        if isinstance(launcher, str):
+            launcher = choose_launcher(launcher, on_gpu=planned.plan.device != "cpu")
+        order = Order(
+            world=world,
+            model=str(path.resolve()),
+            plan=msgpack.packb(asdict(planned.plan)),
+            calibration=None if self._calibration is None else str(Path(self._calibration).resolve()),
+            eager=eager,
+            threads=settings().threads or max(1, torch.get_num_threads() // world),
+            timeout_s=limits.step_s,
+        )
+
+        def start() -> Gang:
+            with LoadProgress(path.name, 0, progress) as bar:
+                return Gang(launcher, order, limits, bar)
+
+        executor = GangExecutor(start, limits)
+        self._end = weakref.finalize(self, executor.shutdown)
+        return executor

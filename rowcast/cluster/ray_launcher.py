@@ -1,0 +1,152 @@
+"""Ranks as Ray actors, one bundle of one placement group each.
+
+Ray places them, says when they die and ends them with their driver's job; no step goes through it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray as untyped_ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rowcast.cluster.launcher import Ranks
+from rowcast.errors import UserError
+
+log = logging.getLogger("rowcast")
+
+ray: Any = untyped_ray
+
+OBJECT_STORE_BYTES = 100 << 20
+"""Of a cluster that is started here: no tensor goes through it."""
+
+PLACE_S = 60.0
+"""For the cluster to find a place for all ranks."""
+
+_POLL_S = 0.02
+_GONE_S = 10.0
+
+_ALL_GPUS_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Each rank names its own device: ranks that all see one GPU, as number 0, cannot share memory with each other."""
+
+
+class RankActor:
+    """Made by `ray.remote`; light until `run`."""
+
+    def run(self, address: str, token: str, rank: int) -> None:
+        """As `rank.run`, until the driver says stop."""
+        from rowcast.cluster.rank import run
+
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        run(address, token, rank, host=ray.util.get_node_ip_address(), gpu=int(gpus[0]) if gpus else None)
+
+
+class RayLauncher:
+    """Uses the cluster that the process is connected to or finds, else starts one on this machine."""
+
+    def __init__(self, *, gpus: int = 0, cpus: float = 1, place_s: float = PLACE_S) -> None:
+        """`gpus` and `cpus` of each rank. `place_s`: how long to wait for a place."""
+        self._gpus, self._cpus, self._place_s = gpus, cpus, place_s
+
+    def addresses(self, world: int) -> list[str]:
+        connect(world)
+        return [f"tcp://{ray.util.get_node_ip_address()}:*"] * world
+
+    def start(self, addresses: Sequence[str], token: str) -> Ranks:
+        bundle = {"CPU": self._cpus} | ({"GPU": float(self._gpus)} if self._gpus else {})
+        group = placement_group([bundle] * len(addresses), strategy="STRICT_PACK")
+        try:
+            self._wait(group, bundle, len(addresses))
+            actor: Any = ray.remote(RankActor)
+            actors, runs = [], []
+            for rank, address in enumerate(addresses):
+                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                made = actor.options(
+                    num_cpus=self._cpus,
+                    num_gpus=self._gpus,
+                    max_restarts=0,
+                    scheduling_strategy=strategy,
+                    runtime_env={"env_vars": _ALL_GPUS_VISIBLE},
+                ).remote()
+                actors.append(made)
+                runs.append(made.run.remote(address, token, rank))
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        return RayRanks(actors, runs, group)
+
+    def _wait(self, group: PlacementGroup, bundle: dict[str, float], world: int) -> None:
+        ready, _ = ray.wait([group.ready()], timeout=self._place_s)
+        if ready:
+            return
+        nodes = [_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        raise UserError(
+            f"Ray found no place within {self._place_s:g} s for {world} ranks of {_resources(bundle)} each on one node: its nodes have "
+            f"{'; '.join(nodes) or 'nothing'}, free are {_resources(ray.available_resources())} in all: lower tensor_parallel_size, or "
+            "see `ray status`"
+        )
+
+
+class RayRanks:
+    """Actors. Implements `Ranks`."""
+
+    def __init__(self, actors: list[Any], runs: list[Any], group: PlacementGroup) -> None:
+        self.actors, self._runs, self._group = actors, runs, group
+        self._killed = False
+
+    def dead(self) -> dict[int, str]:
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        return {self._runs.index(run): _how(run) for run in ended}
+
+    def wait(self, timeout_s: float) -> bool:
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=timeout_s)
+        return len(ended) == len(self._runs)
+
+    def kill(self) -> None:
+        if self._killed or not ray.is_initialized():
+            return
+        self._killed = True
+        for actor in self.actors:
+            ray.kill(actor)
+        _until(lambda: self.wait(0))
+        remove_placement_group(self._group)
+
+
+def connect(world: int) -> None:
+    """To the cluster that there is (RAY_ADDRESS, or one that runs here), else to one of this machine's own, started now."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    try:
+        ray.init(address="auto", **quiet)
+        log.info("ranks are placed by the Ray cluster at %s", ray.get_runtime_context().gcs_address)
+    except ConnectionError:
+        cpus = max(world, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+        log.info("ranks are placed by a Ray cluster of this machine's own")
+
+
+def _how(run: Any) -> str:
+    """How an actor's `run` has ended, as half a sentence."""
+    try:
+        ray.get(run)
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"ended: {lines[0] if lines else type(error).__name__}"
+    return "ended"
+
+
+def _resources(found: dict[str, float]) -> str:
+    kinds = {"CPU": "CPU", "GPU": "GPU"}
+    return ", ".join(f"{found.get(kind, 0):g} {name}" for kind, name in kinds.items())
+
+
+def _until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + _GONE_S
+    while not done() and time.monotonic() < end:
+        time.sleep(_POLL_S)

@@ -1,0 +1,78 @@
+"""The same over Ray: one local cluster for all tests, with GPUs that are none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from rowcast import LLM, SamplingParams
+from rowcast.cluster.executor import GangExecutor
+from rowcast.cluster.gang import Limits
+from rowcast.errors import UserError
+
+ray: Any = pytest.importorskip("ray")
+
+from rowcast.cluster.ray_launcher import RayLauncher  # noqa: E402
+
+PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=20, detokenize=False, ignore_eos=True)
+PROMPT = [5, 9, 5, 9, 5, 9, 2, 7]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, num_gpus=2, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama-gqa", path)
+    return path
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_actors_give_the_same_tokens_and_survive_a_death(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    [alone] = LLM(model, ladder="ngram / plain").generate([PROMPT], PARAMS)
+    with LLM(
+        model, ladder="ngram / plain", tensor_parallel_size=2, launcher=RayLauncher(gpus=1), limits=Limits(start_s=60)
+    ) as llm:
+        executor = llm.engine._executor
+        assert isinstance(executor, GangExecutor)
+        assert executor.gang is not None
+        before = executor.gang.pids
+        stream = llm.stream(PROMPT, PARAMS)
+        gained = list(next(stream).token_ids)
+        killed = time.monotonic()
+        os.kill(before[1], signal.SIGKILL)
+        gained += next(stream).token_ids
+        assert time.monotonic() - killed < 30
+        gained += [token for chunk in stream for token in chunk.token_ids]
+        assert gained == alone.outputs[0].token_ids
+        assert executor.failures == 1
+        after = executor.gang.pids
+        assert set(after).isdisjoint(before)
+    assert gone([*before, *after], 5)
+    assert ray.available_resources()["CPU"] == 2
+
+
+def test_a_place_that_there_is_not(model: Path) -> None:
+    with pytest.raises(UserError, match=r"no place within 1 s for 2 ranks of 1 CPU, 2 GPU each .* have 2 CPU, 2 GPU"):
+        LLM(model, tensor_parallel_size=2, launcher=RayLauncher(gpus=2, place_s=1))
+    assert ray.available_resources()["CPU"] == 2
