@@ -5,11 +5,13 @@
 #
 # PYTHON=python3.12   interpreter that .venv is made from (3.10 or later)
 # DEVICE=cpu|gpu      which torch to install; by default gpu where nvidia-smi lists one
+# JOBS=auto           test processes: by default one a core up to four, and one where there is a GPU
 # RUN=python3         use this interpreter as it is and install nothing
 
 PYTHON ?= python3
 DEVICE ?= auto
 RUN ?= .venv/bin/python
+JOBS ?= auto
 READY := $(if $(filter .venv/bin/python,$(RUN)),.venv/.ready)
 
 .PHONY: demo test test-gpu check env
@@ -18,8 +20,9 @@ READY := $(if $(filter .venv/bin/python,$(RUN)),.venv/.ready)
 demo: $(READY)
 	$(RUN) -m rowcast generate --chat --max-tokens 96 "Explain in three sentences why the sky is blue."
 
+# Workers steal from each other, since few tests take most of the time. Without pytest-xdist one process runs all.
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS) --dist worksteal')
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu $(sort $(wildcard tests/test_gpu_*.py) $(shell grep -l 'mark\.gpu\|take_arrays_as_bounds' tests/test_*.py))

@@ -1,9 +1,11 @@
-"""What all tests share: no network, and GPU tests only where there is one."""
+"""What all tests share: no network, one thread a process, and GPU tests only where there is one."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's products and the commands that tests start; read at import.
 
 import pytest
 import torch
@@ -21,6 +23,12 @@ if not torch.cuda.is_available():
         remember_what_does_not_change()
 for name in [name for name in os.environ if name.startswith("ROWCAST_")]:
     del os.environ[name]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """A GPU's memory is for one process; elsewhere each takes up to some 2.5 GiB."""
+    return 1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -192,7 +192,7 @@ def on_text() -> dict[str, Any]:
                 device="cpu",
                 prompt_file=str(NOVEL),
                 prompt_tokens=96,
-                max_tokens=24,
+                max_tokens=12,
                 repeat=1,
                 ladder=("ngram", PINNED, UNUSED),
             )

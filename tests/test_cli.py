@@ -173,14 +173,14 @@ def test_help_is_quick_and_light() -> None:
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, found.stdout
 
     ours, least = [], []
-    for _ in range(5):  # in turn: a slower spell of the machine meets both
+    for _ in range(6):  # in turn: a slower spell of the machine meets both
         seconds, out = cpu_s(code)
         assert out.splitlines()[-1] == "[]"
         ours.append(seconds)
         seconds, out = cpu_s(ONE_COMMAND)
         assert "Say hello." in out
         least.append(seconds)
-    assert min(ours) < 1.6 * min(least)
+    assert min(ours) < 1.55 * min(least)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_damaged_config(refused: Callable[..., str], model_dir: Path) -> None:
         (["--max-model-len", "0"], "--max-model-len 0"),
         (["--max-model-len", "1000000"], "8192"),
         (["--tp", "0"], "--tp 0"),
-        (["--tp", "3"], "--tp 3"),
+        (["--tp", "2"], "--tp 2"),
         (["--ladder", "stairs"], "plain"),
         (["--host-memory", "much"], "much"),
         (["--host-memory", "-1GiB"], "-1GiB"),

@@ -340,7 +340,9 @@ def test_logits_that_are_not_numbers_end_in_a_sentence(
 ) -> None:
     engine = make_engine(model)
     request = engine.add([1, 2], params)
-    monkeypatch.setattr(model[1], "logits", lambda hidden: torch.full((len(hidden), VOCAB), float("nan"), device=hidden.device))
+    monkeypatch.setattr(
+        model[1], "own_logits", lambda hidden: torch.full((len(hidden), VOCAB), float("nan"), device=hidden.device)
+    )
     with pytest.raises(UserError, match="not numbers"):
         engine.step()
     engine.abort(request)

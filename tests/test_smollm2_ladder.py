@@ -17,7 +17,7 @@ CODE = "".join(
 )
 PROMPTS = [NOVEL[20_000:21_200], f"def upper(name):\n{CODE}", NOVEL[60_000:60_300], "one two three one two three one two"]
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-SEEDED = replace(GREEDY, temperature=0.8, seed=5)
+SEEDED = replace(GREEDY, temperature=0.8, seed=5, max_tokens=40)
 SELF = "self:kv=128,recent=32,gamma=4"
 LADDERS = ("ngram:gamma=8 / plain", f"{SELF} / plain", f"ngram:gamma=4 / {SELF},score=mean / plain", "auto")
 NEAR_TIE_16_BITS = 0.25

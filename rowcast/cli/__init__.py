@@ -12,7 +12,7 @@ import typer
 
 from rowcast import __version__
 from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe
-from rowcast.errors import UserError
+from rowcast.errors import GangError, UserError
 from rowcast.settings import configure_logging
 
 app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
@@ -45,7 +45,8 @@ def rowcast(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` if None) and return its exit code.
 
-    0 for success, 2 and one sentence on standard error for bad input, 130 after Ctrl-C, 1 when nobody reads standard output.
+    0 for success, 2 and one sentence on standard error for bad input, 130 after Ctrl-C, 1 when nobody reads standard output, and, with
+    a sentence, when a model's ranks are gone.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _accept_any_text()
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _message(error) if isinstance(error, typer.TyperException) else options.as_typed(str(error))
         print("rowcast:", " ".join(message.split()), file=sys.stderr)
         return 2
+    except GangError as error:
+        print("rowcast:", error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
