@@ -162,9 +162,12 @@ def test_bytes_are_those_that_the_engine_takes(text: str, spec: ModelSpec) -> No
     alone = rounded_bytes(spec, found.alone_bits) if found.alone_bits else 0  # which the planner places
     assert found.alone_bits == (4 if text == "self:bits=4" else 0)
     assert found.fixed_bytes + found.shared_bytes + alone == listed.weight_bytes == copied.weight_bytes
-    assert found.slot_bytes == copied.slot_bytes + copied.query_bytes
-    assert found.listed_slot_bytes == listed.slot_bytes + listed.row_bytes + listed.query_bytes
-    assert found.kv_share * 16 * kv_bytes_per_token(spec, 2) == pytest.approx(listed.block_bytes)
+    drafts, context = found.draft_kv_bytes, 32768
+    streams, beside = (0, drafts) if "kv=full" in text else (drafts, 0)
+    assert (drafts > 0) == ("draft" in text)
+    assert found.slot_bytes + streams == copied.slot_bytes + copied.query_bytes
+    assert found.listed_slot_bytes + streams == listed.slot_bytes + listed.row_bytes + listed.query_bytes
+    assert found.kv_share * 16 * kv_bytes_per_token(spec, 2) + beside / context * 16 == pytest.approx(listed.block_bytes)
     assert (found.work_bytes == 0) == (text == "plain")
 
 
@@ -175,8 +178,9 @@ def test_bytes_by_their_parts() -> None:
     assert found.shared_bytes == 12 * neurons
     queries = 16 * LLAMA.num_layers * LLAMA.hidden_size * 2
     stream = streaming_bytes(SMALL, 256, 16, 3, 2)
-    assert found.slot_bytes == stream + selected_bytes(LLAMA, policy_sizes(view), 4096, 3, 2) + queries
-    assert found.listed_slot_bytes == stream + 2 * listed_bytes(LLAMA, 4096, 8) + queries
+    assert found.draft_kv_bytes == stream
+    assert found.slot_bytes == selected_bytes(LLAMA, policy_sizes(view), 4096, 3, 2) + queries
+    assert found.listed_slot_bytes == 2 * listed_bytes(LLAMA, 4096, 8) + queries
     assert found.kv_share == 1 / 8  # two bounds of eight keys; values have none
     low = use("self:bits=4,gamma=2 / plain")
     assert low.shared_bytes == 12 * neurons + rounded_bytes(LLAMA, 4)

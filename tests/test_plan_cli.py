@@ -249,12 +249,9 @@ def test_what_cannot_be_done_yet_is_named(directory: Path) -> None:
     for changes, told in (
         ({"tensor_parallel": 4}, ["tensor parallelism over 4 GPUs"]),
         ({"pipeline_stages": 2}, ["a pipeline of 2 stages"]),
-        ({"shares": [share("neurons", "streamed")]}, ["neurons streamed from host memory"]),
-        ({"shares": [share("neurons", "rows")]}, ["neurons fetched by rows from host memory"]),
-        ({"shares": [share("neurons", "cpu")]}, ["neurons computed on the CPU"]),
         ({"shares": [share("attention", "peer")]}, ["attention held by another GPU"]),
-        ({"shares": [share("embeddings", "host"), share("KV", "streamed")]}, ["embeddings in host memory", "KV streamed"]),
-        ({"tensor_parallel": 2, "shares": FORECAST.shares}, ["over 2 GPUs", "KV streamed from host memory"]),
+        ({"shares": [share("attention", "rows"), share("KV", "cpu")]}, ["attention fetched by rows", "KV computed on the CPU"]),
+        ({"tensor_parallel": 2, "shares": FORECAST.shares}, ["over 2 GPUs"]),
     ):
         with pytest.raises(UserError, match="cannot do yet") as caught:
             LLM(directory, plan=replace(plan, forecast=replace(forecast, **changes)))

@@ -158,9 +158,7 @@ def test_kv_in_host_memory_is_drafted_from_a_copy_of_its_part() -> None:
 def test_weights_in_few_bits_stand_in_for_the_models_own() -> None:
     bits = LadderUse(
         name="self:bits=4",
-        rungs=(
-            RungUse(name="self:bits=4", passes=1, tokens=1, own_bits=4, own_weights_bytes=500 << 20, own_weights_share=0.28),
-        ),
+        rungs=(RungUse(name="self:bits=4", passes=1, tokens=1, own_bits=4, own_weights_bytes=500 << 20, own_weights_share=0.28),),
         tokens_per_round=1.0,
         tokens_per_round_range=(1.0, 1.0),
         alone_bits=4,
@@ -196,7 +194,65 @@ def test_the_gap_is_proven_and_the_greedy_baseline_is_never_better() -> None:
     for gpu in ("2GiB", "3GiB", "5GiB"):
         found = plan(work(PLAIN, SPARSE, context=8192), machine("RTX4090", gpu=gpu)).forecast
         assert 0 <= found.gap <= 0.01
-        assert found.greedy_seconds_per_token is None or found.greedy_seconds_per_token >= found.seconds_per_token * (1 - 1e-9)
+        assert found.greedy_seconds_per_token is None or found.greedy_seconds_per_token >= found.seconds_per_token
+
+
+@pytest.mark.parametrize(("card", "model"), [("L4", "meta-llama/Llama-2-7b-hf"), ("T4", "facebook/opt-6.7b")])
+def test_a_slow_card_that_everything_fits_on_is_no_slower_than_one_that_it_does_not(card: str, model: str) -> None:
+    config = known_config(model)
+    assert config is not None
+    asked = work(spec=spec_from_config(config), context=512)
+    tight, roomy = (plan(asked, machine(card, gpu=gpu, host="128GiB"), gap=0.002).forecast for gpu in ("13GiB", "14GiB"))
+    assert roomy.seconds_per_token <= tight.seconds_per_token * 1.002
+
+
+def test_a_draft_lies_whole_on_every_rank() -> None:
+    drafted = replace(PLAIN, name="draft", fixed_bytes=1 << 30, draft_kv_bytes=1 << 28)
+    one, two = (
+        plan(work(drafted, batch=2), machine(gpus), tensor_parallel=n).forecast.memory[0].classes
+        for n, gpus in ((1, "A100-80GB"), (2, "2xA100-80GB"))
+    )
+    assert one["draft"] == two["draft"] == 1 << 30
+    assert one["rung KV"] == two["rung KV"] == 2 << 28
+
+
+def test_each_nodes_memory_feeds_its_own_cards() -> None:
+    big = work(spec=replace(SPEC, num_layers=32))
+    one = plan(big, machine("4xRTX4090", gpu="2GiB"), tensor_parallel=4).forecast
+    two = plan(big, machine("2x2xRTX4090", gpu="2GiB", inter_node="1000GB/s"), tensor_parallel=4).forecast
+    assert one.bottleneck == "host memory"
+    assert two.seconds_per_token < 0.7 * one.seconds_per_token
+
+
+def test_the_prefill_takes_a_pass_at_least_and_grows_with_the_prompt() -> None:
+    asked, on = work(context=16384), machine("RTX4090")
+    times = []
+    for prompt in (1, 1024, 8192):
+        found = plan(replace(asked, prompt=prompt), on).forecast
+        assert found.first_token_s > 2 * parameter_count(SPEC) / 1008e9
+        times.append(found.first_token_s)
+    assert times[0] < times[1] < times[2] / 4
+    ranks = plan(replace(asked, prompt=8192), machine("2xRTX4090"), tensor_parallel=2).forecast
+    crossing = 2 * SPEC.num_layers * 2 * 8192 * 4096 * 2 / 32e9  # the sums' bytes over host memory
+    assert ranks.first_token_s > times[2] / 2 + crossing
+
+
+def test_where_parts_of_groups_would_fit_and_groups_do_not_a_plan_is_refused_in_a_sentence() -> None:
+    config = known_config("meta-llama/Llama-2-13b-hf")
+    assert config is not None
+    asked, ends = work(spec=spec_from_config(config)), set()
+    for host in range(20500, 22500, 250):
+        try:
+            plan(asked, machine("RTX4090", gpu="10GiB", host=f"{host}MiB"), groups=1)
+            ends.add("planned")
+        except OutOfMemoryError as refused:
+            ends.add("refused" if "does not fit" in str(refused) else str(refused))
+    assert ends == {"planned", "refused"}
+
+
+def test_gpus_that_cannot_share_a_model_are_refused() -> None:
+    with pytest.raises(UserError, match="13 GPUs cannot share"):
+        plan(work(), machine("13xH100"))
 
 
 CHANGES = {
@@ -227,13 +283,13 @@ def test_a_better_machine_is_never_slower(gpu: str, context: int, ladders: tuple
 
 
 def test_what_does_not_fit_names_the_nearest_change() -> None:
-    asked, on = work(context=60_000, batch=4), machine("RTX4090", gpu="2GiB", host="16GiB")
+    asked, on = work(context=60_000, batch=4), machine("RTX4090", gpu="4GiB", host="16GiB")
     with pytest.raises(OutOfMemoryError) as refused:
         plan(asked, on)
     text = str(refused.value)
     assert "60000 tokens" in text and "more host memory" in text and "a batch of 1" in text
     amount, unit = text.split(" more host memory")[0].split(" or ")[-1].split(", ")[-1].split()[-2:]
-    more = parse_bytes(f"{float(amount) + 0.1}{unit}", "more")
+    more = parse_bytes(f"{amount}{unit}", "more")
     plan(asked, on.with_changes(host_memory_bytes=more))
     with pytest.raises(OutOfMemoryError):
         plan(asked, on.with_changes(host_memory_bytes=more - GIB))

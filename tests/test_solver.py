@@ -108,6 +108,30 @@ def test_more_memory_and_faster_links_never_cost_more(seed: int, share: float, m
     assert second.cost <= first.cost * (1 + 1e-5) + 1e-9
 
 
+def test_parts_that_fit_and_groups_that_do_not_have_no_solution() -> None:
+    """Two groups of three bytes and two places of three and a half: half a group more would fit."""
+    problem = replace(
+        instance(5, groups=3),
+        allowed=np.ones((3, 3), dtype=bool),
+        bytes=np.stack([np.array([[3.0, 0, 0]] * 3), np.array([[0, 3.0, 3.0]] * 3)]),
+        limits=np.array([3.5, 5.5]),
+    )
+    assert best_of_all(problem) is None
+    classes = classify(problem)
+    relaxed = relax(classes)
+    assert relaxed is not None and solver.solve(problem, classes, relaxed, gap=0.0) is None
+    assert solver.missing(classes, np.array([0.0, 1.0])) == pytest.approx(0.0)
+    assert solver.missing(classify(replace(problem, limits=np.array([3.5, 2.0]))), np.array([0.0, 1.0])) == pytest.approx(3.5)
+
+
+def test_groups_that_differ_in_where_they_may_lie_are_not_merged() -> None:
+    problem = instance(3, groups=8, alike=True)
+    allowed = np.ones((8, 3), dtype=bool)
+    allowed[5, 2] = False
+    problem = replace(problem, allowed=allowed, bytes=problem.bytes * 4e8, limits=problem.limits * 4e8)
+    assert len(classify(problem).sizes) == 3
+
+
 def test_what_cannot_fit_has_no_solution() -> None:
     problem = replace(instance(5), limits=np.zeros(2))
     assert solved(problem) is None and greedy(problem) is None

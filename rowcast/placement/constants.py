@@ -7,9 +7,12 @@ against.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MIB = 1 << 20
+
+STREAM_BYTES = 256 * MIB
+"""A piece that is copied at once, where a layer has more; two are in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class Constants:
     """To the CPU and back in a layer in which it computes. Assumed."""
     fetch_layer_s: float = 10e-6
     """A layer's fetch of rows, beyond its bytes: one latency of the bus and a launch. Assumed."""
+    hop_s: float = 20e-6
+    """A pipeline stage's output to the next stage of the node, beyond its bytes. Assumed."""
     all_reduce_s: dict[str, float] | None = None
     """A sum of a token's hidden state over two ranks, by link; None: `ALL_REDUCE_S`."""
 
@@ -79,20 +84,6 @@ class Constants:
     def lowbit(self, bits: int) -> float:
         """Share of the copy rate that products with few tokens over low-bit weights reach."""
         return (self.lowbit_share or LOWBIT_SHARES)[bits]
-
-    def at(self, end: int) -> Constants:
-        """The constants with rates at one end of what they may be: -1 slower, 1 faster."""
-        factor = 1 + end * self.spread
-        return replace(
-            self,
-            weights_share=self.weights_share * factor,
-            kv_share=self.kv_share * factor,
-            rows_share=self.rows_share * factor,
-            bus_share=self.bus_share * factor,
-            host_share=self.host_share * factor,
-            layer_s=self.layer_s / factor,
-            eager_layer_s=self.eager_layer_s / factor,
-        )
 
 
 ALL_REDUCE_S = {"nvlink": 6.5e-6, "pcie": 19e-6, "host": 40e-6, "network": 30e-6}

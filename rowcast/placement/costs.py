@@ -15,14 +15,14 @@ A pass of a rung over a stage takes as long as the slowest of these chains, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rowcast.placement.constants import Constants
+from rowcast.placement.constants import STREAM_BYTES, Constants
 from rowcast.placement.groups import EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
 from rowcast.placement.hardware import Quantity
 from rowcast.placement.layout import Layout, Site
+from rowcast.placement.resident import layered_tokens, states_bytes
 from rowcast.placement.solver import Problem
 from rowcast.placement.workload import LadderUse, RungUse, Workload
 from rowcast.runtime.spec import kv_bytes_per_token, layer_parameters, parameter_count
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+CHUNK_TOKENS = 2048
+"""Of prompts that one pass of a prefill runs: the engine's default."""
+
 RESIDENT, STREAMED, ROWS, CPU, HOST, PEER = range(6)
 """Tiers, in the order of `forecast.TIERS` but for the last two; PEER + i: the site that holds it is the i-th of the layout."""
-
-STREAM_BYTES = 256 << 20
-"""A piece that is copied at once, where a layer has more; two are in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +108,9 @@ class CostModel:
         self.work, self.ladder, self.layout, self.constants = work, ladder, layout, constants
         self.groups = make_groups(work, ladder, layout, groups)
 
-    def at(self, end: int) -> CostModel:
-        """The same model where rates are at one end of what they may be: -1 slower, 1 faster."""
-        other = copy(self)
-        other.constants = self.constants.at(end)
-        return other
+    def tokens(self, rung: RungUse) -> float:
+        """In one pass, of all sequences that take part in it."""
+        return rung.tokens * rung.sequences * self.work.batch
 
     def kv_bytes(self, site: Site, layers: int | None = None) -> float:
         """Of all sequences on one rank of the site, for so many layers of its stage (all if None)."""
@@ -127,6 +125,7 @@ class CostModel:
         work, ladder, constants, tp = self.work, self.ladder, self.constants, self.layout.tensor_parallel
         spec, share = work.spec, len(self.layout.stages[site.stage].layers) / work.spec.num_layers
         slots = ladder.slot_bytes if mode.kv_away else ladder.listed_slot_bytes
+        speculating = ladder.speculating * work.batch
         rest = unplaced_bytes(spec, work.width, len(self.layout.stages[site.stage].layers))
         buffers = 0.0
         layer = layer_parameters(spec) * work.width * ladder.placed_share / tp
@@ -137,14 +136,19 @@ class CostModel:
         if mode.rows:
             sparse = max(rung.neurons for rung in ladder.rungs if rung.neurons < 1)
             buffers += 2 * mlp_bytes(spec, work.width) * ladder.placed_share / tp * sparse
+        layered = layered_tokens(spec, work.width, work.prompt, site.card.memory_bytes) if mode.kv_away else 0
         on_cpu = self.layout.on_cpu
         return {
             "weights": rest,
-            "draft": ladder.fixed_bytes,
+            "draft": ladder.fixed_bytes if site.stage == 0 else 0,
             "predictors": round(ladder.shared_bytes * share / tp),
-            "rung KV": round((slots * work.batch / tp + ladder.kv_share * self.kv_bytes(site) / share) * share),
+            "rung KV": round(
+                slots * share / tp * max(1, tp // spec.num_kv_heads) * speculating
+                + ladder.kv_share * self.kv_bytes(site)
+                + ladder.draft_kv_bytes * speculating * (site.stage == 0)
+            ),
             "buffers": round(buffers),
-            "work": work.work_bytes + ladder.work_bytes,
+            "work": work.work_bytes + ladder.work_bytes + states_bytes(spec, work.width, layered),
             "graphs": 0 if on_cpu else constants.context_bytes + constants.graphs_bytes,
             "margin": constants.host_margin_bytes if on_cpu else round(constants.margin_share * site.card.memory_bytes),
         }
@@ -171,10 +175,9 @@ class CostModel:
 
         for k, rung in enumerate(rungs):
             for s in range(len(layout.stages)):
-                host = np.zeros((count, tiers))
-                cpu = np.zeros((count, tiers))
-                shared = np.zeros((count, tiers))
-                own: list[tuple[Floats, float]] = []
+                nodes = layout.stages[s].nodes
+                host, cpu, shared = ({n: np.zeros((count, tiers)) for n in nodes} for _ in range(3))
+                own: list[tuple[int, Floats, float]] = []
                 for i, site in enumerate(sites):
                     if site.stage != s:
                         continue
@@ -199,14 +202,14 @@ class CostModel:
                         serial[:, ROWS] = 0.0 if rung.ahead else bus[:, ROWS]
                         host_rate = self._rate(node.host.memory_rate, self.constants.host_share)
                         ranks = len(site.ranks)
-                        host[:, STREAMED] += ranks * touched / host_rate
-                        host[:, ROWS] += ranks * fetched / host_rate
-                        host[:, CPU] += ranks * read / host_rate
-                        tokens = rung.tokens * self.work.batch
+                        host[site.node][:, STREAMED] += ranks * touched / host_rate
+                        host[site.node][:, ROWS] += ranks * fetched / host_rate
+                        host[site.node][:, CPU] += ranks * read / host_rate
+                        tokens = self.tokens(rung)
                         arithmetic = tokens / self.work.width * 2 / (node.host.flops.value * self.constants.cpu_flops_share)
-                        cpu[:, CPU] += ranks * np.maximum(read / host_rate, read * arithmetic)
+                        cpu[site.node][:, CPU] += ranks * np.maximum(read / host_rate, read * arithmetic)
                         if node.shared_bus_rate is not None:
-                            shared += ranks * bus * rate / self._rate(node.shared_bus_rate, self.constants.bus_share)
+                            shared[site.node] += ranks * bus * rate / self._rate(node.shared_bus_rate, self.constants.bus_share)
                     peers = np.zeros((count, tiers))
                     for j, holder in enumerate(sites):
                         if self._may_hold(site, holder):
@@ -224,14 +227,14 @@ class CostModel:
                         chain(k, s, i, "bus", late, fixed)
                     if peers.any():
                         chain(k, s, i, "peers", peers, 0.0)
-                    own.append((before, fixed))
-                if mode != Mode():
-                    chain(k, s, -1, "host memory", host, 0.0)
-                if mode.cpu:
-                    for before, fixed in own:
-                        chain(k, s, -1, "CPU", before + cpu, fixed)
-                if shared.any():
-                    chain(k, s, -1, "bus", shared, 0.0)
+                    own.append((site.node, before, fixed))
+                for n in nodes if mode != Mode() else ():
+                    chain(k, s, -1, "host memory", host[n], 0.0)
+                for n, before, fixed in own if mode.cpu else ():
+                    chain(k, s, -1, "CPU", before + cpu[n], fixed)
+                for n in nodes:
+                    if shared[n].any():
+                        chain(k, s, -1, "bus", shared[n], 0.0)
 
         launches = tuple(self._launch_seconds(rung, mode) for rung in rungs)
         per_token = [rung.passes / ladder.tokens_per_round for rung in rungs]
@@ -253,25 +256,45 @@ class CostModel:
         return Priced(problem, groups, tuple(chains), tuple(names), fixed_all, launches)
 
     def first_token_s(self, bus_bytes: float, kv_bus_bytes: float) -> float:
-        """The prefill: arithmetic at the dense rate against what crosses the bus, layer by layer.
+        """The prefill of a batch's prompts, stage after stage.
 
-        `bus_bytes`: weights of one rank that are not resident, which a batch's prompts share; `kv_bus_bytes`: KV of one sequence on one
-        rank that goes to the host once.
+        Each stage waits for the longest of: arithmetic at the dense rate; weights, read once a chunk of `CHUNK_TOKENS`; what crosses
+        the bus, layer by layer, so that nothing crosses twice. Sums over ranks and calls hide under nothing.
+
+        `bus_bytes`: weights of one rank that are not resident. `kv_bus_bytes`: KV of one whole context on one rank that is not, of
+        which the prompt's part goes to the host.
         """
         spec, work, layout = self.work.spec, self.work, self.layout
-        slowest = 0.0
-        for site in layout.sites:
-            layers = len(layout.stages[site.stage].layers)
-            products = 2 * layers * layer_parameters(spec) * work.prompt / layout.tensor_parallel
-            pairs = work.prompt * work.prompt / 2
-            attention = 4 * layers * pairs * spec.num_heads * spec.head_dim / layout.tensor_parallel
-            share = self.constants.cpu_flops_share if layout.on_cpu else self.constants.flops_share
-            arithmetic = (products + attention) / (site.card.flops.value * share)
-            rate = self._rate(site.card.bus_rate, self.constants.bus_share)
-            moved = (bus_bytes + kv_bus_bytes * work.batch) / rate if rate else 0.0
-            slowest = max(slowest, arithmetic * work.batch, moved)
-        last = work.ladders[0].rungs[-1]
-        return slowest * len(layout.stages) + sum(self._launch_seconds(last, Mode()))
+        prompts = work.prompt * work.batch
+        chunks = -(-prompts // CHUNK_TOKENS)
+        last = self.ladder.rungs[-1]
+        total = 0.0
+        for index, stage in enumerate(layout.stages):
+            layers, tp = len(stage.layers), layout.tensor_parallel
+            slowest = 0.0
+            for site in layout.sites:
+                if site.stage != index:
+                    continue
+                products = 2 * layers * layer_parameters(spec) * prompts / tp
+                attention = 2 * layers * work.prompt * prompts * spec.num_heads * spec.head_dim / tp
+                share = self.constants.cpu_flops_share if layout.on_cpu else self.constants.flops_share
+                arithmetic = (products + attention) / (site.card.flops.value * share)
+                parameters = layers * layer_parameters(spec)
+                if index == len(layout.stages) - 1:
+                    parameters += spec.vocab_size * spec.embed_size
+                weights = parameters * work.width * self.ladder.placed_share / tp
+                memory = chunks * weights / (self._memory_rate(site) * self.constants.weights_share)
+                rate = self._rate(site.card.bus_rate, self.constants.bus_share)
+                moved = (bus_bytes + kv_bus_bytes * prompts / work.context) / rate if rate else 0.0
+                slowest = max(slowest, arithmetic, memory, moved)
+            total += slowest
+        calls, sums = self._launch_seconds(last, Mode())
+        state = spec.hidden_size * work.width
+        crossing = sum(
+            (2 * len(stage.layers) * self._crossing_seconds(index, state) if layout.tensor_parallel > 1 else 0.0)
+            for index, stage in enumerate(layout.stages)
+        )
+        return total + chunks * (calls + sums) + prompts * crossing + self.constants.round_s
 
     def _memory_rate(self, site: Site) -> float:
         share = self.constants.host_share if self.layout.on_cpu else self.constants.copy_share
@@ -298,24 +321,31 @@ class CostModel:
         """A pass's rows of the embeddings, where these lie in host memory."""
         rate = self._rate(site.card.bus_rate, self.constants.bus_share)
         row = self.work.spec.embed_size * self.work.width
-        return self.constants.fetch_layer_s + rung.tokens * self.work.batch * row / rate if rate and rung.model is None else 0.0
+        return self.constants.fetch_layer_s + self.tokens(rung) * row / rate if rate and rung.model is None else 0.0
 
     def fixed_read_seconds(self, site: Site, rung: RungUse, mode: Mode) -> float:
-        """Of a pass: weights of its own, proxies, a draft, the copy of a part of the KV that lies elsewhere."""
-        work, tp, memory = self.work, self.layout.tensor_parallel, self._memory_rate(site)
+        """Of what a pass reads wherever the groups lie."""
+        memory = self._memory_rate(site)
+        return sum(bytes_ / (memory * share) for bytes_, share in self.fixed_reads(site, rung, mode))
+
+    def fixed_reads(self, site: Site, rung: RungUse, mode: Mode) -> list[tuple[float, float]]:
+        """What a pass reads on one rank wherever the groups lie, as bytes and the share of the copy rate that they are read at:
+        weights of its own, proxies, a draft, the copy of a part of the KV that lies elsewhere."""
+        work, tp, constants = self.work, self.layout.tensor_parallel, self.constants
         share = len(self.layout.stages[site.stage].layers) / work.spec.num_layers
         if rung.model is not None:
+            if site.stage:
+                return []  # every rank of the first stage runs it whole
             entries = min(work.context, rung.kv_entries or work.context)
-            kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch
-            weights = parameter_count(rung.model) * work.width / self.constants.weights_share
-            return (weights + kv) / memory if site.stage == 0 else 0.0  # every rank of the first stage runs it whole
-        seconds = rung.proxy_bytes * share / tp / (memory * self.constants.rows_share)
+            kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch * rung.sequences
+            return [(parameter_count(rung.model) * work.width, constants.weights_share), (kv, 1.0)]
+        found = [(rung.proxy_bytes * share / tp, constants.rows_share)]
         if rung.own_weights_bytes and not self.ladder.reads_placed(rung):
-            seconds += rung.own_weights_bytes * share / tp / (memory * self.constants.lowbit(rung.own_bits))
+            found.append((rung.own_weights_bytes * share / tp, constants.lowbit(rung.own_bits)))
         if mode.kv_away and rung.kv_entries is not None:
             part = min(1.0, rung.kv_entries / work.context)
-            seconds += self.kv_bytes(site) * part / (memory * self.constants.kv_share)
-        return seconds
+            found.append((self.kv_bytes(site) * part * rung.sequences, constants.kv_share))
+        return found
 
     def _compute_seconds(self, site: Site, rung: RungUse) -> float:
         """Arithmetic of one pass on one rank, all rows dense."""
@@ -324,7 +354,7 @@ class CostModel:
             return 0.0
         spec = work.spec if rung.model is None else rung.model
         layers, tp = (len(stage.layers), self.layout.tensor_parallel) if rung.model is None else (spec.num_layers, 1)
-        tokens = rung.tokens * work.batch
+        tokens = self.tokens(rung)
         entries = min(work.context, rung.kv_entries or work.context)
         operations: float = 2 * tokens * (layers * layer_parameters(spec) + spec.vocab_size * spec.hidden_size)
         operations += 4 * tokens * entries * layers * spec.num_heads * spec.head_dim
@@ -343,13 +373,17 @@ class CostModel:
             each += constants.fetch_layer_s
         if mode.cpu:
             each += constants.cpu_layer_s
-        hidden = spec.hidden_size * self.work.width * rung.tokens * self.work.batch
+        hidden = spec.hidden_size * self.work.width * self.tokens(rung)
         sums = 0.0
         for index, stage in enumerate(self.layout.stages):
             if self.layout.tensor_parallel > 1:
                 sums += 2 * len(stage.layers) * self._all_reduce_seconds(index, hidden)
-            sums += self.layout.hop_s(index, hidden)
+            sums += self.layout.hop_s(index, hidden, constants.hop_s, constants.peer_share)
         return spec.num_layers * each, sums
+
+    def _crossing_seconds(self, stage: int, bytes_: float) -> float:
+        """What so many bytes add to a sum over the stage's ranks."""
+        return self._all_reduce_seconds(stage, bytes_) - self._all_reduce_seconds(stage, 0.0)
 
     def _all_reduce_seconds(self, stage: int, bytes_: float) -> float:
         link, machine = self.layout.stages[stage].link, self.layout.machine
@@ -380,14 +414,15 @@ class CostModel:
         allowed = np.zeros((len(groups), tiers), dtype=bool)
         allowed[:, RESIDENT] = True
         weights, neurons = groups.part != KV, groups.part == NEURONS
-        allowed[:, STREAMED] = (weights & mode.streamed) | (~weights & mode.kv_away)
+        computed = weights & (groups.part != EMBEDDINGS)
+        allowed[:, STREAMED] = (computed & mode.streamed) | (~weights & mode.kv_away)
         allowed[:, ROWS] = neurons & mode.rows
         allowed[:, CPU] = neurons & mode.cpu
         allowed[:, HOST] = (groups.part == EMBEDDINGS) & (not self.layout.on_cpu)
         for i, site in enumerate(sites):
             for j, holder in enumerate(sites):
                 if self._may_hold(site, holder):
-                    allowed[(groups.site == i) & weights, PEER + j] = True
+                    allowed[(groups.site == i) & computed, PEER + j] = True
         return allowed
 
     def _limits(self, mode: Mode, tiers: int) -> tuple[list[float], list[str], Floats]:

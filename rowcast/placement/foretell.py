@@ -65,7 +65,7 @@ def foretell(
         ladder=ladder.name,
         seconds_per_token=seconds,
         tokens_per_s=work.batch / seconds,
-        tokens_per_s_range=_range(found, corrections),
+        tokens_per_s_range=_range(found),
         first_token_s=found.model.first_token_s(bus, kv_bus),
         tokens_per_round=ladder.tokens_per_round,
         bottleneck=bottleneck,
@@ -81,7 +81,7 @@ def foretell(
         alternatives=alternatives,
         what_if=what_if,
         inputs=_inputs(found, corrections),
-        notes=[f"placement: {found.mode.name}", f"rates may be {constants.spread:.0%} off: the ends of the range"],
+        notes=[f"placement: {found.mode.name}", f"all rates and calls may be {constants.spread:.0%} off: the ends of the range"],
     )
 
 
@@ -216,7 +216,10 @@ def _stages(found: Found) -> list[Stage]:
         )
         if fixed:
             name = "draft" if rung.model is not None else "own weights, proxies and copies of KV"
-            told.append(Stage(rung.name, name, {}, {memory_link: fixed * per_token}))
+            read_bytes = sum(
+                bytes_ * len(site.ranks) for site in layout.sites for bytes_, _ in found.model.fixed_reads(site, rung, found.mode)
+            )
+            told.append(Stage(rung.name, name, {memory_link: read_bytes * per_token}, {memory_link: fixed * per_token}))
         launches, sums = priced.launches[k]
         told.append(Stage(rung.name, "launches", {}, {"launches": launches * per_token}))
         if sums:
@@ -275,16 +278,14 @@ def _away_bytes(found: Found) -> tuple[float, float]:
     return float(weights.max()), float(kv.max()) / found.work.batch
 
 
-def _range(found: Found, corrections: Mapping[str, float] | None) -> list[float]:
-    """Tokens/s of all sequences where everything is as slow, and as fast, as it may be, at this placement."""
-    factors = [(corrections or {}).get(rung.name, 1.0) for rung in found.ladder.rungs]
-    found_range = []
-    for end, tokens in zip((-1, 1), found.ladder.tokens_per_round_range, strict=True):
-        model = found.model.at(end)
-        cost = model.price(found.mode, factors).problem.cost(found.solution.tiers)
-        found_range.append(found.work.batch / cost * tokens / found.ladder.tokens_per_round)
-    mid = found.work.batch / found.solution.cost
-    return [min(found_range[0], mid), max(found_range[1], mid)]
+def _range(found: Found) -> list[float]:
+    """Tokens/s of all sequences where all rates and calls, and acceptances, are as bad, and as good, as they may be."""
+    spread, mid = found.model.constants.spread, found.work.batch / found.solution.cost
+    low, high = found.ladder.tokens_per_round_range
+    return [
+        mid * min(1.0, low / found.ladder.tokens_per_round) * (1 - spread),
+        mid * max(1.0, high / found.ladder.tokens_per_round) * (1 + spread),
+    ]
 
 
 def _inputs(found: Found, corrections: Mapping[str, float] | None) -> list[Input]:

@@ -86,16 +86,16 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
         columns["bytes"].append(np.full(count, total / pieces))
         read.append(np.broadcast_to(reads, (len(rungs), len(layers), pieces)).reshape(len(rungs), count))
 
-    tokens = np.array([rung.tokens * work.batch for rung in rungs])
+    tokens = np.array([max(1, round(rung.tokens * rung.sequences * work.batch)) for rung in rungs])
     uses = np.array([1.0 if ladder.reads_placed(rung) else 0.0 for rung in rungs])
     placed = ladder.placed_share
-    heads = np.array([united(rung.heads, rung.tokens * work.batch) for rung in rungs])
-    lm = np.array([united(rung.head_share, rung.tokens * work.batch) if rung.head_share < 1 else 1.0 for rung in rungs])
-    kv = np.array(
-        [0.0 if rung.model is not None else min(1.0, (rung.kv_entries or work.context) / work.context) for rung in rungs]
+    heads = np.array([united(rung.heads, int(n)) for rung, n in zip(rungs, tokens, strict=True)])
+    lm = np.array(
+        [united(rung.head_share, int(n)) if rung.head_share < 1 else 1.0 for rung, n in zip(rungs, tokens, strict=True)]
     )
+    shown = [min(1.0, (rung.kv_entries or work.context) / work.context) * rung.sequences for rung in rungs]
+    kv = np.array([0.0 if rung.model is not None else part for rung, part in zip(rungs, shown, strict=True)])
     hot = np.array(work.hotness.layers)
-    base = min((rung.neurons for rung in rungs if rung.neurons < 1), default=1.0)
     for i, site in enumerate(layout.sites):
         stage = layout.stages[site.stage]
         layers = list(stage.layers)
@@ -107,8 +107,8 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
             if rung.neurons >= 1:
                 need[k] = uses[k]
                 continue
-            down = _united(np.minimum(1.0, chances * rung.neurons / base), int(tokens[k]))
-            inner = _united(np.minimum(1.0, chances * max(rung.candidates, rung.neurons) / base), int(tokens[k]))
+            down = _united(_with_mean(chances, rung.neurons), int(tokens[k]))
+            inner = _united(_with_mean(chances, max(rung.candidates, rung.neurons)), int(tokens[k]))
             parts = 2 if spec.gated else 1
             need[k] = uses[k] * (parts * inner + down) / (parts + 1)
         queries, keys = _attention_bytes(spec, width, tp)
@@ -129,6 +129,20 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
 def _united(probability: Floats, tokens: int) -> Floats:
     """`united`, of an array."""
     found: Floats = 1.0 - (1.0 - probability) ** tokens
+    return found
+
+
+def _with_mean(chances: Floats, mean: float) -> Floats:
+    """Probabilities in proportion to `chances` [L, H], none above 1, each layer's share of the whole as it was, with this mean."""
+    import numpy as np
+
+    wanted = np.minimum(1.0, mean * chances.mean(axis=1, keepdims=True) / max(chances.mean(), 1e-12))
+    low, high = np.zeros_like(wanted), 1 / np.maximum(chances.min(axis=1, keepdims=True), 1e-9)
+    for _ in range(40):
+        middle = (low + high) / 2
+        short = np.minimum(1.0, middle * chances).mean(axis=1, keepdims=True) < wanted
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    found: Floats = np.minimum(1.0, high * chances)
     return found
 
 

@@ -54,13 +54,14 @@ class Layout:
     def on_cpu(self) -> bool:
         return self.machine.num_gpus == 0
 
-    def hop_s(self, stage: int, bytes_: float) -> float:
-        """Seconds that a stage's output takes to the next one; 0 after the last."""
+    def hop_s(self, stage: int, bytes_: float, start_s: float, share: float) -> float:
+        """Seconds that a stage's output takes to the next one; 0 after the last. Within a node `start_s`, and its bytes at that share
+        of the link's rate."""
         if stage + 1 == len(self.stages):
             return 0.0
         here, there = self.stages[stage].nodes[-1], self.stages[stage + 1].nodes[0]
         if here == there:
-            return 20e-6 + bytes_ / self.machine.nodes[here].peer_rate.value
+            return start_s + bytes_ / (share * self.machine.nodes[here].peer_rate.value)
         assert self.machine.inter_node_rate is not None
         return self.machine.inter_node_latency_s + bytes_ / self.machine.inter_node_rate.value
 
@@ -83,8 +84,19 @@ def layouts(machine: Machine, spec: ModelSpec, tensor_parallel: int | None = Non
             f"tensor_parallel={tensor_parallel} has to divide {count} GPUs and the model's {spec.num_heads} heads of "
             f"{spec.num_kv_heads} KV heads: use {fits}"
         )
+    possible = [n for n in range(1, count + 1) if any(_shares(spec, n, tp) for tp in range(1, n + 1))]
+    if count not in possible:
+        raise UserError(
+            f"{count} GPUs cannot share the model's {spec.num_heads} heads and {spec.num_layers} layers evenly: use "
+            f"{', '.join(map(str, possible[-6:]))}"
+        )
     widths = [tensor_parallel] if tensor_parallel is not None else [tp for tp in range(count, 0, -1) if count % tp == 0]
-    return [_layout(machine, spec, tp) for tp in widths if _divides(spec, tp) and count // tp <= spec.num_layers]
+    return [_layout(machine, spec, tp) for tp in widths if _shares(spec, count, tp)]
+
+
+def _shares(spec: ModelSpec, count: int, tp: int) -> bool:
+    """Whether so many GPUs, in tensor-parallel groups of `tp`, have equal shares and a layer each."""
+    return count % tp == 0 and _divides(spec, tp) and count // tp <= spec.num_layers
 
 
 def _divides(spec: ModelSpec, tp: int) -> bool:

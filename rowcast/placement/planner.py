@@ -6,8 +6,9 @@ best that may be (`solver`). What it foretells is written down by `foretell`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,19 +20,19 @@ from rowcast.placement.forecast import Alternative, Forecast, WhatIf
 from rowcast.placement.foretell import Found, foretell
 from rowcast.placement.hardware import Machine
 from rowcast.placement.layout import Layout, layouts
-from rowcast.placement.units import format_bytes
 from rowcast.placement.workload import LadderUse, Workload
 
 COARSE_GROUPS = 16
 """A layer, attention and KV included, where layouts and ladders are compared."""
 
 GIB = 1 << 30
-_MOST_CHANGE = 1 << 50
+_LEAST_LADDERS = 2
+"""Of those that take the least beside the weights, where nothing fits."""
 
 _LIKELY_MODES = 4
 """The best ones, in which a machine that differs a little is looked at; and everything next to the compute."""
-_GOOD_MODES, _LIKELY_GAMMAS = 2, 2
-"""The best of a ladder's modes, in which other layouts are looked at; the best of its gammas."""
+_LEADING_FAMILIES, _GOOD_MODES, _LIKELY_GAMMAS = 2, 2, 2
+"""The best ladders and the best of their modes, with which other layouts are looked at; the best of a ladder's gammas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +78,24 @@ def decide(
     started = time.perf_counter()
     constants = constants or Constants()
     roughs = _compare(work, machine, tensor_parallel, constants, corrections)
-    if not roughs:
+    tolerance = gap / 4
+    while roughs:
+        best = min(roughs, key=lambda rough: _preferred(rough, tolerance))
+        tried = {rough.mode for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout}
+        others = [mode for mode in _worth_trying(best.ladder, best.layout, Mode() in tried) if mode not in tried]
+        roughs += _rough(work, best.ladder, best.layout, constants, _factors(best.ladder, corrections), others)
+        same = [rough for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout]
+        same.sort(key=lambda rough: _preferred(rough, tolerance))
+        model = CostModel(work, best.ladder, best.layout, constants, groups)
+        placed = _place(model, same, _factors(best.ladder, corrections), gap)
+        if placed is not None:
+            break
+        # Groups are too large to fit whole, though parts of them would.
+        roughs = [rough for rough in roughs if rough.ladder is not best.ladder or rough.layout is not best.layout]
+    else:
         raise OutOfMemoryError(_nearest_change(work, machine, tensor_parallel, constants))
-    best = min(roughs, key=lambda rough: rough.seconds)
-    tried = {rough.mode for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout}
-    others = [mode for mode in modes(best.ladder, best.layout) if mode not in tried and Mode() not in tried]
-    roughs += _rough(work, best.ladder, best.layout, constants, _factors(best.ladder, corrections), others)
-    best = min(roughs, key=lambda rough: rough.seconds)
-    model = CostModel(work, best.ladder, best.layout, constants, groups)
-    factors = _factors(best.ladder, corrections)
-    same = [rough for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout]
-    priced, solution, mode = _place(model, best, same, factors, gap)
-    baseline = solver.greedy(priced.problem)
-    greedy = None if baseline is None else priced.problem.cost(baseline)
-    solver_s = time.perf_counter() - started
+    best = same[0]
+    priced, solution, mode = placed
     found = Found(
         work=work,
         ladder=best.ladder,
@@ -98,12 +103,24 @@ def decide(
         mode=mode,
         priced=priced,
         solution=solution,
-        greedy=greedy,
-        solver_s=solver_s,
+        greedy=solution.greedy,
+        solver_s=time.perf_counter() - started,
     )
     alternatives = _alternatives(work, machine, best, roughs, solution.cost, tensor_parallel, constants)
     what_if = _what_if(work, machine, best, same, solution.cost, constants, corrections) if explain else []
     return Decision(foretell(found, corrections, alternatives, what_if), best.ladder, best.layout)
+
+
+def _preferred(rough: _Rough, tolerance: float) -> float:
+    """Seconds, with what is left alone for everything next to the compute: a simpler plan wins a tie."""
+    return rough.seconds * (1 - tolerance if rough.mode == Mode() else 1)
+
+
+def _worth_trying(ladder: LadderUse, layout: Layout, fits: bool) -> list[Mode]:
+    """All modes; where everything fits next to the compute only that, and the CPU as a second memory: all other ways read through the
+    memory next to the compute what they fetch."""
+    found = modes(ladder, layout)
+    return [mode for mode in found if not fits or mode in (Mode(), Mode(cpu=True))]
 
 
 def _compare(
@@ -113,27 +130,35 @@ def _compare(
     constants: Constants,
     corrections: Mapping[str, float] | None = None,
 ) -> list[_Rough]:
-    """Layouts, ladders and modes that fit: every mode on the first layout, on others those that were good there.
+    """Layouts, ladders and modes that fit: all on the first layout that any fits, on others those that were good there.
 
     Of ladders that differ in gammas only, one is looked at in all modes; then, in the best of these, those that its placement makes
     the fastest.
     """
     found: list[_Rough] = []
-    good: dict[str, list[Mode]] = {}
+    good: dict[str, tuple[list[Mode], list[LadderUse]]] = {}
+    fastest: dict[str, float] = {}
     for layout in layouts(machine, work.spec, tensor_parallel):
+        leading = sorted(fastest, key=lambda name: fastest[name])[:_LEADING_FAMILIES]
         for name, members in groupby(work.ladders, key=_family):
+            if leading and name not in leading:
+                continue
             family = list(members)
             first = family[len(family) // 2]
-            mine = list(_rough(work, first, layout, constants, _factors(first, corrections), good.get(name)))
+            likely, gammas = good.get(name, (None, None))
+            mine = list(_rough(work, first, layout, constants, _factors(first, corrections), likely))
             if not mine:
                 continue
             mine.sort(key=lambda rough: rough.seconds)
-            good.setdefault(name, [Mode(), *(rough.mode for rough in mine[:_GOOD_MODES])])
+            if gammas is None:
+                others = [ladder for ladder in family if ladder is not first]
+                others.sort(key=lambda ladder: _cost_as(mine[0], work, ladder, constants, corrections))
+                gammas = others[:_LIKELY_GAMMAS]
+                good[name] = [Mode(), *(rough.mode for rough in mine[:_GOOD_MODES] if rough.mode != Mode())], gammas
+            for ladder in gammas:
+                mine += _rough(work, ladder, layout, constants, _factors(ladder, corrections), [mine[0].mode])
             found += mine
-            others = [ladder for ladder in family if ladder is not first]
-            by_cost = sorted(others, key=lambda ladder: _cost_as(mine[0], work, ladder, constants, corrections))
-            for ladder in by_cost[:_LIKELY_GAMMAS]:
-                found += _rough(work, ladder, layout, constants, _factors(ladder, corrections), [mine[0].mode])
+            fastest[name] = min(rough.seconds for rough in mine)
     return found
 
 
@@ -160,27 +185,29 @@ def _rough(
     allowed: list[Mode] | None = None,
 ) -> Iterator[_Rough]:
     model = CostModel(work, ladder, layout, constants, COARSE_GROUPS * work.spec.num_layers)
-    for mode in modes(ladder, layout) if allowed is None else allowed:
+    pending = modes(ladder, layout) if allowed is None else list(allowed)
+    while pending:
+        mode = pending.pop(0)
         priced = model.price(mode, factors)
         classes = solver.classify(priced.problem)
         relaxed = solver.relax(classes)
         if relaxed is not None:
             yield _Rough(layout, ladder, mode, relaxed.cost, priced, classes, relaxed)
-            if mode == Mode():  # Nothing is read faster than from the memory next to the compute.
-                return
+            if mode == Mode():
+                worth = _worth_trying(ladder, layout, True)
+                pending = [each for each in pending if each in worth]
 
 
 def _factors(ladder: LadderUse, corrections: Mapping[str, float] | None) -> list[float]:
     return [(corrections or {}).get(rung.name, 1.0) for rung in ladder.rungs]
 
 
-def _place(
-    model: CostModel, best: _Rough, same: list[_Rough], factors: list[float], gap: float
-) -> tuple[Priced, solver.Solution, Mode]:
-    """The best placement of the ladder on its layout over all modes, with a bound that holds for all of them."""
+def _place(model: CostModel, same: list[_Rough], factors: list[float], gap: float) -> tuple[Priced, solver.Solution, Mode] | None:
+    """The best placement of a ladder on its layout over all of `same`, its modes, with a bound that holds for all of them; the first
+    wins a tie within a quarter of the gap. None where whole groups fit in none."""
     bounds: list[float] = []
     taken: tuple[Priced, solver.Solution, Mode] | None = None
-    for rough in sorted(same, key=lambda each: each.seconds):
+    for rough in same:
         priced = model.price(rough.mode, factors)
         if taken is not None:
             # The multipliers of coarse groups bound fine ones, too: this mode has nothing better to offer, mostly.
@@ -193,10 +220,11 @@ def _place(
         if relaxed is None:
             continue
         solution = solver.solve(priced.problem, classes, relaxed, gap=gap / 4)
-        bounds.append(solution.bound)
-        if priced.problem.fits(solution.tiers) and (taken is None or solution.cost < taken[1].cost):
+        bounds.append(relaxed.cost if solution is None else solution.bound)
+        if solution is not None and (taken is None or solution.cost < taken[1].cost * (1 - gap / 4)):
             taken = priced, solution, rough.mode
-    assert taken is not None, f"{best.mode.name} fits by the relaxed program only"
+    if taken is None:
+        return None
     priced, solution, mode = taken
     return priced, replace(solution, bound=min(bounds)), mode
 
@@ -216,8 +244,9 @@ def _alternatives(
     mine = [rough for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout]
     tried = {rough.mode for rough in mine}
     if Mode() not in tried:
-        missing = _missing_bytes(work, best, constants)
-        told.append(Alternative(Mode().name, None, f"does not fit: {format_bytes(missing)} more are needed on each GPU"))
+        model = CostModel(work, best.ladder, best.layout, constants, COARSE_GROUPS * work.spec.num_layers)
+        missing = math.ceil(_missing_bytes(model, Mode(), "GPU") / GIB * 10) / 10
+        told.append(Alternative(Mode().name, None, f"does not fit: {missing:.1f} GiB more are needed on each GPU"))
     for rough in sorted(mine, key=lambda each: each.seconds):
         if rough.mode != best.mode and rough.seconds > base * (1 + 1e-9):
             told.append(_alternative(rough.mode.name, rough, seconds, base))
@@ -258,15 +287,6 @@ def _waits_for(rough: _Rough) -> str:
     return f"it waits for the {max(waited, key=lambda name: waited[name])}"
 
 
-def _missing_bytes(work: Workload, best: _Rough, constants: Constants) -> int:
-    """What everything next to the compute takes beyond the fullest site's memory."""
-    model = CostModel(work, best.ladder, best.layout, constants, COARSE_GROUPS * work.spec.num_layers)
-    problem = model.price(Mode()).problem
-    used = problem.bytes[:, :, 0].sum(axis=1)
-    sites = len(best.layout.sites)
-    return max(1, round(float((used - problem.limits)[:sites].max())))
-
-
 def _what_if(
     work: Workload,
     machine: Machine,
@@ -290,57 +310,58 @@ def _what_if(
     if best.layout.on_cpu:
         changes = {name: changed for name, changed in changes.items() if name.endswith("host memory") or name.startswith("host")}
     likely = sorted(same, key=lambda rough: rough.seconds)[:_LIKELY_MODES]
-    promising = [Mode()] * (len(same) > 1) + [rough.mode for rough in likely]
+    promising = list(dict.fromkeys([Mode(), *(rough.mode for rough in likely)]))
     found = []
     for name, changed in changes.items():
         if changed == machine:
             continue
         layout = next(each for each in layouts(changed, work.spec, best.layout.tensor_parallel) if each.name == best.layout.name)
         roughs = _rough(work, best.ladder, layout, constants, _factors(best.ladder, corrections), promising)
-        least = min((rough.seconds for rough in roughs), default=best.seconds)
-        found.append(WhatIf(name, min(least, best.seconds) * seconds / best.seconds))
+        least = min((rough.seconds for rough in roughs), default=None)
+        found.append(WhatIf(name, None if least is None else least * seconds / best.seconds))
     return found
 
 
 def _nearest_change(work: Workload, machine: Machine, tensor_parallel: int | None, constants: Constants) -> str:
     """One sentence: what is short, and the smallest change of each kind that fits."""
+    plans = layouts(machine, work.spec, tensor_parallel)
 
-    def fits(changed: Machine, asked: Workload = work) -> bool:
-        for layout in layouts(changed, asked.spec, tensor_parallel):
-            for ladder in _first_of_families(asked.ladders):
-                if next(_rough(asked, ladder, layout, constants, _factors(ladder, None), _roomiest(ladder, layout)), None):
-                    return True
-        return False
+    def missing(asked: Workload, kind: str, ladders: tuple[LadderUse, ...] = work.ladders) -> float:
+        """Bytes more of one kind; infinity where no amount is enough."""
+        least = sorted(_first_of_families(ladders), key=lambda ladder: ladder.fixed_bytes + ladder.shared_bytes)[:_LEAST_LADDERS]
+        return min(
+            (
+                _missing_bytes(CostModel(asked, ladder, layout, constants, COARSE_GROUPS * asked.spec.num_layers), mode, kind)
+                for layout in plans
+                for ladder in least
+                for mode in _roomiest(ladder, layout)
+            ),
+            default=math.inf,
+        )
 
     ways = []
-    host = _least(lambda more: fits(machine.with_changes(host_memory_bytes=more)), GIB // 4)
-    if machine.num_gpus:
-        gpu = _least(lambda more: fits(machine.with_changes(gpu_memory_bytes=more)), GIB // 4)
-        if gpu is not None:
-            ways.append(f"{format_bytes(gpu)} more on each GPU")
-    if host is not None:
-        ways.append(f"{format_bytes(host)} more host memory")
-    context = work.context
-    while context > 64 and not fits(machine, replace(work, context=context, prompt=min(work.prompt, context - 1))):
-        context //= 2
-    if context < work.context and fits(machine, replace(work, context=context, prompt=min(work.prompt, context - 1))):
-        low, high = context, min(work.context, context * 2)
-        while high - low > max(64, low // 32):
-            middle = (low + high) // 2
-            if fits(machine, replace(work, context=middle, prompt=min(work.prompt, middle - 1))):
-                low = middle
-            else:
-                high = middle
+    for kind, told in (("GPU", "more on each GPU"), ("host", "more host memory")):
+        more = missing(work, kind) if kind == "host" or machine.num_gpus else math.inf
+        if more < math.inf:
+            ways.append(f"{math.ceil(more / GIB * 10) / 10:.1f} GiB {told}")
+
+    def fits(asked: Workload) -> bool:
+        return missing(asked, "host") <= 0
+
+    low, high = 0, work.context
+    while high - low > max(64, low // 32):
+        middle = (low + high) // 2
+        if fits(replace(work, context=middle, prompt=max(1, min(work.prompt, middle - 1)))):
+            low = middle
+        else:
+            high = middle
+    if low:
         ways.append(f"a context of {low // 64 * 64 or low} tokens")
-    if work.batch > 1 and fits(machine, replace(work, batch=1)):
+    if work.batch > 1 and fits(replace(work, batch=1)):
         ways.append("a batch of 1")
-    for ladder in _first_of_families(work.fallbacks):
-        if any(
-            next(_rough(work, ladder, layout, constants, [1.0] * len(ladder.rungs)), None)
-            for layout in layouts(machine, work.spec, tensor_parallel)
-        ):
-            ways.append(f"the ladder {ladder.name} in mode approximate")
-            break
+    named = next((ladder for ladder in _first_of_families(work.fallbacks) if missing(work, "host", (ladder,)) <= 0), None)
+    if named is not None:
+        ways.append(f"the ladder {named.name} in mode approximate")
     told = f"{work.model} with a context of {work.context} tokens and {work.batch} sequence{'s' * (work.batch > 1)} does not fit"
     told += f" on {machine.describe()}"
     return f"{told}: it would with {', or '.join(ways)}" if ways else f"{told}: use a smaller model"
@@ -352,22 +373,22 @@ def _roomiest(ladder: LadderUse, layout: Layout) -> list[Mode]:
     return [found[-1], *(mode for mode in found if mode in (Mode(), Mode(streamed=True), Mode(streamed=True, kv_away=True)))]
 
 
+def _missing_bytes(model: CostModel, mode: Mode, kind: str) -> float:
+    """How many bytes more on every GPU ("GPU"), or on every host ("host"), all parts need to have a place; 0: none."""
+    import numpy as np
+
+    priced = model.price(mode)
+    on_cpu, constants = model.layout.on_cpu, model.constants
+    gains = np.zeros(len(priced.limits))
+    for row, name in enumerate(priced.limits):
+        if name.startswith("GPU") and kind == "GPU":
+            gains[row] = 1 - constants.margin_share
+        elif not name.startswith("GPU") and kind == "host":
+            host = model.layout.machine.nodes[int(name.split()[-1])].host
+            gains[row] = host.pin_bytes / host.memory_bytes if name.startswith("pinned") else 1.0
+    assert gains.any() or on_cpu
+    return solver.missing(solver.classify(priced.problem), gains)
+
+
 def _first_of_families(ladders: tuple[LadderUse, ...]) -> list[LadderUse]:
     return list({_family(ladder): ladder for ladder in reversed(ladders)}.values())
-
-
-def _least(fits: Callable[[int], bool], step: int) -> int | None:
-    """The fewest bytes, in whole steps, that fit; None where the most do not."""
-    high = step
-    while not fits(high):
-        high *= 2
-        if high > _MOST_CHANGE:
-            return None
-    low = high // 2 if high > step else 0
-    while high - low > step:
-        middle = (low + high) // 2 // step * step
-        if fits(middle):
-            high = middle
-        else:
-            low = middle
-    return high

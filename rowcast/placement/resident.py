@@ -46,6 +46,9 @@ _SUM_ROWS = 4
 _SPLIT, _MOST_SPLITS = 256, 128
 """Entries of a context that one part of an attention's sum is of at least, and most such parts."""
 
+_STATES_PART = 32
+"""Hidden states of a long prompt take at most one part in so many of a device's memory."""
+
 _GRAPHS_BYTES = 64 << 20
 """Captured graphs and the states of rounds."""
 
@@ -225,6 +228,18 @@ def resident_plan(
         kv_token_bytes=token_bytes,
         notes=chosen,
     )
+
+
+def states_bytes(spec: ModelSpec, width: int, tokens: int) -> int:
+    """Hidden states of so many tokens of a prompt that is run layer by layer: theirs and one layer's."""
+    return 2 * tokens * spec.hidden_size * width
+
+
+def layered_tokens(spec: ModelSpec, width: int, prompt: int, memory_bytes: int) -> int:
+    """Tokens of a prompt that are run layer by layer at once, where KV lies elsewhere: as many as a part of the memory has hidden
+    states of; 0: no more than a step has anyway."""
+    tokens = min(prompt, memory_bytes // _STATES_PART // states_bytes(spec, width, 1))
+    return tokens if tokens > MAX_BATCH_TOKENS else 0
 
 
 def pass_bytes(spec: ModelSpec, width: int) -> int:

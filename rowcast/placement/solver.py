@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
+_MOST_NODES = 2000
+"""Of the search. A limit in seconds would make a plan depend on what else the machine does."""
+
 MOST_CLASSES = 160
 """Of groups, after counting like ones together; more are merged where they are most alike."""
 
@@ -105,6 +108,8 @@ class Solution:
     cost: float
     bound: float
     """No assignment costs less; proven by the multipliers of the relaxed program over all groups."""
+    greedy: float | None
+    """What the greedy baseline costs; None where it finds nothing."""
 
     @property
     def gap(self) -> float:
@@ -132,10 +137,10 @@ def classify(problem: Problem, most: int = MOST_CLASSES) -> Classes:
     import numpy as np
 
     count = len(problem.allowed)
-    shapes = np.concatenate([problem.allowed.astype(float), problem.bytes.transpose(1, 0, 2).reshape(count, -1)], axis=1)
-    priced = problem.seconds.transpose(1, 0, 2).reshape(count, -1)
-    shape_of = _alike(shapes)
-    of = _alike(np.stack([shape_of, _alike(priced)], axis=1))
+    flags = np.unique(np.packbits(problem.allowed, axis=1), axis=0, return_inverse=True)[1].ravel()
+    sizes_of = _alike(problem.bytes / np.maximum(problem.limits, 1.0)[:, None, None])
+    shape_of = _pairs(flags, sizes_of)
+    of = _pairs(shape_of, _alike(problem.seconds))
     exact = bool(of.max(initial=0) < most)
     if not exact:
         # Neighbours by their seconds, in even parts of each shape.
@@ -143,10 +148,10 @@ def classify(problem: Problem, most: int = MOST_CLASSES) -> Classes:
         shares = np.bincount(shape_of) / count
         for shape, share in enumerate(shares):
             members = np.flatnonzero(shape_of == shape)
-            order = np.argsort(priced[members].sum(axis=1), kind="stable")
+            order = np.argsort(problem.seconds[:, members].sum(axis=(0, 2)), kind="stable")
             wanted = max(1, min(len(members), round(most * share)))
             parts[members[order]] = np.arange(len(members)) * wanted // len(members)
-        of = _alike(np.stack([shape_of, parts], axis=1))
+        of = _pairs(shape_of, parts)
     sizes = np.bincount(of)
     first = np.unique(of, return_index=True)[1]
 
@@ -188,8 +193,9 @@ def relax(classes: Classes, allowed: Bools | None = None) -> Relaxed | None:
     return Relaxed(classes.problem.constant + found.fun * scale, program.counts(found.x), prices, rents)
 
 
-def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float, allowed: Bools | None = None) -> Solution:
-    """The best assignment within `gap` of the best one of whole classes, and its bound over single groups.
+def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float, allowed: Bools | None = None) -> Solution | None:
+    """The best assignment within `gap` of the best one of whole classes, and its bound over single groups. None where none was found:
+    groups are too large to fit whole, though parts of them would.
 
     `classes`, `relaxed`: of this problem with these `allowed` tiers [C, T].
     """
@@ -206,18 +212,21 @@ def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float, a
         ],
         integrality=whole,
         bounds=Bounds(0, np.inf),
-        options={"mip_rel_gap": gap, "time_limit": 5.0},
+        options={"mip_rel_gap": gap, "node_limit": _MOST_NODES},
     )
     narrowed = problem if allowed is None else problem.only(allowed[classes.of])
     bound = lagrangian(narrowed, relaxed)
     if classes.exact and found.mip_dual_bound is not None:
         bound = max(bound, problem.constant + found.mip_dual_bound * program.scale)
-    if found.x is None:
-        tiers = greedy(narrowed)
-        assert tiers is not None, "the relaxed program has a solution, the greedy baseline finds none, the solver neither"
-        return Solution(tiers, problem.cost(tiers), bound)
-    tiers = _expand(narrowed, classes, np.rint(program.counts(found.x)).astype(np.int64), relaxed)
-    return Solution(tiers, problem.cost(tiers), bound)
+    baseline = greedy(narrowed)
+    tried = [baseline]
+    if found.x is not None:
+        tried.append(_expand(narrowed, classes, np.rint(program.counts(found.x)).astype(np.int64), relaxed))
+    fitting = [tiers for tiers in tried if tiers is not None and narrowed.fits(tiers)]
+    if not fitting:
+        return None
+    tiers = min(fitting, key=problem.cost)
+    return Solution(tiers, problem.cost(tiers), bound, None if baseline is None else problem.cost(baseline))
 
 
 def lagrangian(problem: Problem, relaxed: Relaxed) -> float:
@@ -236,6 +245,30 @@ def lagrangian(problem: Problem, relaxed: Relaxed) -> float:
     costs = np.tensordot(prices, problem.seconds, 1) + np.tensordot(relaxed.rents, problem.bytes, 1)
     least = np.where(problem.allowed, costs, np.inf).min(axis=1).sum()
     return float(problem.constant + least + prices @ problem.base - relaxed.rents @ problem.limits)
+
+
+def missing(classes: Classes, gains: Floats) -> float:
+    """The least e for which the limits, each raised by e times its gain [M], hold all groups or parts of them; infinity where none is
+    enough."""
+    import numpy as np
+    from scipy.optimize import linprog
+
+    program = _Program(classes, None)
+    if program.impossible:
+        return float("inf")
+    chains, limits = len(classes.problem.base), np.maximum(classes.problem.limits, 1.0)
+    rows = program.upper[chains:, : program.options].toarray()
+    scale = float(limits.max())
+    found = linprog(
+        np.r_[np.zeros(program.options), 1.0],
+        A_ub=np.c_[rows, -gains * scale / limits],
+        b_ub=program.most[chains:],
+        A_eq=np.c_[program.equal[:, : program.options].toarray(), np.zeros(len(program.sums))],
+        b_eq=program.sums,
+        bounds=(0, None),
+        method="highs",
+    )
+    return float(found.fun) * scale if found.status == 0 else float("inf")
 
 
 def greedy(problem: Problem) -> Ints | None:
@@ -348,17 +381,26 @@ def _expand(problem: Problem, classes: Classes, counts: Ints, relaxed: Relaxed) 
     return tiers
 
 
-def _alike(rows: Floats | Ints) -> Ints:
-    """[G]: numbers 0.. for the rows [G, X], the same for rows that are equal to nine digits.
+def _alike(values: Floats) -> Ints:
+    """[G]: numbers 0.. for the groups of values [X, G, T], the same for groups that are equal to nine digits.
 
-    Rows are told apart by a weighted sum: sorting numbers is many times faster than sorting rows.
+    They are told apart by a weighted sum: sorting numbers is many times faster than sorting rows.
     """
     import numpy as np
 
-    mixed = rows @ np.random.default_rng(0).uniform(1, 2, rows.shape[1]) / max(float(np.abs(rows).max(initial=0.0)), 1e-300)
-    values, found = np.unique(mixed, return_inverse=True)
-    steps = np.r_[0, np.cumsum(np.diff(values) > 1e-9 * np.maximum(np.abs(values[1:]), 1e-9))]
+    weights = np.random.default_rng(0).uniform(1, 2, (values.shape[0], values.shape[2]))
+    mixed = np.einsum("xt,xgt->g", weights, values) / max(float(values.max(initial=0.0)), 1e-300)
+    sums, found = np.unique(mixed, return_inverse=True)
+    steps = np.r_[0, np.cumsum(np.diff(sums) > 1e-9 * np.maximum(np.abs(sums[1:]), 1e-9))]
     numbers: Ints = steps[found.ravel()]
+    return numbers
+
+
+def _pairs(first: Ints, second: Ints) -> Ints:
+    """[G]: numbers 0.. for pairs of numbers."""
+    import numpy as np
+
+    numbers: Ints = np.unique(first * (int(second.max(initial=0)) + 1) + second, return_inverse=True)[1].ravel()
     return numbers
 
 

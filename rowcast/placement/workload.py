@@ -47,8 +47,10 @@ class RungUse:
     """As a user writes it."""
     passes: float
     """In a round."""
-    tokens: int
-    """Of one sequence in a pass: 1 while it drafts, proposals and the pending token while it verifies."""
+    tokens: float
+    """Of one sequence in a pass, on average: 1 while it drafts, proposals and the pending token while it verifies."""
+    sequences: float = 1.0
+    """Share of the sequences that take part in a pass: below the last rung those that speculate."""
     model: ModelSpec | None = None
     """Of a draft, which lies whole on every rank; None: the target."""
     kv_entries: int | None = None
@@ -91,12 +93,16 @@ class LadderUse:
     """Weights that lie on every rank whole: drafts."""
     shared_bytes: int = 0
     """Proxies, predictors, low-bit copies: divided among ranks."""
+    speculating: float = 1.0
+    """Share of the sequences that have room in the caches of the rungs below the last."""
+    draft_kv_bytes: int = 0
+    """KV of drafts for one sequence, whole on every rank that runs them."""
     slot_bytes: int = 0
     """Caches of the rungs below the last, for one sequence, divided among ranks, where the KV that they show a part of is elsewhere."""
     listed_slot_bytes: int = 0
     """The same where the whole KV lies next to the compute and rungs read their part of it where it lies."""
     kv_share: float = 0.0
-    """Chunk summaries and drafts' own KV, over the bytes of the target's KV."""
+    """Chunk summaries, over the bytes of the target's KV."""
     work_bytes: int = 0
     """Work space of the largest step, on every rank, beyond what a plain model takes."""
     alone_bits: int = 0

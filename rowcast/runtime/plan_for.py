@@ -6,7 +6,7 @@ one device allocates what it says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,15 @@ from rowcast.placement.hardware import Machine, machine_from
 from rowcast.placement.here import this_machine
 from rowcast.placement.plan import DTYPE_BYTES, Plan
 from rowcast.placement.planner import Decision, decide
-from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, LadderNeeds, pass_bytes, resident_plan
+from rowcast.placement.resident import (
+    BLOCK_SIZE,
+    MAX_BATCH_TOKENS,
+    MAX_SPECULATING_SEQS,
+    LadderNeeds,
+    layered_tokens,
+    pass_bytes,
+    resident_plan,
+)
 from rowcast.placement.units import parse_bytes
 from rowcast.placement.workload import Workload
 from rowcast.runtime.forecast import open_spec, spec_digest, workload
@@ -27,6 +35,9 @@ from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.settings import settings
+
+_HELD_BACK = (0, *(64 << 20 << power for power in range(6)))
+"""GPU memory that the planner is not told of, one after another, until the engine, too, finds that its plan fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +130,43 @@ def plan_for(
     if chosen.here:
         rate = chosen.machine.cards[0].memory_rate if on_gpu else chosen.machine.nodes[0].host.memory_rate
         learnt = corrections.remembered(digest, number, "cuda" if on_gpu else "cpu", rate.origin)
-    decision = decide(work, chosen.machine, tensor_parallel=tensor_parallel, groups=groups, corrections=learnt or None)
-    forecast = decision.forecast
-    found = Ladder.parse(decision.ladder.name)
     known = None if calibration is None else Calibration.open(calibration, None)
-    drafts = {rung.model: _DraftModel(open_spec(rung.model)[0]) for rung in found.lower if rung.model is not None}
-    needs = ladder_needs(
+    notes = [chosen.told, number_reason, *work_notes(work)]
+    for held_back in _HELD_BACK:
+        machine = chosen.machine.with_changes(gpu_memory_bytes=-held_back)
+        decision = decide(work, machine, tensor_parallel=tensor_parallel, groups=groups, corrections=learnt or None)
+        needs = _needs(decision.ladder.name, work, known, on_gpu)
+        forecast = replace(decision.forecast, memory=[_with_more(each, held_back) for each in decision.forecast.memory])
+        if not _may_be_resident(forecast):
+            break
+        plan = _resident_plan(work, replace(decision, forecast=forecast), needs, number, on_gpu, notes)
+        if plan is not None:
+            return replace(plan, spec=digest, machine=chosen.machine.describe())
+        if any(share.tier != "resident" for share in forecast.shares):
+            break
+        # The engine counts its work space to the byte and is short of some: less has to be next to the compute.
+    plan = split_plan(work, forecast, needs, number, notes, "cuda" if forecast.gpus else "cpu")
+    return replace(plan, spec=digest, machine=chosen.machine.describe())
+
+
+def _with_more(device: DeviceMemory, held_back: int) -> DeviceMemory:
+    """A GPU's memory with what was held back in its margin."""
+    if device.card == "host":
+        return device
+    classes = device.classes | {"margin": device.classes["margin"] + held_back}
+    return replace(device, budget_bytes=device.budget_bytes + held_back, classes=classes)
+
+
+def _needs(ladder: str, work: Workload, calibration: Calibration | None, on_gpu: bool) -> LadderNeeds:
+    """What the engine takes for a ladder beside a plain model."""
+    found = Ladder.parse(ladder)
+    return ladder_needs(
         found,
-        spec,
-        drafts,
+        work.spec,
+        {rung.model: _DraftModel(open_spec(rung.model)[0]) for rung in found.lower if rung.model is not None},
         adaptive=False,
         verification="coupled",
-        calibration=known,
+        calibration=calibration,
         dense_copy=not on_gpu,
         listed=on_gpu and settings().gpu_kernels,
         width=work.width,
@@ -138,10 +174,6 @@ def plan_for(
         max_context=work.context,
         head_copy_bytes=lambda model: _head_copy_bytes(model, work.width, on_gpu),
     )
-    notes = [chosen.told, number_reason, *work_notes(work)]
-    plan = _resident_plan(work, decision, needs, number, on_gpu, notes) if _may_be_resident(forecast) else None
-    plan = plan or _split_plan(work, forecast, needs, number, notes)
-    return replace(plan, spec=digest, machine=forecast.machine)
 
 
 def work_notes(work: Workload) -> list[str]:
@@ -240,11 +272,13 @@ def _held(device: DeviceMemory, classes: Mapping[str, int]) -> DeviceMemory:
     return replace(device, classes=ordered)
 
 
-def _split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: str, notes: list[str]) -> Plan:
+def split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: str, notes: Sequence[str], device: str) -> Plan:
     """Of several ranks, or with parts elsewhere: the fields of the fullest rank, from the forecast."""
     ranks = [device for device in forecast.memory if device.card != "host"]
     fullest = max(ranks, key=lambda device: sum(device.classes.values()) - device.classes["margin"])
     held = fullest.classes
+    kv_away = any(share.part == "KV" and share.tier != "resident" for share in forecast.shares)
+    layered = layered_tokens(work.spec, work.width, work.prompt, fullest.budget_bytes) if kv_away else 0
     blocks = work.batch * -(-work.context // BLOCK_SIZE)
     return Plan(
         fingerprint="",
@@ -255,15 +289,15 @@ def _split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: 
         verification=needs.verification,
         mode=needs.mode,
         dtype=number,
-        device="cuda" if forecast.gpus else "cpu",
+        device=device,
         world=max(1, len(forecast.gpus)),
         max_context=work.context,
         max_num_seqs=work.batch,
-        max_batch_tokens=max(MAX_BATCH_TOKENS, work.batch),
+        max_batch_tokens=max(MAX_BATCH_TOKENS, work.batch, layered),
         block_size=BLOCK_SIZE,
         num_blocks=blocks,
         lookahead=needs.lookahead,
-        speculating_seqs=work.batch if needs.lookahead else 0,
+        speculating_seqs=min(work.batch, MAX_SPECULATING_SEQS) if needs.lookahead else 0,
         budget_bytes=fullest.budget_bytes,
         weight_bytes=held["weights"],
         rung_weight_bytes=held["draft"] + held["predictors"],
@@ -272,6 +306,6 @@ def _split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: 
         work_bytes=held["work"] + held["buffers"] + held["graphs"],
         pass_bytes=pass_bytes(work.spec, work.width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=kv_bytes_per_token(work.spec, work.width),
-        notes=notes,
+        notes=list(notes),
         forecast=forecast,
     )

@@ -10,7 +10,7 @@ from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SPECULA
 from rowcast.placement.workload import Input, LadderUse, RungUse
 from rowcast.runtime.acceptances import NEVER, Acceptance, Acceptances
 from rowcast.runtime.ladder.costs import expected_passes, expected_tokens
-from rowcast.runtime.ladder.memory import ladder_needs
+from rowcast.runtime.ladder.memory import ladder_needs, lookahead, streaming_bytes
 from rowcast.runtime.ladder.options import GAMMAS, INNER_GAMMAS
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
@@ -71,13 +71,23 @@ def ladder_use(
     gammas = [ladder.rungs[i].gamma or (_GAMMA if i == used[-1] else _INNER_GAMMA) for i in used]
     asked = gammas[-1] if gammas else 0
     passes = expected_passes([chances[i].value for i in used], gammas, asked) if used else []
+    listed, copied = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each) for each in (True, False))
+    part = 1.0 if listed.anyone or not used else min(batch, MAX_SPECULATING_SEQS) / batch
     rungs = [
-        _rung_use(rung, spec, count, tokens, width, calibration, drafts)
-        for rung, (count, tokens) in zip([*(ladder.rungs[i] for i in used), last], [*passes, (1.0, asked + 1)], strict=True)
+        replace(_rung_use(rung, spec, count, tokens, width, calibration, drafts), sequences=1.0 if rung is last else part)
+        for rung, (count, tokens) in zip(
+            [*(ladder.rungs[i] for i in used), last], [*passes, (1.0, 1 + asked * part)], strict=True
+        )
         if rung.kind != "ngram"
     ]
     outer = chances[used[-1]] if used else NEVER
-    listed, copied = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each) for each in (True, False))
+
+    def committed(acceptance: float) -> float:
+        """By all sequences on average, those without room for the lower rungs among them."""
+        return part * expected_tokens(acceptance, asked) + 1 - part
+
+    own = [_draft_bytes(rung, drafts, ladder, context, width) for rung in ladder.lower if rung.kind == "draft"]
+    streamed, kept = sum(each[0] for each in own), sum(each[1] for each in own)
     models = {rung.model: drafts[rung.model] for rung in ladder.lower if rung.model is not None}
     fixed = sum(parameter_count(model) for model in models.values()) * width
     work = max(_work_bytes(spec, width, batch, context, needs) for needs in (listed, copied))
@@ -86,13 +96,15 @@ def ladder_use(
         name=str(ladder),
         family=str(with_gammas(ladder, [0] * len(ladder.lower))),
         rungs=tuple(rungs),
-        tokens_per_round=expected_tokens(outer.value, asked),
-        tokens_per_round_range=(expected_tokens(outer.low, asked), expected_tokens(outer.high, asked)),
+        tokens_per_round=committed(outer.value),
+        tokens_per_round_range=(committed(outer.low), committed(outer.high)),
         fixed_bytes=fixed,
         shared_bytes=listed.weight_bytes - fixed - (rounded_bytes(spec, alone) if alone else 0),
-        slot_bytes=copied.slot_bytes + copied.query_bytes,
-        listed_slot_bytes=listed.slot_bytes + listed.row_bytes + listed.query_bytes,
-        kv_share=listed.block_bytes / (block_size * kv_bytes_per_token(spec, width)),
+        speculating=part,
+        draft_kv_bytes=streamed + kept,
+        slot_bytes=copied.slot_bytes - streamed + copied.query_bytes,
+        listed_slot_bytes=listed.slot_bytes - streamed + listed.row_bytes + listed.query_bytes,
+        kv_share=(listed.block_bytes / block_size - kept / context) / kv_bytes_per_token(spec, width),
         work_bytes=max(0, work - plain_work_bytes(spec, width, batch, context)),
         alone_bits=alone,
         inputs=tuple(_inputs(ladder, chances, spec, calibration, width)),
@@ -108,7 +120,7 @@ def _rung_use(
     rung: Rung,
     spec: ModelSpec,
     passes: float,
-    tokens: int,
+    tokens: float,
     width: int,
     calibration: Calibration | None,
     drafts: Mapping[str, ModelSpec],
@@ -131,6 +143,15 @@ def _rung_use(
         proxy_bytes=proxy_bytes(spec, rung, calibration),
         ahead=rung.by is not None and rung.by.endswith(AHEAD),
     )
+
+
+def _draft_bytes(rung: Rung, drafts: Mapping[str, ModelSpec], ladder: Ladder, context: int, width: int) -> tuple[int, int]:
+    """One sequence's KV of a draft: in a streaming cache, or beside the target's."""
+    assert rung.model is not None
+    model = drafts[rung.model]
+    if rung.kv is None:
+        return 0, kv_bytes_per_token(model, width) * context
+    return streaming_bytes(model, rung.kv, rung.sinks, lookahead(ladder), width), 0
 
 
 def _alone_bits(ladder: Ladder) -> int:
