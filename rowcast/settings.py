@@ -48,6 +48,12 @@ def _folder(text: str) -> str:
     return text
 
 
+def _metrics(text: str) -> str:
+    if text in ("auto", "ray", "prometheus") or (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        return text
+    raise ValueError("auto, ray, prometheus or a port")
+
+
 def _setting(default: T, parse: Callable[[str], T], doc: str) -> T:
     """`parse` raises ValueError with what it expects."""
     return field(default=default, metadata={"parse": parse, "doc": doc})
@@ -61,6 +67,9 @@ class Settings:
         None, _folder, "Folder for what was measured of this machine; unset: rowcast in $XDG_CACHE_HOME or ~/.cache."
     )
     cpu_pack: bool = _setting(True, _switch, "1: repack CPU weights for oneDNN while loading; 0: use torch's plain linear.")
+    cpu_as_gpu: bool = _setting(
+        False, _switch, "1: without a GPU, --gpu-memory is that of one which the CPU stands in for: a trial of offloading plans."
+    )
     cpu_native: bool = _setting(
         True, _switch, "1: use the C++ kernels for a few tokens where they were built; 0: torch's products."
     )
@@ -70,7 +79,13 @@ class Settings:
         True, _switch, "1: whole rounds of a ladder run on a GPU, where they can; 0: the host drives every pass."
     )
     log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
+    metrics: str | None = _setting(
+        None, _metrics, "Where metrics go: ray, prometheus, a port that serves them, too, or auto, ray in a Ray job; unset: nowhere."
+    )
     threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
+    trace: str | None = _setting(
+        None, _folder, "Folder for a timeline of each rank, commands and passes, as Chrome's tracing reads it; unset: none."
+    )
 
 
 @dataclass(frozen=True, slots=True)

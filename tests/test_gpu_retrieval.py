@@ -53,7 +53,7 @@ def test_summaries_of_new_chunks(
     if head_major:
         keys = keys.transpose(2, 3)
     tables, old, new = torch.randperm(9, device=DEVICE)[:8].view(2, 4).int(), [13, 5], [50, 7]
-    reference = Summaries(Summary(score, chunk), keys.contiguous())
+    reference = Summaries(Summary(score, chunk), [(slice(None), keys.contiguous())], keys.device)
     reference.kept.fill_(7.0)
     kept = reference.kept.clone()
     for i in range(2):

@@ -222,9 +222,9 @@ def test_the_full_store_equals_a_fresh_prefill(seed: int) -> None:
     length, full, fresh = len(history.ids), history.full, paged(PLAIN)
     model.run(fresh, [step(history.ids, 0)])
     fresh.commit(0, length)
-    here, there = (kv.rows(kv.table(0)) for kv in (full, fresh))
-    assert here.shape == (LAYERS * 2, length)
-    assert torch.equal(full.keys_at(here), fresh.keys_at(there)) and torch.equal(full.values_at(here), fresh.values_at(there))
+    here, there = full.table(0), fresh.table(0)
+    assert full.keys_of(here).shape[:2] == (LAYERS * 2, length)
+    assert torch.equal(full.keys_of(here), fresh.keys_of(there)) and torch.equal(full.values_of(here), fresh.values_of(there))
     chunks = torch.stack([model.rows(model.keys, layer, history.ids, 0) for layer in range(LAYERS)])
     chunks = chunks[:, : length // 4 * 4].unflatten(1, (-1, 4)).permute(0, 3, 1, 2, 4)  # type: ignore[no-untyped-call]
     for kind, plain in ((KINDS[0], (chunks.mean(3),)), (KINDS[1], (chunks.amin(3), chunks.amax(3)))):

@@ -49,8 +49,8 @@ def lazy_of(view: SparseWeights) -> LazyKV:
 
 def entries(kv: PagedKV, seq_id: int) -> Tensor:
     """Keys and values of a sequence, [2, layers * K, length, d]."""
-    rows = kv.rows(kv.table(seq_id))
-    return torch.stack((kv.keys_at(rows), kv.values_at(rows)))
+    table = kv.table(seq_id)
+    return torch.stack((kv.keys_of(table), kv.values_of(table)))
 
 
 def test_after_a_flush_the_cache_is_the_eager_one(model: HeadModel) -> None:

@@ -170,7 +170,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def products(view: LowBitWeights, tokens: slice) -> list[Tensor]:
     """All of layer 1's, and logits, of some of 40 random tokens."""
     generator, spec = torch.Generator().manual_seed(5), view.spec
-    device, dtype = view._head.codes.device, view.outer._embedding.dtype
+    device = view._head.codes.device
+    dtype = view.embed(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)).dtype
     x, heads = (
         torch.randn(40, spec.hidden_size, generator=generator),
         torch.randn(40, spec.num_heads, spec.head_dim, generator=generator),

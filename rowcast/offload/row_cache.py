@@ -38,7 +38,7 @@ class RowPool:
     @property
     def capacity(self) -> int:
         """Rows that may be missing in one call."""
-        return self._buffer.stop - self._buffer.start
+        return int(self._buffer.stop - self._buffer.start)
 
     def add(self, bank: HostBank, slots: slice) -> CachedBank:
         """A bank of such rows whose cache is the pool's rows `slots`."""
@@ -58,7 +58,7 @@ class RowPool:
     @property
     def first(self) -> int:
         """The buffer's first row."""
-        return self._buffer.start
+        return int(self._buffer.start)
 
     def check(self) -> None:
         """Directories and owners tell the same, and cached rows are their banks'. For tests and idle moments."""

@@ -12,7 +12,7 @@ from rowcast.errors import OutOfMemoryError
 from rowcast.kernels import gpu
 from rowcast.offload.host_store import HostStore
 from rowcast.placement.constants import STREAM_BYTES
-from rowcast.placement.resident import pass_bytes, rank_share, round_rows
+from rowcast.placement.resident import MAX_BATCH_TOKENS, pass_bytes, rank_share, round_rows
 from rowcast.placement.units import format_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime.banks import BankWeights
@@ -33,13 +33,14 @@ from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
+from rowcast.runtime.offloaded.elsewhere import Elsewhere
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Tiers
 from rowcast.runtime.offloaded.weights import OffloadedBanks
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress, Report
-from rowcast.runtime.protocols import Comm, Decisions, KVView, WeightView
+from rowcast.runtime.protocols import Comm, Decisions, KVView, RunsByLayer, WeightView
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.build import build_view
@@ -109,6 +110,7 @@ class _Assembly:
         self._device = device
         self._dtype = devices.DTYPES[planned.plan.dtype]
         self._tiers = Tiers.of(planned.plan, comm.rank, spec.num_layers)
+        self._away: OffloadedBanks | None = None
         self._full = self._store()
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
 
@@ -137,7 +139,13 @@ class _Assembly:
             controller=controller if lower else None,
             rounds=self._rounds(lower, runners[-1], sampler, rule, eager),
             decisions=self._decisions,
+            elsewhere=self._elsewhere(),
         )
+
+    def _elsewhere(self) -> Elsewhere | None:
+        """What the views have in host memory."""
+        kv = self._full if isinstance(self._full, HostedKV) else None
+        return None if kv is None and self._away is None else Elsewhere(self._away, kv)
 
     def _rounds(
         self, lower: list[Runner | Lookup], top: ModelRunner, sampler: Sampler, rule: Rule, eager: bool
@@ -206,16 +214,22 @@ class _Assembly:
         if tiers is None or tiers.weights_resident:
             return BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
         buffers = Buffers.of(self._plan, tiers, self._spec)
-        return OffloadedBanks(self._spec, checkpoint.source, self._comm, tiers, buffers, calibration=self._calibration, **how)
+        self._away = OffloadedBanks(
+            self._spec, checkpoint.source, self._comm, tiers, buffers, calibration=self._calibration, **how
+        )
+        return self._away
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
         unbounded = rung.kind == "draft" and rung.kv is not None
+        view, tokens = self._views[rung], self._plan.max_batch_tokens
+        if not (isinstance(view, HostedKV) and view.by_layer and isinstance(decoder.weights, RunsByLayer)):
+            tokens = min(tokens, MAX_BATCH_TOKENS) if self._tiers is not None else tokens
         return ModelRunner(
             name,
             decoder,
-            self._views[rung],
-            max_batch_tokens=self._plan.max_batch_tokens,
+            view,
+            max_batch_tokens=tokens,
             max_position=None if unbounded else decoder.spec.max_context,
         )
 
@@ -295,6 +309,7 @@ class _Assembly:
             keep_queries=keep_queries,
             summaries=kinds,
             piece_bytes=STREAM_BYTES,
+            part_tokens=min(plan.max_batch_tokens, MAX_BATCH_TOKENS),
         )
 
     def _paged(

@@ -193,6 +193,9 @@ class BankWeights:
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         self._passes += 1
 
+    def repeat(self, times: int) -> None:
+        """Nothing: all rows lie where they are read."""
+
     def reads(self) -> Reads:
         passes, self._passes = self._passes, 0
         return Reads(bytes=passes * self.bytes)

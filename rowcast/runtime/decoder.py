@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowcast.runtime.protocols import Comm, DeviceKV, KVView, Late, Rotation, Tokens, WeightView
+from rowcast.runtime.protocols import Comm, DeviceKV, KeepsLayer, KVView, Late, Rotation, RunsByLayer, Tokens, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.sharded_logits import Logits, ShardedLogits, whole
 from rowcast.runtime.step import SeqStep
@@ -50,6 +52,8 @@ class Decoder:
         Returns hidden states [T, D] before the final norm; `logits` takes any rows of them.
         """
         x, rotation = self.embed(tokens, kv)
+        if isinstance(kv, KeepsLayer) and isinstance(self.weights, RunsByLayer) and len(parts := kv.parts()) > 1:
+            return self._by_layer(x, rotation, kv, [sum(len(step.tokens) for step in part) for part in parts])
         for layer in range(self.spec.num_layers):
             x = self.layer(layer, x, rotation, kv)
         return x
@@ -95,6 +99,18 @@ class Decoder:
         x = reduce(self._attention(layer, normed, rotation, kv, self._own(normed if spec.residual_from_norm else x)))
         normed = weights.norm(layer, "mlp", x)
         return reduce(weights.mlp(layer, normed, self._own(normed if spec.residual_from_norm else x)))
+
+    def _by_layer(self, x: Tensor, rotation: Rotation, kv: Any, sizes: Sequence[int]) -> Tensor:
+        """`forward` over parts of so many tokens: each layer over all of them, before the next one. Overwrites x [T, D]."""
+        self.weights.repeat(len(sizes))  # type: ignore[attr-defined]
+        ends = list(accumulate(sizes))
+        for layer in range(self.spec.num_layers):
+            for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+                rows = slice(end - size, end)
+                kv.part(number)
+                turned = None if rotation is None else (rotation[0][rows], rotation[1][rows])
+                x[rows] = self.layer(layer, x[rows], turned, kv)
+        return x
 
     def _attention(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView, residual: Tensor | None) -> Tensor:
         # [T, D] -> this rank's part of the sum, [T, D]

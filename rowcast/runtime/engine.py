@@ -12,6 +12,7 @@ from rowcast.placement.plan import Plan
 from rowcast.placement.units import format_bytes
 from rowcast.runtime.detokenizer import Detokenizer
 from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.metrics import EngineMetrics
 from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
 from rowcast.runtime.pace import Pace
 from rowcast.runtime.params import SamplingParams
@@ -53,6 +54,8 @@ class Engine:
         )
         self._ladder = Ladder.parse(plan.ladder_text)
         self.pace = Pace(self._ladder.names[-1])
+        self.metrics: EngineMetrics | None = None
+        """What passes on what happens here; None: nothing does."""
         self._executor = executor
         self._eos_ids = list(eos_ids)
         self._seed = seed
@@ -80,7 +83,7 @@ class Engine:
             kept = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.plan.max_context - 1
             prompt_ids = prompt_ids[-kept:]
         max_length = self._max_length(prompt_ids, params)
-        seed = params.seed if params.seed is not None else self._derived_seed()
+        seed = params.seed if params.seed is not None else derived_seed(self._seed, self._requests)
         stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, ladder=self._ladder, verification=self.plan.verification)
         request = Request(f"{self._requests}", prompt, prompt_ids, params, seed, max_length, stats)
         try:
@@ -134,6 +137,8 @@ class Engine:
                 emitted[seq.request] += self._commit(seq, step, result)
         except StepLost:
             self._preempt_all()
+            if self.metrics is not None:
+                self.metrics.lost_step()
             return
         except BaseException:
             self._preempt_all()  # what the step left of the KV is unknown
@@ -144,9 +149,16 @@ class Engine:
             if request.finished:
                 self.pace.finished(request)
         self.pace.step(time.perf_counter() - started, steps, results, emitted.total())
+        if self.metrics is not None:
+            self.metrics.step(self.scheduler, results, emitted.total(), len(preempted))
+            for request in emitted:
+                if request.finished:
+                    self.metrics.ended(request)
 
     def abort(self, request: Request) -> None:
         """Drop what is left of a request; samples that have finished stay as they are."""
+        if self.metrics is not None and not request.finished:
+            self.metrics.ended(request, aborted=True)
         for seq in request.sequences:
             if seq.finish_reason is None:
                 self._finish(seq, "abort")
@@ -163,10 +175,6 @@ class Engine:
         """Abort requests that were dropped. Garbage collection may drop one at any moment, in mid-step too, so it only marks it."""
         for request in {seq.request for seq in self._live.values() if seq.request.dropped}:
             self.abort(request)
-
-    def _derived_seed(self) -> int:
-        """For a request that brings none: made of the engine's seed and the request's number, far from seeds that people choose."""
-        return (self._seed * 0x9E3779B97F4A7C15 + (self._requests + 1) * 0xD1B54A32D192ED03) % (1 << 63)
 
     def _preempt_all(self) -> None:
         """After a failed step: every sequence is computed again from its tokens."""
@@ -274,6 +282,11 @@ class Engine:
             for rank, (token, value) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1)
         }
         return {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id)), **found}
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """For a request that brings none: made of the engine's seed and the request's number, far from seeds that people choose."""
+    return (seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xD1B54A32D192ED03) % (1 << 63)
 
 
 def _no_text(_: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.program import BATCHES
-from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber
+from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber, Pass
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.model_runner import ModelRunner
@@ -24,9 +24,11 @@ from rowcast.runtime.protocols import Decisions
 from rowcast.runtime.sampler import Sampler, prompt_logprobs
 from rowcast.runtime.sharded_logits import whole
 from rowcast.runtime.step import PREFILL, SeqResult, SeqSetup, SeqStep, TokenLogprobs
+from rowcast.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from rowcast.runtime.device_round.rounds import DeviceRounds
+    from rowcast.runtime.offloaded.elsewhere import Elsewhere
 
 
 @dataclass(slots=True)
@@ -50,10 +52,12 @@ class LocalExecutor:
         controller: Controller | None = None,
         rounds: DeviceRounds | None = None,
         decisions: Decisions | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled.
         `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round.
-        `decisions`: by which several ranks choose the same gammas; None: this one is alone."""
+        `decisions`: by which several ranks choose the same gammas; None: this one is alone. `elsewhere`: what the rungs have in host
+        memory; None: nothing."""
         assert not lower or controller is not None
         self._top = top
         self._lower = lower
@@ -63,6 +67,7 @@ class LocalExecutor:
         self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
         self._rounds = rounds
         self._decisions = decisions
+        self.elsewhere = elsewhere
         self._sequences: dict[int, _Sequence] = {}
 
     def add(self, setup: SeqSetup) -> None:
@@ -88,6 +93,21 @@ class LocalExecutor:
                 f"the device ran out of memory in a step of {tokens} tokens and {len(steps)} sequences: lower max_num_batched_tokens "
                 "or max_num_seqs, or free memory on it"
             ) from error
+
+    def record(self, trace: Trace) -> None:
+        """Note each pass in it from now on, those of a round on the device at its end."""
+        names = [*(rung.name for rung in self._lower), self._top.name]
+
+        def note(ran: Pass) -> None:
+            trace.span(
+                names[ran.rung],
+                time.perf_counter() - ran.seconds,
+                ran.seconds,
+                tokens=ran.tokens,
+                sequences=ran.sequences,
+            )
+
+        self._climb.on_pass = note
 
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         self._climb.passes.clear()

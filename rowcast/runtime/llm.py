@@ -180,7 +180,7 @@ class LLM:
         Nothing happens before the first result is asked for; dropping the iterator cancels what is left.
         """
         each = each_prompt(prompts)
-        params = _each_params(sampling_params, len(each))
+        params = each_params(sampling_params, len(each))
         requests: list[Request] = []
         try:
             for i, (prompt, param) in enumerate(zip(each, params, strict=True), start=1):
@@ -206,7 +206,7 @@ class LLM:
         each = each_prompt(prompt)
         if len(each) != 1:
             raise UserError(f"a stream has one prompt, not {len(each)}: call stream for each, or generate")
-        [params] = _each_params(sampling_params, 1)
+        [params] = each_params(sampling_params, 1)
         return Stream(self.engine, self._add(each[0], params))
 
     def chat(
@@ -282,7 +282,7 @@ class LLM:
         return found
 
 
-def _each_params(params: object, count: int) -> list[SamplingParams]:
+def each_params(params: object, count: int) -> list[SamplingParams]:
     """One SamplingParams for all prompts, or one for each."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count

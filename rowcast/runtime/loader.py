@@ -101,6 +101,37 @@ class Loader:
                 self.read(self.name(f"{piece.stem}.bias"), bias[target], rows=piece.rows, whole=whole[:1])
         return self.place(weight), None if bias is None else self.place(bias)
 
+    def qkv_spans(self, index: int, outs: Sequence[tuple[slice, Tensor]]) -> Tensor | None:
+        """The weights of `qkv` into tables [n, D] on any devices, each some neighbouring rows of the whole; returns the bias."""
+        spec, shard = self._spec, self.shard
+        heads, kv_heads = shard.query_heads(spec), shard.kv_heads(spec)
+        rows = (heads.stop - heads.start + 2 * (kv_heads.stop - kv_heads.start)) * spec.head_dim
+        bias = self.empty((rows,)) if spec.qkv_bias else None
+        for piece in qkv_pieces(spec, self.names, index, shard):
+            size, whole = piece.rows.stop - piece.rows.start, (piece.whole_rows, spec.hidden_size)
+            for span, out in outs:
+                low, high = max(span.start, piece.target), min(span.stop, piece.target + size)
+                if low < high:
+                    source = slice(piece.rows.start + low - piece.target, piece.rows.start + high - piece.target)
+                    self.into(f"{piece.stem}.weight", out[low - span.start : high - span.start], source, whole)
+            if bias is not None:
+                target = bias[piece.target : piece.target + size]
+                self.read(self.name(f"{piece.stem}.bias"), target, rows=piece.rows, whole=whole[:1])
+        return None if bias is None else self.place(bias)
+
+    def into(self, stem: str, out: Tensor, rows: slice, whole: tuple[int, int], *, prefixed: bool = True) -> None:
+        """Rows of a matrix of shape `whole` straight into `out` [n, D]; where that is another memory, some megabytes at a time."""
+        name = self.name(stem) if prefixed else stem
+        if out.device == self._staging:
+            self.read(name, out, rows=rows, whole=whole)
+            return
+        piece = max(1, STAGING_ELEMENTS // whole[1])
+        for start in range(rows.start, rows.stop, piece):
+            span = slice(start, min(start + piece, rows.stop))
+            staged = self.empty((span.stop - span.start, whole[1]))
+            self.read(name, staged, rows=span, whole=whole)
+            out[start - rows.start : span.stop - rows.start] = staged.to(out.device)
+
     def stacked(self, stems: list[str], rows: slice, with_bias: bool) -> Linear:
         """The same rows of several matrices, one below the other: a column-parallel product."""
         size, spec = rows.stop - rows.start, self._spec
@@ -132,9 +163,7 @@ class Loader:
         self.deal(stem, [(out, order)], whole, columns=columns)
         self.elements += out.numel()
 
-    def deal(
-        self, stem: str, outs: Sequence[tuple[Tensor, Tensor]], whole: tuple[int, int], *, columns: bool = False
-    ) -> None:
+    def deal(self, stem: str, outs: Sequence[tuple[Tensor, Tensor]], whole: tuple[int, int], *, columns: bool = False) -> None:
         """`rows` of several tables [n, D], on any devices, each with its own `order` [n], in one reading of the matrix."""
         name, total = self.name(f"{stem}.weight"), whole[1] if columns else whole[0]
         targets = [torch.full((total,), -1).index_copy_(0, order, torch.arange(len(order))) for _, order in outs]

@@ -217,6 +217,29 @@ class ChoosesOnDevice(Protocol):
         ...
 
 
+@runtime_checkable
+class RunsByLayer(Protocol):
+    """A weight view whose layers may be called for some of a pass's tokens at a time."""
+
+    def repeat(self, times: int) -> None:
+        """Each layer of the pass that has begun is called so many times in a row, before the next one is."""
+        ...
+
+
+@runtime_checkable
+class KeepsLayer(Protocol):
+    """A KV view of which a pass over many tokens sees each layer's entries at once, so that they cross a bus once."""
+
+    def parts(self) -> Sequence[Sequence[SeqStep]]:
+        """The bound tokens in order, so many at a time that a layer is run over them; a single part where that is all of them."""
+        ...
+
+    def part(self, number: int) -> None:
+        """Until the next call of this, or `bind`, `append` and `attend` refer to the tokens of this part. Calls come layer by layer,
+        and in each part by part."""
+        ...
+
+
 class KVView(Protocol):
     """Keys and values of all running sequences, as one rung sees them.
 

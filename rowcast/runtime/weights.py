@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,64 @@ from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
 
 
+class VocabularyRows(Protocol):
+    """Embedding and LM head: one rank's rows of the vocabulary."""
+
+    rows: Tensor | None
+    """The LM head's, [V_local, E], on the device; None where they are held in another layout or place, or not at all."""
+    looked_up: int
+    """Elements that are looked up and never multiplied with."""
+    head_elements: int
+    """Read by a pass for its logits."""
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, [T] int64 from 0 to V_local - 1 -> [T, E]."""
+        ...
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [T, E] times the LM head's rows -> [T, V_local]."""
+        ...
+
+
+class Vocabulary:
+    """Implements `VocabularyRows`, all on the device."""
+
+    def __init__(self, spec: ModelSpec, load: Loader, head: bool) -> None:
+        """`head`: with the LM head."""
+        self._embedding = load.vocabulary_rows(load.names.embed)
+        self.rows: Tensor | None = self._embedding if spec.tied_embeddings else None
+        self._head: Linear | None = None
+        self.head_elements = 0
+        if head:
+            rows = self._embedding if spec.tied_embeddings else load.vocabulary_rows(load.names.head, prefixed=False)
+            self._head = make_linear(rows, shared=spec.tied_embeddings or rows.dtype == torch.float32)
+            if self._head.weight is rows:
+                self.rows = rows
+            self.head_elements = rows.numel()
+        self.looked_up = 0 if spec.tied_embeddings and head else self._embedding.numel()
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self._embedding)
+
+    def product(self, x: Tensor) -> Tensor:
+        assert self._head is not None
+        return self._head(x)
+
+
 class Outer:
     """What lies around the layers' products: embeddings, norms, LM head. Views of one model share it."""
 
-    def __init__(self, spec: ModelSpec, load: Loader, comm: Comm, *, head: bool = True) -> None:
-        """`head`: with the LM head; else none of the views that share it may ask for `head`, and rows that only it has are not read."""
+    def __init__(
+        self, spec: ModelSpec, load: Loader, comm: Comm, *, head: bool = True, vocabulary: VocabularyRows | None = None
+    ) -> None:
+        """`head`: with the LM head; else none of the views that share it may ask for `head`, and rows that only it has are not read.
+        `vocabulary`: its rows, where they have been read already, by `load`."""
         self.spec = spec
         self._comm = comm
-        before = load.elements
-        self._vocabulary = load.shard.vocabulary(spec)
+        before = load.elements - (0 if vocabulary is None else vocabulary.looked_up + vocabulary.head_elements)
+        self._span = load.shard.vocabulary(spec)
         self._vocabulary_rows = -(-spec.vocab_size // comm.world)
-        self._embedding = load.vocabulary_rows(load.names.embed)
+        self.vocabulary = vocabulary or Vocabulary(spec, load, head)
         self._positions = load.positions() if spec.learned_positions else None
         self._project_in = self._project_out = None
         if spec.embed_size != spec.hidden_size:
@@ -42,30 +90,21 @@ class Outer:
             self._norms[0, "embed"] = load.norm(load.names.embed_norm)
         if spec.final_norm:
             self._norms[0, "final"] = load.norm(load.names.final_norm)
-        self.head_rows: Tensor | None = self._embedding if spec.tied_embeddings else None
-        """The LM head's rows of this rank, [V_local, E]; None where they are held in a library's layout only, or not at all."""
-        self._head: Linear | None = None
-        self.head_elements = 0
+        self.head_rows = self.vocabulary.rows
+        """The LM head's rows of this rank, [V_local, E]; None where they are held elsewhere or in a library's layout only."""
+        self.head_elements = self.vocabulary.head_elements
         """Read by a pass for its logits."""
-        if head:
-            rows = self._embedding if spec.tied_embeddings else load.vocabulary_rows(load.names.head, prefixed=False)
-            self._head = make_linear(rows, shared=spec.tied_embeddings or rows.dtype == torch.float32)
-            if self._head.weight is rows:
-                self.head_rows = rows
-            self.head_elements = rows.numel()
-        looked_up = (0 if spec.tied_embeddings and head else self._embedding.numel()) + (
-            0 if self._positions is None else self._positions.numel()
-        )
+        looked_up = self.vocabulary.looked_up + (0 if self._positions is None else self._positions.numel())
         self.elements = load.elements - before - looked_up
         """Read by a pass: all but rows that are looked up."""
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:  # [T], [T] -> [T, D]
         if self._comm.world == 1:
-            x = F.embedding(ids, self._embedding)
+            x = self.vocabulary.lookup(ids)
         else:
-            local = ids - self._vocabulary.start
-            ours = (local >= 0) & (local < self._embedding.shape[0])
-            x = F.embedding(torch.where(ours, local, 0), self._embedding) * ours[:, None]
+            local = ids - self._span.start
+            ours = (local >= 0) & (local < self._span.stop - self._span.start)
+            x = self.vocabulary.lookup(torch.where(ours, local, 0)) * ours[:, None]
             x = self._comm.all_reduce(x)
         if self._project_in is not None:
             x = self._project_in(x)
@@ -81,8 +120,7 @@ class Outer:
         return x if self._project_out is None else self._project_out(x)
 
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
-        assert self._head is not None
-        return self.pad(self._head(self.head_input(x)))
+        return self.pad(self.vocabulary.product(self.head_input(x)))
 
     def pad(self, logits: Tensor) -> Tensor:
         """Logits of this rank's rows -> as many as every rank has."""

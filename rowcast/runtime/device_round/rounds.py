@@ -283,7 +283,8 @@ class DeviceRounds:
         hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
         drawn = [
-            draw(state, runner.decoder.logits(hidden[first : first + rows]), at, first, sampling) for first in range(0, len(hidden), rows)
+            draw(state, runner.decoder.logits(hidden[first : first + rows]), at, first, sampling)
+            for first in range(0, len(hidden), rows)
         ]
         own = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         rate = self._rates.get(p.rung)

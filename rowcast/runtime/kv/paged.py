@@ -89,16 +89,24 @@ class PagedKV:
         kv_heads = shard.kv_heads(spec)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
         self.block_size = block_size
-        shape = (spec.num_layers, num_blocks, block_size, self.num_kv_heads, spec.head_dim)
+        shape = (self._held_layers(spec), num_blocks, block_size, self.num_kv_heads, spec.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
-        self._summaries = {kind: Summaries(kind, self._keys) for kind in summaries}
+        self._summaries = {kind: Summaries(kind, self._key_stores(), device) for kind in summaries}
         self._sequences: dict[int, _Sequence] = {}
         self._bound: list[_Bound] = []
         self._tables: dict[int, list[int]] = {}
         """The bound sequences' blocks."""
         self._keeps_all = False
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    def _held_layers(self, spec: ModelSpec) -> int:
+        """Layers of this store's entries on the device."""
+        return spec.num_layers
+
+    def _key_stores(self) -> list[tuple[slice, Tensor]]:
+        """Keys [n, blocks, block_size, K, d] of neighbouring layers, of all."""
+        return [(slice(None), self._keys)]
 
     @property
     def bytes(self) -> int:
@@ -208,8 +216,8 @@ class PagedKV:
         self._slots = torch.tensor(slots, device=self.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:  # [T, K, d] each
-        self._keys[layer].flatten(0, 1).index_copy_(0, self._slots, k)
-        self._values[layer].flatten(0, 1).index_copy_(0, self._slots, v)
+        for store, entries in zip(self.entries(layer), (k, v), strict=True):
+            store.flatten(0, 1).index_copy_(0, self._slots, entries)
 
     def late_from(self, seq_id: int) -> int | None:
         """0, if entries may be late at all."""
@@ -218,17 +226,14 @@ class PagedKV:
     def fill(self, layer: int, late: Late) -> None:
         slots = [slot for span in late.spans for slot in self._slots_of(span.seq_id, span.positions)]
         at = torch.tensor(slots, device=self.device)
-        for store, entries in ((self._keys[layer], late.k), (self._values[layer], late.v)):
+        for store, entries in zip(self.entries(layer), (late.k, late.v), strict=True):
             write_heads(store.flatten(0, 1), at, late.heads, entries)
 
     def attend(self, layer: int, q: Tensor, heads: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, C, d]
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self.entries(layer)
         parts = []
         for seq in self._bound:
-            rows = q[seq.first : seq.first + seq.tokens]
-            if seq.queries is not None:
-                last = rows[-self.keep_queries :]
-                seq.queries.layers.append(last if self._keeps_all else last.clone())
+            rows = self._noted(seq, q)
             if seq.at is not None:
                 parts.append(self._decode(layer, rows, seq.at, seq.length, heads))
                 continue
@@ -246,14 +251,21 @@ class PagedKV:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _noted(self, seq: _Bound, q: Tensor) -> Tensor:
+        """The sequence's rows of q [T, H, d], the last of which are kept where somebody asks for them."""
+        rows = q[seq.first : seq.first + seq.tokens]
+        if seq.queries is not None:
+            last = rows[-self.keep_queries :]
+            seq.queries.layers.append(last if self._keeps_all else last.clone())
+        return rows
+
     def _decode(self, layer: int, rows: Tensor, at: tuple[Tensor, Tensor], end: int, heads: Tensor | None) -> Tensor:
         """`attend` for a sequence's few last tokens, by the kernel that rounds on the device use, too: [T, H, d] -> [T, C, d]."""
         from rowcast.kernels.gpu import decoding
 
         return decoding.decode(
             rows.contiguous(),
-            self._keys[layer],
-            self._values[layer],
+            *self.entries(layer),
             *at,
             scale=self.spec.attention_scale,
             most_entries=end,
@@ -311,20 +323,20 @@ class PagedKV:
         first = torch.tensor(seq.blocks, device=self.device) * size
         return (first[:, None] + torch.arange(size, device=self.device)).flatten()[: seq.length]
 
-    def rows(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
-        """For `keys_at` and `values_at`: entries [heads, n] of a `table`, other ones for each head, or [n] -> [heads, n]."""
-        head = torch.arange(self.spec.num_layers * self.num_kv_heads, device=self.device)[heads, None]
+    def keys_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Of KV heads counted through all layers: entries [heads, n] of a `table`, other ones for each, or [n] -> [heads, n, d]."""
+        return _rows(self._keys, self._places_of(entries, heads))
+
+    def values_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Likewise."""
+        return _rows(self._values, self._places_of(entries, heads))
+
+    def _places_of(self, entries: Tensor, heads: slice) -> Tensor:
+        # [heads, n] or [n] -> [heads, n], rows of the store as [..., d]
+        head = torch.arange(len(self._keys) * self.num_kv_heads, device=self.device)[heads, None]
         of_layer = self._keys.shape[1] * self.block_size * self.num_kv_heads
         found: Tensor = entries * self.num_kv_heads + (head // self.num_kv_heads * of_layer + head % self.num_kv_heads)
         return found
-
-    def keys_at(self, rows: Tensor) -> Tensor:
-        """rows [..., n] -> [..., n, d]."""
-        return _rows(self._keys, rows)
-
-    def values_at(self, rows: Tensor) -> Tensor:
-        """rows [..., n] -> [..., n, d]."""
-        return _rows(self._values, rows)
 
 
 def alibi(spec: ModelSpec, shard: Shard, device: torch.device) -> tuple[Tensor | None, float | None]:

@@ -298,9 +298,9 @@ class SelectedKV:
         keys, values = self._keys[slot].flatten(0, 1), self._values[slot].flatten(0, 1)
         each = positions.shape[-1] * copy_bytes(parent.spec.head_dim, parent.dtype.itemsize)
         for heads in head_groups(len(keys), each):
-            rows = parent.rows(table[positions if positions.dim() == 1 else positions[heads]], heads)
-            keys[heads, to] = parent.keys_at(rows)
-            values[heads, to] = parent.values_at(rows)
+            entries = table[positions if positions.dim() == 1 else positions[heads]]
+            keys[heads, to] = parent.keys_of(entries, heads)
+            values[heads, to] = parent.values_of(entries, heads)
         if self._positions is not None:
             self._positions[slot].flatten(0, 1)[:, to] = positions
         return int(4 * keys[:, to].numel() * keys.element_size())

@@ -130,7 +130,7 @@ class HeavyHitters(HeavyHitterSizes):
             positions = came.expand(len(rows[heads]), -1)
             if before:
                 positions = torch.cat((before.positions[heads], positions), 1)
-            scores = rows[heads] @ parent.keys_at(parent.rows(table[positions], heads)).transpose(1, 2)
+            scores = rows[heads] @ parent.keys_of(table[positions], heads).transpose(1, 2)
             mass = _attention(scores, positions, parent, seq_id, heads, queries.shape[1], causal=True).sum(1)
             if before:
                 mass[:, : before.mass.shape[1]] += before.mass[heads]

@@ -85,7 +85,7 @@ class SharedKV:
     @property
     def serves_device(self) -> bool:
         """As are `entries` and `reserve`, for rounds on the device (`kv.device`)."""
-        return True
+        return self._parent.serves_device
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
         """The parent's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -87,6 +87,8 @@ class Climb:
         self.passes: list[Pass] = []
         """Of the round, as are `outcomes`: whoever starts one clears them."""
         self.outcomes: list[Outcome] = []
+        self.on_pass: Callable[[Pass], None] | None = None
+        """Told of each pass, right after it."""
         self._rule = rule
         self._logit_rows = logit_rows
 
@@ -146,6 +148,8 @@ class Climb:
                 )
             )
         self.passes.append(Pass(rung, total, len(ran.tokens), seconds))
+        if self.on_pass is not None:
+            self.on_pass(self.passes[-1])
 
     def _extend(self, rung: int, wants: list[_Want]) -> None:
         """Add exactly `count` tokens of this rung's law to each path; a lookup may know fewer."""

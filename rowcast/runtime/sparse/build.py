@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,9 +23,11 @@ SPARE, SPARE_ROWS = 1.25, 64
 """Rows that the buffer of a union above thresholds has for each token: so many times those kept on average, and so many more."""
 
 
-def build_view(banks: BankWeights, rung: Rung, calibration: Calibration | None) -> SparseWeights:
-    """The weights that a sparse rung reads. Precondition: `check_rung` has passed. Raises UserError where the LM head's rows are held
-    in a library's layout only."""
+def build_view(
+    banks: BankWeights, rung: Rung, calibration: Calibration | None, view: Callable[..., SparseWeights] = SparseWeights
+) -> SparseWeights:
+    """The weights that a sparse rung reads, as `view` makes them of such banks. Precondition: `check_rung` has passed. Raises UserError
+    where the LM head's rows are held in a library's layout only."""
     neurons: Sequence[Selector | None] = [None] * banks.spec.num_layers
     if rung.mlp is not None:
         neurons = build_neurons(
@@ -48,9 +50,7 @@ def build_view(banks: BankWeights, rung: Rung, calibration: Calibration | None) 
         if calibration is not None and DIRECTIONS in calibration:
             directions = calibration.tensor(DIRECTIONS, (None, banks.spec.embed_size))
         lm = CertifiedHead(banks.outer.head_rows, bits=head_bits(calibration), directions=directions)
-    return SparseWeights(
-        banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung.heads, calibration), lm=lm
-    )
+    return view(banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung.heads, calibration), lm=lm)
 
 
 def _build_heads(banks: BankWeights, share: float, calibration: Calibration | None) -> list[HeadSelector]:

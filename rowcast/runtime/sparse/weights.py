@@ -65,7 +65,7 @@ class SparseWeights:
         self._lm = lm
         self._outer_bytes = banks.outer_bytes + sum(_whole_bytes(bank) for bank in banks.attention)
         if banks.spec.qk_norm == "head":
-            self._outer_bytes += 2 * banks.spec.num_layers * banks.spec.head_dim * banks.attention[0].q.itemsize
+            self._outer_bytes += 2 * banks.spec.num_layers * banks.spec.head_dim * banks.ffn[0].up_down.itemsize
         if lm is not None:
             assert banks.outer.head_rows is not None
             self._outer_bytes -= banks.outer.head_rows.nbytes

@@ -1,0 +1,39 @@
+"""Device memory that offloading takes beside what is resident, as the planner counts it. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rowcast.placement.constants import STREAM_BYTES
+from rowcast.placement.plan import DTYPE_BYTES, Plan
+from rowcast.placement.resident import rank_share
+from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.offloaded.tiers import ROWS, STREAMED, Tiers
+from rowcast.runtime.spec import ModelSpec, layer_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """In bytes."""
+
+    ring_bytes: int
+    """Of all buffers that pieces of weights go through; they are larger only where a single row is."""
+    rows_bytes: int = 0
+    """What one call's rows are fetched into."""
+    cache_bytes: int = 0
+    """Fetched rows that are kept, of all layers."""
+
+    @classmethod
+    def of(cls, plan: Plan, tiers: Tiers, spec: ModelSpec) -> Buffers:
+        """Of one rank. Half of the plan's margin keeps rows."""
+        width, share = DTYPE_BYTES[plan.dtype], rank_share(spec, plan.world)
+        spans = (*tiers.attention.values(), *tiers.neurons.values(), tiers.head)
+        # Rows that are fetched are streamed, too, by passes over all of them.
+        streams = any({STREAMED, ROWS} & part.tiers for part in spans)
+        ring = 2 * min(layer_parameters(share) * width, STREAM_BYTES) if streams else 0
+        shares = [rung.mlp for rung in Ladder.parse(plan.ladder_text).rungs if rung.mlp is not None]
+        if not shares or not any(ROWS in part.tiers for part in tiers.neurons.values()):
+            return cls(ring)
+        layer = (3 if spec.gated else 2) * spec.hidden_size * share.intermediate_size * width
+        rows = round(2 * layer * min(0.5, max(shares)))
+        return cls(ring, rows, max(0, plan.margin_bytes // 2))

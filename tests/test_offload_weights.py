@@ -1,0 +1,259 @@
+"""Weights over tiers: wherever rows lie, the products are those of the model that lies next to the compute."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from thread_comm import ThreadComm, run_ranks
+from tiny import CASES, VOCAB, tiny_model
+from torch import Tensor
+
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.offloaded.sizes import Buffers
+from rowcast.runtime.offloaded.sparse import OffloadedSparse
+from rowcast.runtime.offloaded.tiers import Spans, Tiers
+from rowcast.runtime.offloaded.weights import OffloadedBanks
+from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse.build import build_neurons
+from rowcast.runtime.sparse.weights import SparseWeights
+from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.step import SeqStep
+
+TOLERANCE = 2e-5
+"""Of logits of size 1 to 10 in float32: sums are cut where tiers meet."""
+PROMPT, NEW = 19, 5
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GROUPS = {"attention": 4, "neurons": 6, "LM head": 8, "embeddings": 1}
+
+
+class Model:
+    def __init__(self, name: str, path: Path, device: str = "cpu") -> None:
+        tiny_model(name, path)
+        self.device = torch.device(device)
+        self.spec: ModelSpec = spec_from_config(json.loads((path / "config.json").read_text()))
+        self.source = SafetensorsSource.open(path)
+        self.how: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        self.banks = BankWeights(self.spec, self.source, SoloComm(), **self.how)
+        self.tokens = torch.randint(VOCAB, (PROMPT + NEW,), generator=torch.Generator().manual_seed(3)).tolist()
+        self.expected = self.logits(self.banks)
+
+    def logits(self, view: WeightView) -> Tensor:
+        """A prompt, three tokens as one verification, then one by one: [T, V]."""
+        kv = PagedKV(self.spec, Shard(), num_blocks=8, block_size=4, **self.how)
+        decoder, rows, start = Decoder(view, SoloComm(), self.device), [], 0
+        for end in (PROMPT, PROMPT + 3, PROMPT + 4, PROMPT + 5):
+            step = SeqStep(0, self.tokens[start:end], start, list(range(8)), PROMPT, sample=True)
+            rows.append(decoder.logits(decoder.run([step], kv)))
+            kv.commit(0, end - start)
+            start = end
+        return torch.cat(rows)
+
+    def placed(self, tiers: Tiers, ring_bytes: int = 1 << 14, **buffers: int) -> OffloadedBanks:
+        return OffloadedBanks(self.spec, self.source, SoloComm(), tiers, Buffers(ring_bytes, **buffers), **self.how)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model("llama-bias", tmp_path_factory.mktemp("llama"), request.param)
+
+
+def mixed(rng: random.Random, layers: int, kv_away: frozenset[int] = frozenset()) -> Tiers:
+    """Any groups anywhere."""
+
+    def spans(part: str, among: tuple[str, ...]) -> Spans:
+        return Spans(tuple((rng.choice(among), g, 1, GROUPS[part]) for g in range(GROUPS[part])))
+
+    return Tiers(
+        attention={i: spans("attention", ("resident", "streamed")) for i in range(layers)},
+        neurons={i: spans("neurons", ("resident", "streamed", "rows", "cpu")) for i in range(layers)},
+        head=spans("LM head", ("resident", "streamed")),
+        embeddings=spans("embeddings", ("resident", "host")),
+        kv_away=kv_away,
+    )
+
+
+def everything(tier: str, layers: int) -> Tiers:
+    """Of the parts that may lie there."""
+    weights, matrices = Spans((("streamed", 0, 1, 1),)), Spans(((tier, 0, 1, 1),))
+    return Tiers(
+        attention=dict.fromkeys(range(layers), weights),
+        neurons=dict.fromkeys(range(layers), matrices),
+        head=weights,
+        embeddings=Spans((("host", 0, 1, 1),)),
+        kv_away=frozenset(),
+    )
+
+
+def test_every_family_in_any_places(any_model: Model) -> None:
+    rng = random.Random(any_model.spec.num_heads)
+    for tiers in (mixed(rng, any_model.spec.num_layers), everything("streamed", any_model.spec.num_layers)):
+        view = any_model.placed(tiers)
+        assert view.bytes == any_model.banks.bytes
+        torch.testing.assert_close(any_model.logits(view), any_model.expected, atol=TOLERANCE, rtol=1e-5)
+        view.streamer.check()
+        view.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_places_at_any_ring(llama: Model, seed: int) -> None:
+    rng = random.Random(seed)
+    view = llama.placed(mixed(rng, llama.spec.num_layers), ring_bytes=rng.choice([1, 5000, 30_000, 1 << 20]))
+    found = llama.logits(view)
+    torch.testing.assert_close(found, llama.expected, atol=TOLERANCE, rtol=1e-5)
+    if llama.device.type == "cpu":
+        assert torch.equal(llama.logits(view), found)
+
+
+@pytest.mark.parametrize("tier", ["streamed", "rows", "cpu"])
+def test_a_pass_streams_each_piece_once(llama: Model, tier: str) -> None:
+    """Whatever its number of tokens; the CPU's neurons not at all."""
+    view = llama.placed(everything(tier, llama.spec.num_layers))
+    pieces = view._pieces(fetched=True)
+    llama.logits(view)
+    view.counts()
+    llama.logits(view)
+    counts, _ = view.counts()
+    assert counts.taken == counts.pieces == 4 * len(pieces)
+    assert counts.bytes == 4 * sum(piece.nbytes for piece in pieces)
+    hidden, spec = llama.spec.hidden_size, llama.spec
+    whole = spec.num_layers * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * hidden * 4
+    whole += spec.vocab_size * hidden * 4
+    if tier != "cpu":
+        whole += spec.num_layers * 3 * spec.intermediate_size * hidden * 4
+    assert sum(piece.nbytes for piece in pieces) == whole
+    assert view.store.bytes >= whole
+
+
+def test_candidates_are_fetched_once(tmp_path: Path) -> None:
+    """For the exact ranking and for what is kept of it."""
+    model = Model("llama-gqa", tmp_path)
+    banks = model.placed(everything("rows", 2), rows_bytes=90 * 3 * 64 * 4)
+    view = OffloadedSparse(banks, build_neurons(banks, mlp=0.2, by="q2", over=2.0))
+    kv = PagedKV(model.spec, Shard(), num_blocks=8, block_size=4, **model.how)
+    Decoder(view, SoloComm(), model.device).run([SeqStep(0, [5], 0, list(range(8)), 0, sample=True)], kv)
+    assert banks.counts()[1].moved == 2 * build_neurons(banks, mlp=0.2, by="q2", over=2.0)[0].candidates
+
+
+def test_ranks_add_up(tmp_path: Path) -> None:
+    """Two ranks, each with places of its own for its share: logits of the whole model."""
+    model = Model("llama-bias", tmp_path)
+
+    def rank(comm: ThreadComm) -> Tensor:
+        tiers = mixed(random.Random(comm.rank), 2)
+        view = OffloadedBanks(model.spec, model.source, comm, tiers, Buffers(1 << 14), **model.how)
+        kv = PagedKV(model.spec, Shard(comm.rank, 2), num_blocks=8, block_size=4, **model.how)
+        decoder = Decoder(view, comm, model.device)
+        step = SeqStep(0, model.tokens, 0, list(range(8)), PROMPT, sample=True)
+        return decoder.logits(decoder.run([step], kv))
+
+    for found in run_ranks(2, rank):
+        torch.testing.assert_close(found, model.expected, atol=TOLERANCE, rtol=1e-5)
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_behind(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while pieces are in use and on their way: the next pass computes what it should."""
+    view = llama.placed(everything("streamed", llama.spec.num_layers))
+    real, calls = view.mlp, 0
+
+    def interrupted(layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            view.streamer.take(view._layer(0, fetched=True)[0])
+            raise KeyboardInterrupt
+        return real(layer, x, residual)
+
+    monkeypatch.setattr(view, "mlp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llama.logits(view)
+    torch.testing.assert_close(llama.logits(view), llama.expected, atol=TOLERANCE, rtol=1e-5)
+    view.streamer.check()
+
+
+def test_host_memory_is_given_back(llama: Model) -> None:
+    view = llama.placed(everything("streamed", llama.spec.num_layers))
+    held = weakref.ref(view.store._held[0])
+    bank = weakref.ref(view)
+    view.close()
+    del view
+    gc.collect()
+    assert held() is None and bank() is None
+
+
+SELECTORS: dict[str, dict[str, Any]] = {
+    "top": {"mlp": 0.4, "by": "q4"},
+    "few": {"mlp": 0.1, "by": "q8"},
+    "re-ranked": {"mlp": 0.2, "by": "q2", "over": 2.0},
+    "oracle": {"mlp": 0.3, "by": "oracle"},
+}
+
+
+@pytest.mark.parametrize("how", SELECTORS)
+@pytest.mark.parametrize("name", ["llama-bias", "opt", "falcon-7b"])
+def test_chosen_rows_anywhere(name: str, how: str, tmp_path: Path) -> None:
+    """A token uses the neurons that it would use of the resident model, whatever is fetched, kept or too much for the buffer."""
+    model, rng = Model(name, tmp_path), random.Random(7)
+    expected = model.logits(SparseWeights(model.banks, build_neurons(model.banks, **SELECTORS[how])))
+    overflows = 0
+    row = (3 if model.spec.gated else 2) * model.spec.hidden_size * 4
+    for rows, cache, tiers in [
+        (90, 0, everything("rows", 2)),
+        (40, 20, everything("rows", 2)),
+        (12, 200, mixed(rng, 2)),
+        (4, 9, mixed(rng, 2)),
+    ]:
+        banks = model.placed(tiers, rows_bytes=rows * row, cache_bytes=cache * row)
+        view = OffloadedSparse(banks, build_neurons(banks, **SELECTORS[how]))
+        for _ in range(2):
+            torch.testing.assert_close(model.logits(view), expected, atol=TOLERANCE, rtol=1e-5)
+        (_, counts), reads = banks.counts(), view.reads()
+        overflows += reads.overflows
+        assert counts.wanted == counts.hit + counts.moved
+        assert reads.neurons == reads.neurons_of * build_neurons(banks, **SELECTORS[how])[0].keep // model.spec.intermediate_size
+        if banks.pool is not None:
+            banks.pool.rows.check()
+        banks.streamer.check()
+    assert overflows or how == "few"
+
+
+def test_only_wanted_rows_are_moved(llama: Model) -> None:
+    """One token: its rows cross, and nothing else of the neurons; what was kept does not cross again."""
+    spec, row = llama.spec, 3 * llama.spec.hidden_size * 4
+    for cache in (0, 2 * spec.num_layers * spec.intermediate_size):
+        tiers = Tiers(
+            attention=dict.fromkeys(range(2), Spans()),
+            neurons=dict.fromkeys(range(2), Spans((("resident", 0, 1, 3), ("rows", 1, 2, 3)))),
+            head=Spans(),
+            embeddings=Spans(),
+            kv_away=frozenset(),
+        )
+        banks = llama.placed(tiers, rows_bytes=90 * row, cache_bytes=cache * row)
+        view = OffloadedSparse(banks, build_neurons(banks, mlp=0.3, by="q8"))
+        kv = PagedKV(spec, Shard(), num_blocks=8, block_size=4, **llama.how)
+        decoder = Decoder(view, SoloComm(), llama.device)
+        for start in range(3):
+            banks.counts()
+            decoder.run([SeqStep(0, [5], start, list(range(8)), 0, sample=True)], kv)
+            kv.commit(0, 1)
+            pieces, rows = banks.counts()
+            assert pieces.bytes == 0 and rows.wanted > 0
+            assert rows.moved == (0 if cache else rows.wanted)
+        assert view.reads().neurons == 3 * 2 * 27
