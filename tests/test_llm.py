@@ -118,7 +118,7 @@ def test_arguments_that_cannot_be(directory: Path, arguments: dict[str, Any], wo
 
 def test_unknown_arguments_are_refused(directory: Path) -> None:
     with pytest.raises(TypeError, match="gpu_memroy"):
-        LLM(str(directory), gpu_memroy="1GiB")  # type: ignore[call-arg]
+        LLM(str(directory), gpu_memroy="1GiB")
 
 
 @pytest.mark.parametrize("value", ["abc", {}, [[1]], [None], 1e400, -1, VOCAB, True])
