@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rowcast.cluster.llm import LLM
+    from rowcast.cluster.replicas import Replicas
     from rowcast.errors import GangError, OutOfMemoryError, UserError
     from rowcast.placement.plan import Plan
     from rowcast.runtime.ladder.spec import Ladder, Rung
@@ -25,6 +26,7 @@ __all__ = [
     "Ladder",
     "OutOfMemoryError",
     "Plan",
+    "Replicas",
     "RequestOutput",
     "Rung",
     "SamplingParams",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "rowcast.cluster.llm",
+    "Replicas": "rowcast.cluster.replicas",
     "SamplingParams": "rowcast.runtime.params",
     "RequestOutput": "rowcast.runtime.outputs",
     "CompletionOutput": "rowcast.runtime.outputs",

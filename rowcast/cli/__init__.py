@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe
+from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe, submit
 from rowcast.errors import GangError, UserError
 from rowcast.settings import configure_logging
 
@@ -22,6 +22,7 @@ app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
+app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
 app.command()(probe.probe)
 app.command()(env.env)
 

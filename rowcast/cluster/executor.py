@@ -44,6 +44,8 @@ class GangExecutor:
         """The gang's number."""
         self.failures = 0
         """In all."""
+        self.on_failure: Callable[[], None] | None = None
+        """Told of each."""
         self._recent_failures = 0
         self._calm_steps = 0
         """Since the last failure."""
@@ -99,6 +101,14 @@ class GangExecutor:
         if self._gang is not None and self._gang.alive:
             self._call(Command(0, check=sorted(seq_ids)))
 
+    def look(self) -> None:
+        """Note it if a rank has ended since the last call; the next one starts them again. Raises GangError as that does."""
+        if self._gang is not None and self._gang.alive:
+            try:
+                self._gang.look()
+            except RankFailure as failure:
+                self._failed(failure)
+
     def shutdown(self) -> None:
         """End the ranks. May be called twice; then there are no more steps."""
         self._over = self._over or "it was shut down"
@@ -138,6 +148,8 @@ class GangExecutor:
         if self._gang is not None:
             self._gang.kill()
         self.failures += 1
+        if self.on_failure is not None:
+            self.on_failure()
         self._recent_failures = self._recent_failures + 1
         self._calm_steps = 0
         sentence, _, trace = str(failure).partition("\n")

@@ -125,6 +125,11 @@ class Gang:
             raise RankFailure("the ranks do not agree on a round's tokens")
         return replies[0].results
 
+    def look(self) -> None:
+        """Raise RankFailure if a rank has ended or fallen silent. For moments without a command; does not wait."""
+        if lost := self._lost(dict(self._poller.poll(0))):
+            raise RankFailure(lost)
+
     def stop(self) -> None:
         """End it in order; what does not end within some seconds is killed. May be called twice, and after `kill`."""
         if not self.alive or os.getpid() != self._driver:

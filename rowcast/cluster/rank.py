@@ -30,12 +30,15 @@ from rowcast.placement.plan import Plan
 from rowcast.runtime.assembly import assemble
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.maximal import Maximal
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.planning import Target, Wish, check_plan
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.step import Executor, SeqResult
+from rowcast.runtime.trace import Trace
+from rowcast.settings import configure_logging, settings
 
 log = logging.getLogger("rowcast")
 
@@ -58,6 +61,8 @@ def run(
     `host`: this machine, as the other ranks find it. `gpu`: index of the device, where the plan is for GPUs (None: the rank). `parent`:
     the process without which this one has no use, beside the driver.
     """
+    configure_logging()
+    tag_logs(rank)
     if host.startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with Link.connect(address) as link:
@@ -79,24 +84,36 @@ def _run(link: Link, order: Order, rank: int, host: str, gpu: int) -> None:
         started = time.perf_counter()
         store = _meet(link, order, rank, host)
         executor = load(order, store, rank, gpu, link.send)
+        trace = _trace(executor, rank)
         synchronise()
-        link.send(Ready(time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        log.info("process %s is ready after %.1f s", os.getpid(), seconds)
+        link.send(Ready(seconds))
     except Exception as error:
         link.send(_failed(-1, error))
         link.receive(_MEETING_S)  # the driver ends all ranks
         return
-    serve(executor, link, rank)
+    try:
+        serve(executor, link, rank, trace)
+    finally:
+        if trace is not None:
+            trace.close()
     del executor
     dist.destroy_process_group()
     del store  # which rank 0 keeps for all, last
 
 
-def serve(executor: Executor, link: Link, rank: int) -> None:
+def serve(executor: Executor, link: Link, rank: int, trace: Trace | None = None) -> None:
     """Carry out commands until `Stop`."""
     while not isinstance(command := link.receive(), Stop):
         assert isinstance(command, Command)
         try:
+            started = time.perf_counter()
             results = carry_out(executor, command)
+            if trace is not None:
+                tokens = sum(len(step.tokens) for step in command.steps)
+                seconds = time.perf_counter() - started
+                trace.span("command", started, seconds, serial=command.serial, sequences=len(command.steps), tokens=tokens)
         except Exception as error:
             link.send(_failed(command.serial, error))
             continue
@@ -116,6 +133,28 @@ def carry_out(executor: Executor, command: Command) -> list[SeqResult]:
     if command.check is not None:
         executor.check(command.check)
     return results
+
+
+def tag_logs(rank: int) -> None:
+    """Have this process's messages begin with the rank."""
+
+    def tag(record: logging.LogRecord) -> bool:
+        if not hasattr(record, "rank"):
+            record.rank = rank
+            record.msg = f"rank {rank}: {record.msg}"
+        return True
+
+    log.addFilter(tag)
+
+
+def _trace(executor: Executor, rank: int) -> Trace | None:
+    """Where ROWCAST_TRACE asks for one."""
+    folder = settings().trace
+    if folder is None or not isinstance(executor, LocalExecutor):
+        return None
+    trace = Trace(folder, rank)
+    executor.record(trace)
+    return trace
 
 
 def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Message], None]) -> Executor:
@@ -203,11 +242,8 @@ def _failed(serial: int, error: BaseException) -> Failed:
 
 def main(argv: Sequence[str]) -> None:
     """ADDRESS RANK PARENT; the token comes on standard input. For `launcher.LocalLauncher`."""
-    from rowcast.settings import configure_logging
-
     address, rank, parent = argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which then says stop
-    configure_logging()
     run(address, sys.stdin.readline().strip(), int(rank), parent=int(parent))
     os._exit(0)  # nothing is left to do, and the interpreter takes its time
 

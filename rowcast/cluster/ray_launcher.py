@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rowcast.cluster.launcher import Ranks
 from rowcast.errors import UserError
+from rowcast.settings import PREFIX
 
 log = logging.getLogger("rowcast")
 
@@ -49,9 +50,10 @@ class RankActor:
 class RayLauncher:
     """Uses the cluster that the process is connected to or finds, else starts one on this machine."""
 
-    def __init__(self, *, gpus: int = 0, cpus: float = 1, place_s: float = PLACE_S) -> None:
-        """`gpus` and `cpus` of each rank. `place_s`: how long to wait for a place."""
-        self._gpus, self._cpus, self._place_s = gpus, cpus, place_s
+    def __init__(self, *, gpus: int = 0, cpus: float = 1, place_s: float = PLACE_S, replica: int | None = None) -> None:
+        """`gpus` and `cpus` of each rank. `place_s`: how long to wait for a place. `replica`: its number among gangs that are to be on
+        nodes of their own, as far as there are enough."""
+        self._gpus, self._cpus, self._place_s, self._replica = gpus, cpus, place_s, replica
 
     def addresses(self, world: int) -> list[str]:
         connect(world)
@@ -59,7 +61,8 @@ class RayLauncher:
 
     def start(self, addresses: Sequence[str], token: str) -> Ranks:
         bundle = {"CPU": self._cpus} | ({"GPU": float(self._gpus)} if self._gpus else {})
-        group = placement_group([bundle] * len(addresses), strategy="STRICT_PACK")
+        near = None if self._replica is None else _node(self._replica, bundle, len(addresses))
+        group = placement_group([bundle] * len(addresses), strategy="STRICT_PACK", _soft_target_node_id=near)
         try:
             self._wait(group, bundle, len(addresses))
             actor: Any = ray.remote(RankActor)
@@ -71,7 +74,7 @@ class RayLauncher:
                     num_gpus=self._gpus,
                     max_restarts=0,
                     scheduling_strategy=strategy,
-                    runtime_env={"env_vars": _ALL_GPUS_VISIBLE},
+                    runtime_env={"env_vars": _ALL_GPUS_VISIBLE | _settings()},
                 ).remote()
                 actors.append(made)
                 runs.append(made.run.remote(address, token, rank))
@@ -129,6 +132,21 @@ def connect(world: int) -> None:
         cpus = max(world, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         log.info("ranks are placed by a Ray cluster of this machine's own")
+
+
+def _settings() -> dict[str, str]:
+    """The driver's variables of ours, but for the one that names a folder of its machine."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name != f"{PREFIX}CACHE"}
+
+
+def _node(replica: int, bundle: dict[str, float], world: int) -> str | None:
+    """The node that a replica had best be on: replicas go round those that can hold one."""
+    fits = [
+        str(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(kind, 0) >= world * amount for kind, amount in bundle.items())
+    ]
+    return sorted(fits)[replica % len(fits)] if fits else None
 
 
 def _how(run: Any) -> str:
