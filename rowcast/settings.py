@@ -80,7 +80,9 @@ class Settings:
     )
     log: str = _setting("warning", _level, "Least severe messages shown on standard error: debug, info, warning or error.")
     metrics: str | None = _setting(
-        None, _metrics, "Where metrics go: ray, prometheus, a port that serves them, too, or auto, ray in a Ray job; unset: nowhere."
+        None,
+        _metrics,
+        "Where metrics go: ray, prometheus, a port that serves them, too, or auto, ray in a Ray job; unset: nowhere.",
     )
     threads: int | None = _setting(None, _threads, "CPU threads of torch; unset: torch's own choice.")
     trace: str | None = _setting(
