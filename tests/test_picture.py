@@ -31,7 +31,7 @@ def test_it_names_devices_classes_stages_and_the_bottleneck(tmp_path: Path) -> N
     assert "bus (bottleneck)" in found
     assert any("81% of 226 ms a token" in text for text in found)
     assert any("4.42 tokens/s (3.6 to 5.1)" in text for text in found)
-    assert "predictors" not in found  # nothing of that kind is in memory
+    assert "rung weights" not in found  # nothing of that kind is in memory
 
 
 def test_the_same_forecast_gives_the_same_bytes(tmp_path: Path) -> None:

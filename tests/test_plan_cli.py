@@ -227,7 +227,7 @@ def test_an_executed_plan_takes_what_it_says(directory: Path, tmp_path: Path, la
     assert asdict(ours.plan) == asdict(plan) == asdict(replace(made, **own))
     device = forecast_of(plan).memory[0]
     assert device.classes["weights"] == plan.weight_bytes and device.classes["KV"] == plan.kv_bytes
-    assert device.classes["draft"] + device.classes["predictors"] == plan.rung_weight_bytes
+    assert device.classes["draft"] + device.classes["rung weights"] == plan.rung_weight_bytes
     assert device.classes["rung KV"] == plan.rung_kv_bytes and device.classes["work"] == plan.work_bytes
     out = ours.generate([1, 2, 3], SamplingParams(max_tokens=5, temperature=0, detokenize=False))[0]
     assert len(out.outputs[0].token_ids) == 5

@@ -57,7 +57,7 @@ def _print(found: Probe, path: Path | None) -> None:
     console.print(table)
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(f"machine: {_machine(found) or 'none that can be planned for'}", markup=False)
+    console.print(f"machine: {_machine(found) or 'no GPU; plans are for the CPU'}", markup=False)
     console.print(f"kept in {path}" if path else "not kept", markup=False)
 
 

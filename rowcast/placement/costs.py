@@ -141,7 +141,7 @@ class CostModel:
         return {
             "weights": rest,
             "draft": ladder.fixed_bytes if site.stage == 0 else 0,
-            "predictors": round(ladder.shared_bytes * share / tp),
+            "rung weights": round(ladder.shared_bytes * share / tp),
             "rung KV": round(
                 slots * share / tp * max(1, tp // spec.num_kv_heads) * speculating
                 + ladder.kv_share * self.kv_bytes(site)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rowcast.placement.workload import Input
 
-MEMORY_CLASSES = ("weights", "draft", "predictors", "KV", "rung KV", "buffers", "work", "graphs", "margin")
+MEMORY_CLASSES = ("weights", "draft", "rung weights", "KV", "rung KV", "buffers", "work", "graphs", "margin")
 """Of a device's memory, in the order in which tables and pictures show them. margin: what stays free."""
 
 LINKS = ("GPU memory", "compute", "bus", "host memory", "CPU", "peers", "network", "launches")

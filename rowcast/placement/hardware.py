@@ -238,11 +238,10 @@ def machine_from(
             )
         cards = tuple(replace(card, memory_bytes=gpu_memory_bytes) for card in cards)
     node = Node(cards=cards, host=assumed_host(cards, host_memory_bytes), link=peers)
-    if (len(groups) > 1) != (inter_node is not None):
-        raise UserError(
-            f"gpus={gpus!r:.80} has {len(groups)} nodes and inter_node={inter_node!r:.40}: give the rate between nodes, such as 25GB/s "
-            "or 200Gb/s, for several nodes and only for those"
-        )
+    if len(groups) > 1 and inter_node is None:
+        raise UserError(f"gpus={gpus!r:.80} has {len(groups)} nodes and no rate between them: add inter_node=25GB/s, or 200Gb/s")
+    if len(groups) == 1 and inter_node is not None:
+        raise UserError(f"inter_node={inter_node!r:.40} is a rate between nodes, and gpus={gpus!r:.80} has one: leave it out")
     rate = None if inter_node is None else Quantity(_rate(inter_node, "inter_node"), "given", f"inter_node {inter_node}")
     return Machine(nodes=(node,) * len(groups), inter_node_rate=rate)
 
@@ -256,10 +255,15 @@ def assumed_host(cards: tuple[Card, ...], memory_bytes: int | None = None) -> Ho
         memory_bytes=total,
         memory_rate=Quantity(usual.memory_rate, "assumed", f"a {board} with {usual.channels}"),
         pin_bytes=int(total * PINNABLE_SHARE),
-        flops=Quantity(usual.cores * _CORE_FLOPS, "assumed", f"{usual.cores} cores with two 256-bit FMA units at 3 GHz, float32"),
+        flops=assumed_flops(usual.cores),
         cores=usual.cores,
         memory_origin="assumed" if memory_bytes is None else "given",
     )
+
+
+def assumed_flops(cores: int) -> Quantity:
+    """Of a CPU. A probe's matrix-vector products are no measure of it: they wait for memory."""
+    return Quantity(cores * _CORE_FLOPS, "assumed", f"{cores} cores with two 256-bit FMA units at 3 GHz, float32")
 
 
 @dataclass(frozen=True, slots=True)

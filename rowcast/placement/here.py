@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rowcast.errors import UserError
 from rowcast.placement import cache, host, nvml
 from rowcast.placement.cards import known_card
-from rowcast.placement.hardware import PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity, assumed_host
+from rowcast.placement.hardware import PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity, assumed_flops, assumed_host
 from rowcast.placement.measured import HostProbe
 from rowcast.placement.nvml import DriverFacts, DriverGpu
 from rowcast.placement.units import format_bytes
@@ -116,13 +116,12 @@ def _cpu(side: Host) -> Machine:
 
 def _probed_host(probed: HostProbe) -> Host:
     rate = max(probed.memory_rate, probed.read_rate)
-    flops = max(probed.flops_16bit, probed.flops_32bit)
     free = host.read().available_bytes
     return Host(
         memory_bytes=min(free, probed.memory_bytes),
         memory_rate=Quantity(rate, "measured", f"copy or sum by {probed.threads} threads"),
         pin_bytes=probed.pin_bytes,
-        flops=Quantity(flops, "measured", f"matrix-vector product by {probed.threads} threads"),
+        flops=assumed_flops(probed.cores),
         cores=probed.cores,
         memory_origin="measured",
     )
@@ -137,7 +136,7 @@ def _assumed_cpu() -> Host:
             min(76.8e9, facts.cores * _CORE_RATE), "assumed", "two channels of DDR5-4800, or what that many cores take"
         ),
         pin_bytes=facts.pinnable_bytes,
-        flops=Quantity(facts.cores * 96e9, "assumed", f"{facts.cores} cores with two 256-bit FMA units at 3 GHz, float32"),
+        flops=assumed_flops(facts.cores),
         cores=facts.cores,
         memory_origin="measured",
     )

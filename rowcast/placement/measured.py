@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rowcast.errors import UserError
 from rowcast.placement.cards import known_card
-from rowcast.placement.hardware import GIB, PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity
+from rowcast.placement.hardware import GIB, PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity, assumed_flops
 
 FORMAT = 1
 """Raised when a field changes its meaning."""
@@ -225,7 +225,7 @@ def _host(host: HostProbe) -> Host:
         memory_bytes=host.memory_bytes,
         memory_rate=Quantity(max(host.memory_rate, host.read_rate), "measured", f"copy or sum by {host.threads} threads"),
         pin_bytes=host.pin_bytes,
-        flops=Quantity(max(host.flops_16bit, host.flops_32bit), "measured", f"matrix-vector product by {host.threads} threads"),
+        flops=assumed_flops(host.cores),
         cores=host.cores,
         memory_origin="measured",
     )

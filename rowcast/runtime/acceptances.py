@@ -211,7 +211,7 @@ def _parsed(asked: str | float | None) -> dict[str, float]:
         if not 0 <= value < 1 or (key not in ("", "ngram", "draft", "self") and not _is_rung(key)) or key in found:
             raise UserError(
                 f"acceptance={text!r:.80} is not understood at {item.strip()!r:.60}: give a number from 0 to below 1, as in 0.9, "
-                "or one for each rung, as in self:kv=4096=0.92,draft=0.5"
+                "or one for each rung, as in self:kv=4096=0.92,ngram=0.3"
             )
         found[key] = value
     return found

@@ -88,8 +88,11 @@ def _control_group_bytes(root: Path) -> list[int]:
     return []
 
 
-def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
-    """(bytes that may be taken, reason). On a GPU the process is held to the budget by the allocator."""
+def budget_bytes(device: torch.device, asked: int | None, limit: str) -> tuple[int, str]:
+    """(bytes that may be taken, reason). `limit`: gpu_memory or host_memory, which was asked for.
+
+    On a GPU the process is held to the budget by the allocator.
+    """
     available = available_bytes(device)
     if asked is None:
         share = GPU_SHARE if device.type == "cuda" else HOST_SHARE
@@ -97,9 +100,8 @@ def budget_bytes(device: torch.device, asked: int | None) -> tuple[int, str]:
     else:
         budget, reason = asked, "budget: asked for"
         if asked > available:
-            which = "gpu" if device.type == "cuda" else "host"
             free = f"the {format_bytes(available)} that are free on {device}"
-            raise UserError(f"{which}_memory={format_bytes(asked)} is more than {free}: ask for less")
+            raise UserError(f"{limit}={format_bytes(asked)} is more than {free}: ask for less")
     return budget, reason
 
 

@@ -251,7 +251,7 @@ def _resident_plan(
     classes = {
         "weights": plan.weight_bytes,
         "draft": drafts,
-        "predictors": plan.rung_weight_bytes - drafts,
+        "rung weights": plan.rung_weight_bytes - drafts,
         "KV": plan.kv_bytes,
         "rung KV": plan.rung_kv_bytes,
         "work": plan.work_bytes,
@@ -300,7 +300,7 @@ def split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: s
         speculating_seqs=min(work.batch, MAX_SPECULATING_SEQS) if needs.lookahead else 0,
         budget_bytes=fullest.budget_bytes,
         weight_bytes=held["weights"],
-        rung_weight_bytes=held["draft"] + held["predictors"],
+        rung_weight_bytes=held["draft"] + held["rung weights"],
         kv_bytes=held["KV"],
         rung_kv_bytes=held["rung KV"],
         work_bytes=held["work"] + held["buffers"] + held["graphs"],
