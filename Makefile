@@ -5,7 +5,7 @@
 #
 # PYTHON=python3.12   interpreter that .venv is made from (3.10 or later)
 # DEVICE=cpu|gpu      which torch to install; by default gpu where nvidia-smi lists one
-# JOBS=auto           test processes: by default one a core up to four, and one where there is a GPU
+# JOBS=auto           test processes: by default one more than cores up to four, and one where there is a GPU
 # RUN=python3         use this interpreter as it is and install nothing
 
 PYTHON ?= python3
