@@ -149,8 +149,8 @@ def test_several_nodes_need_a_rate_between_them() -> None:
     assert machine.describe() == (
         "2 nodes of 8 x H100 (79.6 GiB, PCIe 5 x16), peers over NVLink, host 1.0 TiB; 50 GB/s between nodes"
     )
-    for gpus, rate in (("2x8xH100", None), ("8xH100", "50GB/s")):
-        with pytest.raises(UserError, match="give the rate between nodes"):
+    for gpus, rate, told in (("2x8xH100", None, "no rate between them: add"), ("8xH100", "50GB/s", "has one: leave it out")):
+        with pytest.raises(UserError, match=told):
             machine_from(gpus, inter_node=rate)
 
 

@@ -172,7 +172,7 @@ sys.exit(rowcast.cli.main(sys.argv[1:]))
         (("facebook/opt-125m", "--groups", "0"), "--groups 0"),
         (("facebook/opt-125m", "--link", "nvlink"), "--link nvlink"),
         (("facebook/opt-125m", "--gpus", "2xRTX4090", "--link", "nvlink"), "no NVLink"),
-        (("facebook/opt-125m", "--gpus", "2x4xL4"), "rate between nodes"),
+        (("facebook/opt-125m", "--gpus", "2x4xL4"), "no rate between them"),
         (("facebook/opt-125m", "--gpus", "L4", "--tp", "2"), "--tp 2"),
         (("facebook/opt-125m", "--gpu-memory", "24GiB"), "no GPU"),
         (("facebook/opt-125m", "--gpus", "L4", "--gpu-memory", "1TiB"), "--gpu-memory"),
