@@ -10,7 +10,7 @@ from rowcast.errors import UserError
 from rowcast.placement import cache, host, nvml
 from rowcast.placement.cards import known_card
 from rowcast.placement.hardware import PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity, assumed_flops, assumed_host
-from rowcast.placement.measured import HostProbe
+from rowcast.placement.measured import HostProbe, measured_host
 from rowcast.placement.nvml import DriverFacts, DriverGpu
 from rowcast.placement.units import format_bytes
 
@@ -115,16 +115,9 @@ def _cpu(side: Host) -> Machine:
 
 
 def _probed_host(probed: HostProbe) -> Host:
-    rate = max(probed.memory_rate, probed.read_rate)
-    free = host.read().available_bytes
-    return Host(
-        memory_bytes=min(free, probed.memory_bytes),
-        memory_rate=Quantity(rate, "measured", f"copy or sum by {probed.threads} threads"),
-        pin_bytes=probed.pin_bytes,
-        flops=assumed_flops(probed.cores),
-        cores=probed.cores,
-        memory_origin="measured",
-    )
+    """With no more memory than is free now."""
+    found = measured_host(probed)
+    return replace(found, memory_bytes=min(host.read().available_bytes, found.memory_bytes))
 
 
 def _assumed_cpu() -> Host:

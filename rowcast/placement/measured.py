@@ -143,7 +143,7 @@ class Probe:
         if len(self.gpus) > 1 and None not in together:
             shared = Quantity(sum(rate or 0.0 for rate in together), "measured", "transfers to all cards at once")
         cards = [replace(_card(gpu), peer_rate=self._peer_rate(place)) for place, gpu in enumerate(self.gpus)]
-        node = Node(cards=tuple(cards), host=_host(self.host), link=self._link(), shared_bus_rate=shared)
+        node = Node(cards=tuple(cards), host=measured_host(self.host), link=self._link(), shared_bus_rate=shared)
         return Machine(nodes=(node,))
 
     def _link(self) -> Link:
@@ -220,7 +220,8 @@ def _nominal_bus(gpu: GpuProbe) -> Quantity | None:
     return Quantity(PCIE_LANE_RATE[generation] * lanes, "datasheet", f"PCI Express base specification: {generation}.0 x{lanes}")
 
 
-def _host(host: HostProbe) -> Host:
+def measured_host(host: HostProbe) -> Host:
+    """The host as it was probed."""
     return Host(
         memory_bytes=host.memory_bytes,
         memory_rate=Quantity(max(host.memory_rate, host.read_rate), "measured", f"copy or sum by {host.threads} threads"),

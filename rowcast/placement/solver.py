@@ -70,10 +70,6 @@ class Problem:
         """[P]: P_p of an assignment."""
         return self._slowest(self.seconds[:, _range(len(tiers)), tiers].sum(axis=1))
 
-    def only(self, allowed: Bools) -> Problem:
-        """With fewer tiers: those of `allowed` [T] or [G, T]."""
-        return replace(self, allowed=self.allowed & allowed)
-
     def _cost(self, chains: Floats) -> float:
         return float(self.constant + self.weights @ self._slowest(chains))
 
@@ -167,12 +163,12 @@ def classify(problem: Problem, most: int = MOST_CLASSES) -> Classes:
     return Classes(few, sizes, of, exact)
 
 
-def relax(classes: Classes, allowed: Bools | None = None) -> Relaxed | None:
-    """Solve the linear program; None where no assignment keeps the limits. `allowed` [C, T]: of the tiers, those that may be used."""
+def relax(classes: Classes) -> Relaxed | None:
+    """Solve the linear program; None where no assignment keeps the limits."""
     import numpy as np
     from scipy.optimize import linprog
 
-    program = _Program(classes, allowed)
+    program = _Program(classes)
     if program.impossible:
         return None
     found = linprog(
@@ -193,16 +189,16 @@ def relax(classes: Classes, allowed: Bools | None = None) -> Relaxed | None:
     return Relaxed(classes.problem.constant + found.fun * scale, program.counts(found.x), prices, rents)
 
 
-def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float, allowed: Bools | None = None) -> Solution | None:
+def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float) -> Solution | None:
     """The best assignment within `gap` of the best one of whole classes, and its bound over single groups. None where none was found:
     groups are too large to fit whole, though parts of them would.
 
-    `classes`, `relaxed`: of this problem with these `allowed` tiers [C, T].
+    `classes`, `relaxed`: of this problem.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    program = _Program(classes, allowed)
+    program = _Program(classes)
     whole = np.r_[np.ones(program.options), np.zeros(len(problem.weights))]
     found = milp(
         program.costs,
@@ -214,15 +210,14 @@ def solve(problem: Problem, classes: Classes, relaxed: Relaxed, *, gap: float, a
         bounds=Bounds(0, np.inf),
         options={"mip_rel_gap": gap, "node_limit": _MOST_NODES},
     )
-    narrowed = problem if allowed is None else problem.only(allowed[classes.of])
-    bound = lagrangian(narrowed, relaxed)
+    bound = lagrangian(problem, relaxed)
     if classes.exact and found.mip_dual_bound is not None:
         bound = max(bound, problem.constant + found.mip_dual_bound * program.scale)
-    baseline = greedy(narrowed)
+    baseline = greedy(problem)
     tried = [baseline]
     if found.x is not None:
-        tried.append(_expand(narrowed, classes, np.rint(program.counts(found.x)).astype(np.int64), relaxed))
-    fitting = [tiers for tiers in tried if tiers is not None and narrowed.fits(tiers)]
+        tried.append(_expand(problem, classes, np.rint(program.counts(found.x)).astype(np.int64), relaxed))
+    fitting = [tiers for tiers in tried if tiers is not None and problem.fits(tiers)]
     if not fitting:
         return None
     tiers = min(fitting, key=problem.cost)
@@ -253,7 +248,7 @@ def missing(classes: Classes, gains: Floats) -> float:
     import numpy as np
     from scipy.optimize import linprog
 
-    program = _Program(classes, None)
+    program = _Program(classes)
     if program.impossible:
         return float("inf")
     chains, limits = len(classes.problem.base), np.maximum(classes.problem.limits, 1.0)
@@ -319,12 +314,12 @@ class _Program:
     Seconds are counted in the scale of the largest chain and bytes in their limit, so that all numbers are near 1.
     """
 
-    def __init__(self, classes: Classes, allowed: Bools | None) -> None:
+    def __init__(self, classes: Classes) -> None:
         import numpy as np
         from scipy.sparse import csr_array
 
         problem = classes.problem
-        mask = problem.allowed if allowed is None else problem.allowed & allowed
+        mask = problem.allowed
         self.impossible = bool((~mask.any(axis=1)).any())
         rows, tiers = np.nonzero(mask)
         self._rows, self._tiers, self._shape = rows, tiers, mask.shape
