@@ -11,7 +11,7 @@ import torch
 import rowcast.cli
 from rowcast.bench.latency import kv_bytes_read, random_peer
 from rowcast.bench.random_source import RandomSource
-from rowcast.bench.shapes import SHAPES
+from rowcast.bench.shapes import open_shape
 from rowcast.errors import UserError
 from rowcast.runtime.config import spec_from_config
 
@@ -64,7 +64,7 @@ def test_without_a_context_a_shape_has_a_short_prompt(shape: str, capsys: pytest
     ("arguments", "words"),
     [
         (["--shape", "llama-2-7b", "--model", "m"], "--shape llama-2-7b has random weights and --model m its own: give one"),
-        (["--shape", "llama-3-70b"], "no shape 'llama-3-70b'"),
+        (["--shape", "llama-9"], "no shape 'llama-9'"),
         (["--context", "0"], "--context"),
     ],
 )
@@ -88,7 +88,7 @@ def test_the_peer_has_the_shape() -> None:
 def test_kv_bytes_end_at_windows() -> None:
     spec = spec_from_config({**CONFIG, "model_type": "mistral", "sliding_window": 32})
     assert kv_bytes_read(spec, 2, 100) == 32 * 2 * 2 * 4 * 8 * 2
-    assert kv_bytes_read(spec_from_config(SHAPES["llama-2-7b"]), 2, 1024) == 1024 * 2 * 32 * 4096 * 2
+    assert kv_bytes_read(spec_from_config(open_shape("llama-2-7b").config), 2, 1024) == 1024 * 2 * 32 * 4096 * 2
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import rowcast.cli
 from rowcast import LLM, SamplingParams
 from rowcast.bench import speculation
 from rowcast.bench.random_source import RandomSource, tensor_shapes
-from rowcast.bench.shapes import SHAPES, open_shape
+from rowcast.bench.shapes import open_shape
 from rowcast.bench.speculation import Sample, Settings, run
 from rowcast.bench.speculation_report import lines
 from rowcast.errors import UserError
@@ -83,7 +83,7 @@ def test_a_random_tensor_longer_than_the_noise_has_no_equal_rows() -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("yarn-llama-2-7b-128k", 6.738), ("llama-3.1-8b", 8.03), ("llama-68m", 0.068)])
 def test_known_shapes_have_the_published_size(name: str, billions: float) -> None:
-    assert parameter_count(spec_from_config(SHAPES[name])) / 1e9 == pytest.approx(billions, rel=0.005)
+    assert parameter_count(spec_from_config(open_shape(name).config)) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from rowcast.bench.shapes import SHAPES
 from rowcast.errors import UserError
 from rowcast.placement.models import find_config, known_config, known_models
 from rowcast.runtime.config import spec_from_config
@@ -82,20 +81,3 @@ def test_unknown_models(name: str) -> None:
     with pytest.raises(UserError, match=r"is not known here: use a hub id such as [^,]+/") as error:
         find_config(name)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_of_benchmarks_are_the_models(name: str) -> None:
-    """But for the norm's epsilon, which times nothing."""
-    theirs, ours = spec_from_config(SHAPES[name]), spec_from_config(find_config(name))
-    for field in (
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "vocab_size",
-        "max_context",
-        "rope",
-    ):
-        assert getattr(theirs, field) == getattr(ours, field)
