@@ -17,7 +17,6 @@ import random
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,7 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="llama-2-7b", help="a well-known model's name or a config.json; its weights are random")
+    parser.add_argument(
+        "--model", default="llama-2-7b", help="a well-known model's name or a config.json; its weights are random"
+    )
     parser.add_argument("--case", choices=CASES, action="append", help="repeatable; all")
     parser.add_argument("--prompt", type=int, default=896, help="tokens")
     parser.add_argument("--tokens", type=int, default=128, help="to generate")
@@ -105,12 +106,16 @@ def _print(name: str, found: dict[str, Any], most_time: float, most_memory: floa
     bounds = {"seconds per token": most_time, "GPU memory held": most_memory}
     for what, figure in found["figures"].items():
         scale, unit = {"s": (1e3, " ms"), "bytes": (1e-9, " GB")}.get(figure.get("unit", ""), (1.0, ""))
-        shown = [f"{figure[side] * scale:.4g}{unit}" if figure.get(side) is not None else "-" for side in ("predicted", "measured")]
+        shown = [
+            f"{figure[side] * scale:.4g}{unit}" if figure.get(side) is not None else "-" for side in ("predicted", "measured")
+        ]
         error = figure["error"]
         off = what in bounds and (error is None or abs(error) > bounds[what])
         failed |= off
         told = "" if error is None else f" ({error:+.1%})"
-        print(f"  {what}: predicted {shown[0]}, measured {shown[1]}{told}{' TOO FAR' if off else ''} {figure.get('note', '')}".rstrip())
+        print(
+            f"  {what}: predicted {shown[0]}, measured {shown[1]}{told}{' TOO FAR' if off else ''} {figure.get('note', '')}".rstrip()
+        )
     sys.stdout.flush()
     return failed
 

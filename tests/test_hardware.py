@@ -15,7 +15,7 @@ from rowcast.errors import UserError
 from rowcast.placement import cache, host, nvml
 from rowcast.placement.cards import CARDS, find_card, known_card
 from rowcast.placement.hardware import GIB, Machine, Quantity, machine_from, parse_gpus
-from rowcast.placement.measured import GpuProbe, HostProbe, PeerProbe, Probe, RowRate
+from rowcast.placement.measured import CpuProduct, GpuProbe, HostProbe, PeerProbe, Probe, RowRate
 
 
 def names(text: str) -> list[list[str]]:
@@ -281,7 +281,7 @@ def test_no_limit_and_wsl(tmp_path: Path) -> None:
 
 HOST = HostProbe(
     cpu="A CPU", cores=16, numa_nodes=1, memory_bytes=64 * GIB, available_bytes=60 * GIB, pin_bytes=50 * GIB, pin_reason="a trial",
-    wsl=False, threads=8, memory_rate=50e9, read_rate=45e9, flops_16bit=90e9, flops_32bit=60e9,
+    wsl=False, threads=8, memory_rate=50e9, read_rate=45e9, products=(CpuProduct(2, 40e9, 30e9),),
 )  # fmt: skip
 ROWS = tuple(RowRate(kib << 10, rate * 1e9) for kib, rate in ((4, 12), (8, 20), (16, 23), (32, 24)))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.costs import Mode
-from rowcast.placement.hardware import Machine, machine_from
+from rowcast.placement.hardware import HostProducts, Machine, Quantity, machine_from
 from rowcast.placement.models import known_config
 from rowcast.placement.planner import Decision, decide
 from rowcast.placement.units import parse_bytes
@@ -136,6 +136,21 @@ def test_a_sparse_ladder_moves_rows_or_computes_cold_neurons_where_they_are() ->
     roomy = plan(work(SPARSE), machine("RTX4090", gpu="3500MiB")).forecast
     hot = [share for share in roomy.shares if share.part == "neurons" and share.tier == "resident"]
     assert hot and all(share.first == 0 for share in hot), "the most frequent neurons come first"
+
+
+def test_the_cpu_gets_what_it_can_multiply_in_time() -> None:
+    """Bytes in its tier, by how fast it was measured to multiply weights of that width; another width's rate is no matter."""
+    found = machine("1xRTX4090", gpu="4GiB")
+    (node,) = found.nodes
+
+    def share(rate: float, width: int = 2) -> int:
+        measured = Quantity(rate, "measured", "a test")
+        host = replace(node.host, products=(HostProducts(width, measured, measured),))
+        shares = plan(work(PLAIN), replace(found, nodes=(replace(node, host=host),))).forecast.shares
+        return sum(each.bytes for each in shares if each.tier == "cpu")
+
+    assert share(1e9) < 0.2 * share(10e9) < 0.9 * share(1e12)
+    assert share(1e9, width=4) == share(1e12)
 
 
 def test_rows_known_ahead_hide_under_attention() -> None:

@@ -35,7 +35,8 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     found = probe(TINY, told.append)
     host = found.host
-    assert min(host.memory_rate, host.read_rate, host.flops_16bit, host.flops_32bit) > 1e6
+    assert min(host.memory_rate, host.read_rate) > 1e6 and [product.width for product in host.products] == [2, 4]
+    assert min(rate for product in host.products for rate in (product.whole, product.chosen)) > 1e6
     assert 0 < host.pin_bytes <= host.memory_bytes and host.pin_reason.endswith("not tried")
     assert host.threads == torch.get_num_threads()
     assert found.gpus == () and found.notes == ("no GPU was measured: none was found",)

@@ -79,8 +79,9 @@ def _host(found: Probe) -> Iterator[Row]:
     yield "pinnable", format_bytes(host.pin_bytes), host.pin_reason
     yield "host memory, copy", _rate(host.memory_rate), f"{threads}, read and written"
     yield "host memory, sum", _rate(host.read_rate), f"{threads}, read"
-    yield "matrix-vector, bfloat16", f"{host.flops_16bit / 1e9:.1f} GFLOP/s", threads
-    yield "matrix-vector, float32", f"{host.flops_32bit / 1e9:.1f} GFLOP/s", threads
+    for product in host.products:
+        kind = {2: "bfloat16", 4: "float32"}[product.width]
+        yield f"neurons by the CPU, {kind}", f"all: {_rate(product.whole)}, chosen: {_rate(product.chosen)}", threads
 
 
 def _gpus(found: Probe) -> Iterator[Row]:

@@ -14,21 +14,22 @@ from statistics import median
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.kernels.rows import rows_in
+from rowcast.kernels.rows import ffn_hidden, rows_out
 from rowcast.offload import gpu_rates
 from rowcast.offload.host_memory import HostTensor, pinned_bank
 from rowcast.placement import host as system
 from rowcast.placement import nvml
-from rowcast.placement.measured import GpuProbe, HostProbe, PeerProbe, Probe
+from rowcast.placement.measured import CpuProduct, GpuProbe, HostProbe, PeerProbe, Probe
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _WIDTH = 4096
-"""Of the rows of matrix-vector products."""
+"""Of the neurons that the CPU multiplies."""
 
 _FREE_SHARE = 4
 """No measurement takes more than one part in so many of the memory that is free."""
@@ -107,8 +108,7 @@ class _Run:
             threads=torch.get_num_threads(),
             memory_rate=copied,
             read_rate=summed,
-            flops_16bit=_product_rate(size, torch.bfloat16, repeat),
-            flops_32bit=_product_rate(size, torch.float32, repeat),
+            products=tuple(_cpu_product(size, dtype, repeat) for dtype in (torch.bfloat16, torch.float32)),
         )
 
     # The GPUs.
@@ -265,12 +265,18 @@ def _memory_rates(size_bytes: int, repeat: int) -> tuple[float, float]:
     return 2 * size_bytes / copied, size_bytes / _host_seconds(source.sum, repeat)
 
 
-def _product_rate(size_bytes: int, dtype: torch.dtype, repeat: int) -> float:
-    """Operations/s of a product of one token with every other row of a table, as the CPU would compute cold neurons."""
-    table = torch.ones(max(size_bytes // (_WIDTH * dtype.itemsize), 2), _WIDTH, dtype=dtype)
+def _cpu_product(size_bytes: int, dtype: torch.dtype, repeat: int) -> CpuProduct:
+    """A token through neurons of a table, up and down, as the CPU computes cold ones."""
+    neuron_bytes = 2 * _WIDTH * dtype.itemsize
+    table = torch.ones(max(size_bytes // neuron_bytes, 2), 2, _WIDTH, dtype=dtype)
     ids = torch.arange(0, len(table), 2)
     x = torch.ones(1, _WIDTH, dtype=dtype)
-    return 2 * len(ids) * _WIDTH / _host_seconds(lambda: rows_in(table, x, ids), repeat)
+
+    def run(chosen: Tensor | None = None) -> None:
+        rows_out(table[:, 1], ffn_hidden(None, table[:, 0], None, x, chosen, "relu"), chosen)
+
+    whole, some = _host_seconds(run, repeat), _host_seconds(lambda: run(ids), repeat)
+    return CpuProduct(dtype.itemsize, table.nbytes / whole, len(ids) * neuron_bytes / some)
 
 
 def _host_seconds(call: Callable[[], object], repeat: int) -> float:

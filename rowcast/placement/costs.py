@@ -14,13 +14,14 @@ A pass of a rung over a stage takes as long as the slowest of these chains, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rowcast.placement.constants import STREAM_BYTES, Constants
 from rowcast.placement.groups import EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
-from rowcast.placement.hardware import Quantity
+from rowcast.placement.hardware import Host, Quantity
 from rowcast.placement.layout import Layout, Site
 from rowcast.placement.resident import layered_tokens, states_bytes
 from rowcast.placement.solver import Problem
@@ -207,7 +208,8 @@ class CostModel:
                         host[site.node][:, CPU] += ranks * read / host_rate
                         tokens = self.tokens(rung)
                         arithmetic = tokens / self.work.width * 2 / (node.host.flops.value * self.constants.cpu_flops_share)
-                        cpu[site.node][:, CPU] += ranks * np.maximum(read / host_rate, read * arithmetic)
+                        product_rate = min(host_rate, self._cpu_product_rate(node.host, rung))
+                        cpu[site.node][:, CPU] += ranks * np.maximum(read / product_rate, read * arithmetic)
                         if node.shared_bus_rate is not None:
                             shared[site.node] += ranks * bus * rate / self._rate(node.shared_bus_rate, self.constants.bus_share)
                     peers = np.zeros((count, tiers))
@@ -295,6 +297,13 @@ class CostModel:
             for index, stage in enumerate(layout.stages)
         )
         return total + chunks * (calls + sums) + prompts * crossing + self.constants.round_s
+
+    def _cpu_product_rate(self, host: Host, rung: RungUse) -> float:
+        """Bytes/s of neurons that the CPU multiplies with a token; infinite where that was not measured."""
+        for found in host.products:
+            if found.width == self.work.width:
+                return (found.whole if rung.neurons >= 1 else found.chosen).value
+        return math.inf
 
     def _memory_rate(self, site: Site) -> float:
         share = self.constants.host_share if self.layout.on_cpu else self.constants.copy_share

@@ -88,6 +88,18 @@ class Card:
         return "pcie" if self.peer_access else "host"
 
 
+@dataclass(frozen=True, slots=True)
+class HostProducts:
+    """Bytes/s of weights that the CPU multiplies with one token, where they lie in its memory."""
+
+    width: int
+    """Bytes of a weight."""
+    whole: Quantity
+    """All rows of a table."""
+    chosen: Quantity
+    """Some of its rows."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """The CPU side of one node."""
@@ -101,6 +113,8 @@ class Host:
     """Of all cores, operations/s, for the neurons that the CPU computes."""
     cores: int
     memory_origin: Origin = "given"
+    products: tuple[HostProducts, ...] = ()
+    """As far as they were measured; otherwise the memory's rate and the cores' arithmetic are what bounds them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

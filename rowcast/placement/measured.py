@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rowcast.errors import UserError
 from rowcast.placement.cards import known_card
-from rowcast.placement.hardware import GIB, PCIE_LANE_RATE, Card, Host, Link, Machine, Node, Quantity, assumed_flops
+from rowcast.placement.hardware import GIB, PCIE_LANE_RATE, Card, Host, HostProducts, Link, Machine, Node, Quantity, assumed_flops
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a field changes its meaning."""
 
 KERNEL_SHARE = 0.85
@@ -93,6 +93,18 @@ class PeerProbe:
     topology: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CpuProduct:
+    """A token's products with neurons that lie in host memory, as the CPU computes them. Bytes of their weights a second."""
+
+    width: int
+    """Bytes of a weight."""
+    whole: float
+    """With all neurons of a table."""
+    chosen: float
+    """With every other one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostProbe:
     """The CPU side."""
@@ -112,9 +124,8 @@ class HostProbe:
     """Bytes read and written by a large copy, a second."""
     read_rate: float
     """Bytes read by a sum over a large array, a second."""
-    flops_16bit: float
-    flops_32bit: float
-    """Of matrix-vector products with weights in bfloat16 and float32, operations/s."""
+    products: tuple[CpuProduct, ...] = ()
+    """Of bfloat16 and float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,8 +239,15 @@ def measured_host(host: HostProbe) -> Host:
         pin_bytes=host.pin_bytes,
         flops=assumed_flops(host.cores),
         cores=host.cores,
+        products=tuple(_products(host)),
         memory_origin="measured",
     )
+
+
+def _products(host: HostProbe) -> Iterator[HostProducts]:
+    for found in host.products:
+        whole, chosen = (Quantity(rate, "measured", f"by {host.threads} threads") for rate in (found.whole, found.chosen))
+        yield HostProducts(found.width, whole, chosen)
 
 
 def _read(kind: Any, content: Any) -> Any:

@@ -272,8 +272,23 @@ def _held(device: DeviceMemory, classes: Mapping[str, int]) -> DeviceMemory:
     return replace(device, classes=ordered)
 
 
+def _with_row_cache(device: DeviceMemory) -> DeviceMemory:
+    """A GPU's memory with half of its margin among the buffers."""
+    if device.card == "host":
+        return device
+    kept = device.classes["margin"] // 2
+    classes = {"buffers": device.classes["buffers"] + kept, "margin": device.classes["margin"] - kept}
+    return replace(device, classes=device.classes | classes)
+
+
 def split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: str, notes: Sequence[str], device: str) -> Plan:
-    """Of several ranks, or with parts elsewhere: the fields of the fullest rank, from the forecast."""
+    """Of several ranks, or with parts elsewhere: the fields of the fullest rank, from the forecast.
+
+    The budget is what the engine's allocator may take: a GPU's context is not its. Half of what is left keeps fetched rows.
+    """
+    outside = Constants().context_bytes if device == "cuda" else 0
+    if any(share.tier == "rows" for share in forecast.shares):
+        forecast = replace(forecast, memory=[_with_row_cache(each) for each in forecast.memory])
     ranks = [device for device in forecast.memory if device.card != "host"]
     fullest = max(ranks, key=lambda device: sum(device.classes.values()) - device.classes["margin"])
     held = fullest.classes
@@ -298,12 +313,12 @@ def split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: s
         num_blocks=blocks,
         lookahead=needs.lookahead,
         speculating_seqs=min(work.batch, MAX_SPECULATING_SEQS) if needs.lookahead else 0,
-        budget_bytes=fullest.budget_bytes,
+        budget_bytes=fullest.budget_bytes - outside,
         weight_bytes=held["weights"],
         rung_weight_bytes=held["draft"] + held["rung weights"],
         kv_bytes=held["KV"],
         rung_kv_bytes=held["rung KV"],
-        work_bytes=held["work"] + held["buffers"] + held["graphs"],
+        work_bytes=held["work"] + held["buffers"] + held["graphs"] - outside,
         pass_bytes=pass_bytes(work.spec, work.width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=kv_bytes_per_token(work.spec, work.width),
         notes=list(notes),

@@ -25,7 +25,7 @@ class Buffers:
 
     @classmethod
     def of(cls, plan: Plan, tiers: Tiers, spec: ModelSpec) -> Buffers:
-        """Of one rank. Half of the plan's margin keeps rows."""
+        """Of one rank. Rows are kept in as many bytes as the plan leaves free beside them."""
         width, share = DTYPE_BYTES[plan.dtype], rank_share(spec, plan.world)
         spans = (*tiers.attention.values(), *tiers.neurons.values(), tiers.head)
         # Rows that are fetched are streamed, too, by passes over all of them.
@@ -36,4 +36,4 @@ class Buffers:
             return cls(ring)
         layer = (3 if spec.gated else 2) * spec.hidden_size * share.intermediate_size * width
         rows = round(2 * layer * min(0.5, max(shares)))
-        return cls(ring, rows, max(0, plan.margin_bytes // 2))
+        return cls(ring, rows, max(0, plan.margin_bytes))
