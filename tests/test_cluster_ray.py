@@ -19,7 +19,7 @@ from rowcast.errors import UserError
 
 ray: Any = pytest.importorskip("ray")
 
-from rowcast.cluster.ray_launcher import RayLauncher  # noqa: E402
+from rowcast.cluster.ray_launcher import RayLauncher, RayRanks  # noqa: E402
 
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=20, detokenize=False, ignore_eos=True)
 PROMPT = [5, 9, 5, 9, 5, 9, 2, 7]
@@ -76,3 +76,16 @@ def test_a_place_that_there_is_not(model: Path) -> None:
     with pytest.raises(UserError, match=r"no place within 1 s for 2 ranks of 1 CPU, 2 GPU each .* have 2 CPU, 2 GPU"):
         LLM(model, tensor_parallel_size=2, launcher=RayLauncher(gpus=2, place_s=1))
     assert ray.available_resources()["CPU"] == 2
+
+
+@pytest.mark.parametrize("gone", ["none", "another"])
+def test_a_ray_that_went_first_is_not_asked(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a process's end Ray may be shut down before its ranks are; any question would start it anew, or be refused by another one."""
+    ranks = RayRanks([None], [None], None)  # type: ignore[arg-type]
+    if gone == "none":
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    else:
+        ranks._node = "that of a cluster before"
+    assert ranks.dead() == {0: "ended with the Ray that it was placed by"}
+    assert ranks.wait(5)
+    ranks.kill()

@@ -100,18 +100,27 @@ class RayRanks:
 
     def __init__(self, actors: list[Any], runs: list[Any], group: PlacementGroup) -> None:
         self.actors, self._runs, self._group = actors, runs, group
+        self._node = ray.get_runtime_context().get_node_id()
         self._killed = False
 
     def dead(self) -> dict[int, str]:
+        if not self._reachable():
+            return dict.fromkeys(range(len(self._runs)), "ended with the Ray that it was placed by")
         ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
         return {self._runs.index(run): _how(run) for run in ended}
 
     def wait(self, timeout_s: float) -> bool:
+        if not self._reachable():
+            return True
         ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=timeout_s)
         return len(ended) == len(self._runs)
 
+    def _reachable(self) -> bool:
+        """Whether this process is still with the Ray that placed them. At its end Ray may go first, and asking would start another."""
+        return ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node
+
     def kill(self) -> None:
-        if self._killed or not ray.is_initialized():
+        if self._killed or not self._reachable():
             return
         self._killed = True
         for actor in self.actors:
