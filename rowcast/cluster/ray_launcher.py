@@ -100,7 +100,7 @@ class RayRanks:
 
     def __init__(self, actors: list[Any], runs: list[Any], group: PlacementGroup) -> None:
         self.actors, self._runs, self._group = actors, runs, group
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node = str(ray.get_runtime_context().get_node_id())
         self._killed = False
 
     def dead(self) -> dict[int, str]:
@@ -117,7 +117,7 @@ class RayRanks:
 
     def _reachable(self) -> bool:
         """Whether this process is still with the Ray that placed them. At its end Ray may go first, and asking would start another."""
-        return ray.is_initialized() and ray.get_runtime_context().get_node_id() == self._node
+        return bool(ray.is_initialized()) and str(ray.get_runtime_context().get_node_id()) == self._node
 
     def kill(self) -> None:
         if self._killed or not self._reachable():
