@@ -39,10 +39,21 @@ def print_plan(plan: Plan, file: IO[str]) -> None:
     _table(console, "what if", ("change", "ms a token", "speed"), changes, right=(1, 2))
     order = {"given": 0, "measured": 1, "datasheet": 2, "assumed": 3}
     inputs = sorted(forecast.inputs, key=lambda each: order[each.origin])
-    rows = [(each.origin, each.name, f"{each.value:.6g}", each.source) for each in inputs]
+    rows = [(each.origin, *_with_unit(each.name, each.value), each.source) for each in inputs]
     _table(console, "inputs, by origin", ("origin", "input", "value", "source"), rows, right=(2,))
     for note in [*plan.notes, *forecast.notes]:
         console.print(f"note: {note}", markup=False, highlight=False)
+
+
+_UNITS = {", bytes/s": (1e9, "GB/s"), ", operations/s": (1e12, "TFLOP/s"), ", bytes": (float(1 << 30), "GiB")}
+"""What ends the name of an input, and how people count it."""
+
+
+def _with_unit(name: str, value: float) -> tuple[str, str]:
+    for ending, (scale, unit) in _UNITS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending), f"{value / scale:,.4g} {unit}"
+    return name, f"{value:.6g}"
 
 
 def print_report(report: PlanReport, file: IO[str]) -> None:

@@ -307,6 +307,12 @@ def _inputs(found: Found, corrections: Mapping[str, float] | None) -> list[Input
                 f"node {n}: host memory rate, bytes/s", host.memory_rate.value, host.memory_rate.origin, host.memory_rate.source
             )
         )
+        for products in host.products:
+            if products.width == work.width and not layout.on_cpu:
+                rates = (("all", products.whole), ("chosen", products.chosen))
+                told += [
+                    Input(f"node {n}: {which} neurons by the CPU, bytes/s", r.value, r.origin, r.source) for which, r in rates
+                ]
     if (rate := layout.machine.inter_node_rate) is not None:
         told.append(Input("between nodes, bytes/s", rate.value, rate.origin, rate.source))
     told += [*work.inputs, *found.ladder.inputs]
