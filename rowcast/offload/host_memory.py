@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels.gpu.host_rows import UNIT, gather
+from rowcast.offload import numa
 
 _PORTABLE_AND_MAPPED = 1 | 2
 """Flags of cudaHostRegister: pinned for every context, mapped into the device's address space."""
@@ -103,6 +104,8 @@ def pinned_bank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     with suppress(AttributeError, OSError):  # Not every system has huge pages.
         pages.madvise(mmap.MADV_HUGEPAGE)
     bank = torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+    if (node := numa.node_of(device)) is not None and size:
+        numa.prefer(bank.data_ptr(), size, node)
     return HostTensor(bank.zero_(), device)
 
 
