@@ -21,10 +21,10 @@ def node_of(device: torch.device, root: Path = Path("/")) -> int | None:
     if device.type != "cuda" or len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) < 2:
         return None
     found: Any = torch.cuda.get_device_properties(device)
-    place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     try:
+        place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
         node = int((root / "sys/bus/pci/devices" / place / "numa_node").read_text())
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # Older versions of torch do not tell a card's place.
         return None
     return node if node >= 0 else None
 
