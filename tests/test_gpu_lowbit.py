@@ -48,10 +48,16 @@ def test_product(bits: int, dtype: torch.dtype) -> None:
     near(lowbit.product(q, x), exact(q, x))
 
 
-@pytest.mark.parametrize(("columns", "group"), [(100, 64), (384, 64), (256, 128), (300, 128)])
+@pytest.mark.parametrize(("columns", "group"), [(100, 64), (384, 64), (256, 128), (300, 128), (320, 128), (101, 64)])
 def test_groups_and_padding(columns: int, group: int) -> None:
     for bits in (4, 8):
         q, x = weight(70, columns, bits, group), inputs(2, columns, torch.bfloat16)
+        near(lowbit.product(q, x), exact(q, x))
+
+
+def test_inputs_that_do_not_begin_at_a_word() -> None:
+    for columns in (128, 101):
+        q, x = weight(40, columns, 4), inputs(1, 2 * columns + 1, torch.bfloat16)[0, 1:].view(2, columns)
         near(lowbit.product(q, x), exact(q, x))
 
 
@@ -76,11 +82,11 @@ def test_chosen_rows(count: int | None) -> None:
         near(y, exact(q, x)[:, ids.long()][:, :count] + bias.double()[ids.long()][:count])
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "ahead"), [(1, 2), (3, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_results_do_not_depend_on_the_number_of_tokens(dtype: torch.dtype, splits: int) -> None:
+def test_results_do_not_depend_on_the_number_of_tokens(dtype: torch.dtype, splits: int, ahead: int) -> None:
     q, x = weight(80, 384, 4), inputs(16, 384, dtype)
-    tiles = lowbit.Tiles(32, 2, splits, 2, 3)
+    tiles = lowbit.Tiles(32, 2, 1, splits, ahead)
     whole = lowbit._run(q, x, 80, tiles=tiles)
     for tokens in (1, 7):
         assert torch.equal(lowbit._run(q, x[:tokens], 80, tiles=tiles), whole[:tokens])

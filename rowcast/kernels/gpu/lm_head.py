@@ -66,8 +66,8 @@ class Capacities:
 
     @staticmethod
     def of(rows: int) -> Capacities:
-        """Where refining reads a quarter of the second proxy, and exact rows an eighth of the head."""
-        return Capacities(max(rows // 4, 4 * MOST_K), max(rows // 8, 4 * MOST_K))
+        """Where refining reads half of the second proxy, which the best 64 come near to, and exact rows an eighth of the head."""
+        return Capacities(max(rows // 2, 4 * MOST_K), max(rows // 8, 4 * MOST_K))
 
 
 def top(
@@ -109,7 +109,7 @@ def top(
     correction = first.correction
     fused = correction is not None and correction.bits == 4 and correction.codes.stride(1) == 1
     corrected = None if correction is None or fused else lowbit.product(correction, along)
-    estimate = lowbit._run(first.proxy, x, total, residual=corrected, tiles=_all_rows(first.proxy, x))
+    estimate = lowbit.product(first.proxy, x, residual=corrected)
 
     groups, each = (2, 128) if x.is_cuda else (16, 16)  # the interpreter has small heads
     blocks, best = triton.cdiv(total, groups * each), 1 if k == 1 else 2
@@ -242,16 +242,9 @@ class _New:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
-def _all_rows(q: LowBit, x: Tensor) -> lowbit.Tiles | None:
-    """For the first proxy, of which all rows are read; None: as the product would have it."""
-    return lowbit.Tiles(64, 4, 1, 2, 3) if x.is_cuda and q.bits == 4 and q.padded // BLOCK % 4 == 0 else None
-
-
 def _chosen_rows(q: LowBit, x: Tensor) -> lowbit.Tiles | None:
     """For a later proxy, of which few rows are read: more splits than the capacity would ask for."""
-    blocks = q.padded // BLOCK
-    unroll = 2 if blocks % 2 == 0 else 1
-    return lowbit.Tiles(64, unroll, max(1, min(8, blocks // unroll // 2)), 2, 3) if x.is_cuda else None
+    return lowbit.Tiles(64, 4, 1, 4) if x.is_cuda else None
 
 
 def _block(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -21,13 +22,14 @@ from rowcast.kernels.lowbit import BLOCK, LowBit
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: tiles of `rows`, `unroll` blocks of 64 columns a step, `splits` of the columns."""
+    """How a product is cut: tiles of `rows` with `splits` of their columns; in a step each of `warps` takes `unroll` blocks of 64."""
 
     rows: int
+    warps: int
     unroll: int
     splits: int
-    warps: int
-    stages: int
+    ahead: int = 1
+    """Steps whose weights are on their way while one is multiplied: 1 or 2."""
 
 
 def product(
@@ -87,12 +89,19 @@ def _run(
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     assert residual is None or residual.shape == (tokens, places)
-    blocks = q.padded // BLOCK
-    tiles = tiles or tiles_for(places, blocks, q.bits, gated, multiprocessors(x.device))
+    if q.columns % 2:  # The kernel reads pairs, as words.
+        x = F.pad(x, (0, 1))
+    elif x.data_ptr() % 4:
+        x = x.clone()
+    blocks, block_bytes = q.padded // BLOCK, BLOCK * q.bits // 8
+    assert q.codes.stride(0) % block_bytes == 0 and q.codes.data_ptr() % 16 == 0
+    tiles = tiles or tiles_for(places, blocks, gated, multiprocessors(x.device))
+    step = tiles.warps * tiles.unroll
+    splits = min(tiles.splits, triton.cdiv(blocks, step))
     out = torch.empty(tokens, places, dtype=dtype, device=x.device)
     row_tiles = triton.cdiv(places, tiles.rows)
-    partial, counters = partial_sums(x.device, tiles.splits, (2 if gated else 1) * tokens * places, row_tiles)
-    lowbit_kernel[(row_tiles, tiles.splits)](
+    partial, counters = partial_sums(x.device, splits, (2 if gated else 1) * tokens * places, row_tiles)
+    lowbit_kernel[(splits, row_tiles)](
         q.codes,
         q.scales,
         x,
@@ -106,50 +115,53 @@ def _run(
         counters,
         tokens,
         places,
-        q.columns,
-        q.codes.stride(0),
+        x.shape[1],
+        q.codes.stride(0) // block_bytes,
         q.scales.stride(0),
-        blocks // tiles.unroll,
+        blocks,
         WORD=_word(q, tiles.unroll),
         BITS=q.bits,
         GROUP=q.group // BLOCK,
         GATED=gated,
         ACTIVATION=activation,
         SIGNED=signed,
-        WHOLE=q.columns % BLOCK == 0,
-        SPLITS=tiles.splits,
+        WHOLE=q.columns == q.padded and blocks % step == 0,
+        SPLITS=splits,
+        WARPS=tiles.warps,
         UNROLL=tiles.unroll,
+        AHEAD=tiles.ahead,
         ROWS=tiles.rows,
         TOKENS=8 if tokens <= 8 and x.is_cuda else MOST_TOKENS,
         ASM=x.is_cuda,
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=1,
         **overlap(x),
     )
     return out
 
 
-def tiles_for(places: int, blocks: int, bits: int, gated: bool, units: int) -> Tiles:
-    """For a product with `places` rows of `blocks` blocks; units: the GPU's multiprocessors. As measured on an H100."""
-    unroll = 2 if blocks % 2 == 0 and not gated else 1
-    rows, warps, stages, each = 64, 2, 3, 6
-    """each: CTAs of a multiprocessor, over all splits."""
+def tiles_for(places: int, blocks: int, gated: bool, units: int) -> Tiles:
+    """For a product with `places` rows of `blocks` blocks; units: the GPU's multiprocessors. As measured on an H100.
+
+    What decides: all programs in one wave, with 15 to 25 warps a multiprocessor. Fewer rows make inputs dear where tokens are many.
+    """
+    narrow, wide = triton.cdiv(places, 16), triton.cdiv(places, 32)
     if gated:
-        rows, stages, each = 32, 4, 4
-    elif bits in (4, 8) and places <= 4 * units:
-        rows, warps, stages, each = 16, 1, 4, 3
-    elif bits == 8:
-        rows = 32
-    elif bits == 4 and places > 64 * units:
-        rows, each = 32, 8
-    wanted = round(each * units / triton.cdiv(places, rows))
-    return Tiles(rows, unroll, max(1, min(wanted, blocks // unroll // 4)), warps, stages)
+        return Tiles(16, 1, 4, 1) if narrow > 6 * units else Tiles(16, 2, 2, 1)
+    if blocks <= 8:
+        return Tiles(16, 2, 2, 1)
+    if 3 * units < narrow <= 8 * units:
+        return Tiles(16, 4, 2, 1)
+    if wide < units // 2:
+        return Tiles(16, 4, 2, max(1, min(16, 3 * units // narrow, blocks // 16)))
+    return Tiles(32, 2, 2, max(1, min(round(8 * units / wide), blocks // 16)))
 
 
 def _word(q: LowBit, unroll: int) -> int:
     """How many neighbouring scales of a row the kernel may read at once."""
     if q.group == BLOCK:
         for word in (4, 2):
-            if unroll % word == 0 and q.scales.stride(0) % word == 0 and q.scales.data_ptr() % (2 * word) == 0:
+            whole = q.scales.shape[1] % word == q.scales.stride(0) % word == unroll % word == 0
+            if whole and q.scales.data_ptr() % (2 * word) == 0:
                 return word
     return 1

@@ -3,6 +3,12 @@
 Tokens are the columns of the tile that the matrix units take, y^T [rows, 16] = W [rows, K] x^T [K, 16]. Codes become levels in
 registers: code - (2^bits - 1) / 2 has at most 8 significant bits, which bfloat16 and float16 hold exactly. Each block of 64 columns
 is one product of exact numbers in float32, times its scale. float32 inputs are two bfloat16 parts, whose sum is within 2^-17 of them.
+
+Codes go from memory straight to the registers that the matrix units read, and no warp waits for another: each has blocks of its own,
+and sums are added at the end. For lane 4 g + q of a warp those units (mma.sync.m16n8k16) want some columns of the rows g and g + 8, and
+as a sum does not care for the order of its columns, lane q gets the q-th quarter of a block's bytes, which lie together. So tensors are
+indexed [q, g, warp, h, ...], row or token 8 h + g, and what `_add_product` does to them only renames registers. That the compiler
+deals out the axes like this was seen in its code for sm_90; elsewhere it may move numbers between lanes.
 """
 
 from __future__ import annotations
@@ -11,35 +17,37 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowcast.kernels.gpu.product_kernels import _activate, _arrive
-
-
-@triton.constexpr_function
-def _above_zero(bits, half):
-    """What `_unpack` leaves added to the level: the power of two whose mantissa the code was put into, plus the middle level."""
-    return (2 ** (bits + 2) if half else 2**bits) + (2**bits - 1) / 2
+from rowcast.kernels.gpu.product_kernels import _activate, _arrive, _sum_partials
 
 
 @triton.constexpr_function
 def _unpack(bits, part, half):
-    """PTX that makes of 4 packed bytes the 16-bit numbers 2^e + code for the codes of one part: 2 or 4 bits, at bit `bits * part`.
+    """PTX that makes of a word, 4 packed bytes, the four 16-bit levels of one part: 2 or 4 bits, at bit `bits * part`.
 
     A code goes into the mantissa of 2^e: of bfloat16 the upper of 7 bits, of float16 bits 4 to 7 or 6 to 7, so that one permutation of
-    bytes with the constant upper byte makes two numbers.
+    bytes with the constant upper byte makes two numbers. 2^e and the middle level are then taken off.
     """
     top = 8 if half else 7
     left = top - bits - bits * part
-    shift = f"shl.b32 v, $2, {left};" if left >= 0 else f"shr.u32 v, $2, {-left};"
+    shift = f"shl.b32 v, $4, {left};" if left >= 0 else f"shr.u32 v, $4, {-left};"
     mask = ((1 << bits) - 1) << (top - bits)
-    number = (15 + bits + 2) << 10 if half else (127 + bits) << 7
+    exponent = bits + 2 if half else bits
+    number = (15 + exponent) << 10 if half else (127 + exponent) << 7
     low, high = number & 255, number >> 8
+    off = number + (((1 << bits) - 1 << (10 if half else 7)) >> exponent + 1)
+    kind = "f16x2" if half else "bf16x2"
     return f"""{{
-        .reg .b32 v, c;
+        .reg .b32 v, c, a, b;
         {shift}
         lop3.b32 v, v, {mask * 0x01010101}, {low * 0x01010101}, 0xEA;
         mov.b32 c, {high * 0x01010101};
-        prmt.b32 $0, v, c, 0x4140;
-        prmt.b32 $1, v, c, 0x4342;
+        prmt.b32 a, v, c, 0x4140;
+        prmt.b32 b, v, c, 0x4342;
+        mov.b32 c, {off * 0x00010001};
+        sub.rn.{kind} a, a, c;
+        sub.rn.{kind} b, b, c;
+        mov.b32 {{$0, $1}}, a;
+        mov.b32 {{$2, $3}}, b;
     }}"""
 
 
@@ -47,10 +55,10 @@ _EIGHT_BFLOAT16 = tl.constexpr("""{
     .reg .b32 a, b, c, d, k;
     .reg .f32 e, f, g, h;
     mov.b32 k, 0x47000000;
-    prmt.b32 a, $2, k, 0x7404;
-    prmt.b32 b, $2, k, 0x7414;
-    prmt.b32 c, $2, k, 0x7424;
-    prmt.b32 d, $2, k, 0x7434;
+    prmt.b32 a, $4, k, 0x7404;
+    prmt.b32 b, $4, k, 0x7414;
+    prmt.b32 c, $4, k, 0x7424;
+    prmt.b32 d, $4, k, 0x7434;
     mov.b32 e, a;
     mov.b32 f, b;
     mov.b32 g, c;
@@ -59,104 +67,176 @@ _EIGHT_BFLOAT16 = tl.constexpr("""{
     add.f32 f, f, 0fC7007F80;
     add.f32 g, g, 0fC7007F80;
     add.f32 h, h, 0fC7007F80;
-    cvt.rn.bf16x2.f32 $0, f, e;
-    cvt.rn.bf16x2.f32 $1, h, g;
+    cvt.rn.bf16x2.f32 a, f, e;
+    cvt.rn.bf16x2.f32 b, h, g;
+    mov.b32 {$0, $1}, a;
+    mov.b32 {$2, $3}, b;
 }""")
 """4 bytes into the mantissa of 2^15 in float32, less 2^15 + 127.5."""
 _EIGHT_FLOAT16 = tl.constexpr("""{
-    .reg .b32 c;
+    .reg .b32 a, b, c, d;
     mov.b32 c, 0x64646464;
-    prmt.b32 $0, $2, c, 0x4140;
-    prmt.b32 $1, $2, c, 0x4342;
+    prmt.b32 a, $4, c, 0x4140;
+    prmt.b32 b, $4, c, 0x4342;
+    mov.b32 c, 0xE400E400;
+    mov.b32 d, 0xD7F8D7F8;
+    add.rn.f16x2 a, a, c;
+    add.rn.f16x2 b, b, c;
+    add.rn.f16x2 a, a, d;
+    add.rn.f16x2 b, b, d;
+    mov.b32 {$0, $1}, a;
+    mov.b32 {$2, $3}, b;
 }""")
-"""4 bytes into the mantissa of 1024."""
+"""4 bytes into the mantissa of 1024, less 1024 and 127.5."""
 
 
 @triton.jit
-def _levels(packed, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Codes less the middle level, in DTYPE, of one part of packed bytes. ASM: not in the interpreter."""
-    HALF: tl.constexpr = tl.float16 == DTYPE
-    if not ASM:
-        v = (((packed >> (part * BITS)) & ((1 << BITS) - 1)).to(tl.float32) - ((1 << BITS) - 1) / 2).to(DTYPE)
-    elif BITS == 8:
-        if HALF:
-            v = tl.inline_asm_elementwise(_EIGHT_FLOAT16, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
-            v = (v - 1024.0) - 127.5
-        else:
-            v = tl.inline_asm_elementwise(_EIGHT_BFLOAT16, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+def _levels(word, high, here, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Levels of one part of the words [4, 8, W, H, J] of a block: [4, 8, W, H, J, 2, 2], that of byte c + 2 b at [..., c, b].
+
+    `high` points at the two words of the 3-bit codes' high bits, which are read of blocks that are `here`. They are not read as bytes,
+    since the compiler would deal columns to lanes by that, too many for 16 columns. ASM: not in the interpreter.
+    """
+    if BITS == 3 or not ASM:
+        WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+        bits = word >> (part * WIDTH)
+        more = word
+        if BITS == 3:
+            quarter = tl.arange(0, 4)[:, None, None, None, None]
+            more = tl.load(high + part // 2, mask=here, other=0) >> (2 * part % 4 + quarter // 2) * 8 + quarter % 2 * 4
+        a = _level(bits, more, 0, WIDTH, BITS, DTYPE)
+        b = _level(bits, more, 1, WIDTH, BITS, DTYPE)
+        c = _level(bits, more, 2, WIDTH, BITS, DTYPE)
+        d = _level(bits, more, 3, WIDTH, BITS, DTYPE)
+    elif tl.float16 == DTYPE:
+        half: tl.constexpr = _EIGHT_FLOAT16 if BITS == 8 else _unpack(BITS, part, True)
+        a, b, c, d = tl.inline_asm_elementwise(
+            half, "=h,=h,=h,=h,r", [word], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
+        )
     else:
-        ptx: tl.constexpr = _unpack(BITS, part, HALF)
-        if HALF:
-            v = tl.inline_asm_elementwise(ptx, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
-        else:
-            v = tl.inline_asm_elementwise(ptx, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
-        v = v - _above_zero(BITS, HALF)
-    return v
+        ptx: tl.constexpr = _EIGHT_BFLOAT16 if BITS == 8 else _unpack(BITS, part, False)
+        a, b, c, d = tl.inline_asm_elementwise(
+            ptx, "=h,=h,=h,=h,r", [word], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    return tl.join(tl.join(a, b), tl.join(c, d))
 
 
 @triton.jit
-def _part(codes, high, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Levels of one part of a block; `high` points at the 3-bit codes' high bits."""
+def _level(bits, more, byte: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """That of a byte of a word, of whose codes `more` has the third bits."""
+    code = (bits >> (8 * byte)) & ((1 << WIDTH) - 1)
     if BITS == 3:
-        j = tl.arange(0, 16)
-        bit = (tl.load(high + 2 * part + j[None, :] // 8) >> (j[None, :] % 8).to(tl.uint8)) & 1
-        v = ((((codes >> (2 * part)) & 3) | (bit << 2)).to(tl.float32) - 3.5).to(DTYPE)
-    else:
-        v = _levels(codes, part, BITS, DTYPE, ASM)
-    return v
+        code = code | (more >> byte & 1) << 2
+    return (code.to(tl.float32) - ((1 << BITS) - 1) / 2).to(DTYPE)
 
 
 @triton.jit
-def _dot(levels, x, acc, UPCAST: tl.constexpr):
-    if UPCAST:  # The interpreter knows no bfloat16 products.
+def _halves(word, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The two numbers of 16 bits that a word is, along a last axis."""
+    if not ASM:
+        low, high = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    elif tl.float16 == DTYPE:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [word], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    return tl.join(low, high)
+
+
+@triton.jit
+def _dot(levels, x, acc, ASM: tl.constexpr):
+    if not ASM:  # The interpreter knows no bfloat16 products.
         levels, x = levels.to(tl.float32), x.to(tl.float32)
-    return tl.dot(levels, tl.trans(x), acc)
+    return tl.dot(levels, tl.permute(x, (0, 2, 1)), acc)
 
 
 @triton.jit
-def _add_product(acc, levels, x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + levels [R, J] x^T, x [T, J] float32 in two bfloat16 parts, or in DTYPE."""
-    if x.dtype == tl.float32:
+def _add_product(acc, levels, x, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """acc [W, R, T] + levels x^T: levels [4, 8, W, H, J, 2, 2], x [4, 8, W, N, ...] the same columns, float32 or words of two."""
+    WARPS: tl.constexpr = levels.shape[2]
+    WORDS: tl.constexpr = levels.shape[4]
+    levels = tl.reshape(tl.permute(levels, (2, 3, 1, 4, 0, 6, 5)), [WARPS, acc.shape[1], WORDS * 16])
+    if x.dtype == tl.int32:
+        x = _halves(x, DTYPE, ASM)
+    x = tl.reshape(x, [4, 8, WARPS, acc.shape[2] // 8, WORDS, 4])
+    x = tl.reshape(tl.permute(x, (2, 3, 1, 4, 0, 5)), [WARPS, acc.shape[2], WORDS * 16])
+    if x.dtype == tl.float32:  # in two bfloat16 parts
         large = x.to(DTYPE)
-        acc = _dot(levels, (x - large.to(tl.float32)).to(DTYPE), acc, UPCAST)
-        acc = _dot(levels, large, acc, UPCAST)
+        acc = _dot(levels, (x - large.to(tl.float32)).to(DTYPE), acc, ASM)
+        acc = _dot(levels, large, acc, ASM)
     else:
-        acc = _dot(levels, x, acc, UPCAST)
+        acc = _dot(levels, x, acc, ASM)
     return acc
 
 
 @triton.jit
-def _sum_partials(partial_ptr, at, mask, step, SPLITS: tl.constexpr):
-    """The partial sums at `at`, `at + step`, ... added in order."""
-    total = tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    for split in tl.range(1, SPLITS, loop_unroll_factor=4):
-        total += tl.load(partial_ptr + split * step + at, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def _scales(scales, first, last, GROUP: tl.constexpr, UNROLL: tl.constexpr, WORD: tl.constexpr):
-    """The rows' scales of UNROLL blocks from `first` on, none beyond the block `last`: WORD neighbours are one integer."""
+def _weights(words, scales, block, blocks,
+             BITS: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Words [4, 8, W, H, J] of UNROLL blocks from `block` [W] on, then their scales [4, 8, W, H], WORD neighbours in one integer."""
     found = ()
-    for u in tl.static_range(0, UNROLL, WORD):
-        block = tl.minimum(first + u, last)
-        if WORD == 4:
-            word = tl.load((scales + block).to(tl.pointer_type(tl.int64), bitcast=True))
-        elif WORD == 2:
-            word = tl.load((scales + block).to(tl.pointer_type(tl.int32), bitcast=True))
+    for u in tl.static_range(UNROLL):
+        at = words + ((block + u) * (2 * BITS))[None, None, :, None, None]
+        if WHOLE:
+            word = tl.load(at, eviction_policy="evict_first")
         else:
-            word = tl.load(scales + block // GROUP)
+            word = tl.load(at, mask=(block + u < blocks)[None, None, :, None, None], other=0, eviction_policy="evict_first")
         found = found + (word,)  # type: ignore[assignment]  # noqa: RUF005
+    for u in tl.static_range(0, UNROLL, WORD):
+        at = scales + (tl.minimum(block + u, blocks - WORD) // GROUP)[None, None, :, None]
+        if WORD == 4:
+            scale = tl.load(at.to(tl.pointer_type(tl.int64), bitcast=True))
+        elif WORD == 2:
+            scale = tl.load(at.to(tl.pointer_type(tl.int32), bitcast=True))
+        else:
+            scale = tl.load(at)
+        found = found + (scale,)  # type: ignore[assignment]  # noqa: RUF005
     return found
 
 
 @triton.jit
-def _scale(found, u: tl.constexpr, WORD: tl.constexpr):
-    """Of block u, as a column of float32."""
-    half = found[u // WORD]
-    if WORD > 1:
-        half = (half >> 16 * (u % WORD)).to(tl.int16).to(tl.float16, bitcast=True)
-    return half.to(tl.float32)[:, None]
+def _both(words, scales, code_up, scale_up, block, blocks, BITS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
+          UNROLL: tl.constexpr, WORD: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """`_weights`, of the up rows, too, where it is gated."""
+    found = _weights(words, scales, block, blocks, BITS, GROUP, UNROLL, WORD, WHOLE)
+    if GATED:
+        found = found + _weights(words + code_up, scales + scale_up, block, blocks, BITS, GROUP, UNROLL, WORD, WHOLE)
+    return found
+
+
+@triton.jit
+def _inputs(x, within, present, block, width,
+            STRIDE: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """x [4, 8, W, N, ...] for each part of UNROLL blocks from `block` [W] on, STRIDE words each, none beyond `width` words."""
+    found = ()
+    for u in tl.static_range(UNROLL):
+        for part in tl.static_range(PARTS):
+            first = ((block + u) * STRIDE + part * (STRIDE // PARTS))[None, None, :, None, None, None]
+            mask = present if WHOLE else present & (first + within < width)
+            found = found + (tl.load(x + first, mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _products(acc, weights, FIRST: tl.constexpr, inputs, high, block, blocks, BITS: tl.constexpr, PARTS: tl.constexpr,
+              UNROLL: tl.constexpr, WORD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """acc [W, R, T] and the products of UNROLL blocks from `block` [W] on, whose words and scales are weights[FIRST:]."""
+    for u in tl.static_range(UNROLL):
+        here = (block + u < blocks)[None, None, :, None, None]
+        third = high + ((block + u) * (2 * BITS) + 4)[None, None, :, None, None]
+        y = tl.zeros(acc.shape, tl.float32)
+        for part in tl.static_range(PARTS):
+            levels = _levels(weights[FIRST + u], third, here, part, BITS, DTYPE, ASM)
+            y = _add_product(y, levels, inputs[u * PARTS + part], DTYPE, ASM)
+        scale = weights[FIRST + UNROLL + u // WORD]
+        if WORD > 1:
+            scale = (scale >> 16 * (u % WORD)).to(tl.int16).to(tl.float16, bitcast=True)
+        wide = scale.to(tl.float32)[:, :, :, :, None, None]  # for each token 8 n + 2 q + c of the tile, as lanes have it
+        wide = tl.broadcast_to(wide, [4, 8, scale.shape[2], scale.shape[3], acc.shape[2] // 8, 2])
+        acc += y * tl.reshape(tl.permute(wide, (2, 3, 1, 4, 0, 5)), acc.shape)
+    return acc
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -175,86 +255,100 @@ def lowbit_kernel(
     tokens,
     capacity,  # R
     columns,
-    code_stride,
+    code_stride,  # in blocks
     scale_stride,
-    steps,  # blocks of 64 columns / UNROLL
+    blocks,  # of 64 columns
     WORD: tl.constexpr,  # neighbouring scales of a row that are one aligned integer
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # blocks of a group
     GATED: tl.constexpr,  # rows R to 2 R - 1 are the up rows
     ACTIVATION: tl.constexpr,
     SIGNED: tl.constexpr,  # with norms: the signed pre-activation counts
-    WHOLE: tl.constexpr,  # columns are whole blocks
+    WHOLE: tl.constexpr,  # columns are whole steps
     SPLITS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,  # blocks of a warp in a step
+    AHEAD: tl.constexpr,  # steps whose weights are on their way: 1 or 2
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,  # columns of the tile
     OVERLAP: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """y = act(g) * u, or act(u), or |y| * norms; + bias before, + residual after."""
-    UPCAST: tl.constexpr = not ASM
     DTYPE: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
-    EACH: tl.constexpr = 64 // PARTS
-    BYTES: tl.constexpr = 8 * BITS
-    tile, split = tl.program_id(0), tl.program_id(1)
-    if OVERLAP:
-        gdc_wait()
+    PACKED: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2  # inputs of a word
+    OWN: tl.constexpr = 16 // PARTS // PACKED  # words of a part that a lane reads
+    VECTOR: tl.constexpr = min(OWN, 4)
+    STRIDE: tl.constexpr = 64 // PACKED
+    STEP: tl.constexpr = WARPS * UNROLL
+    split, tile = tl.program_id(0), tl.program_id(1)
     limit = capacity
+    if OVERLAP and (ids_ptr is not None or count_ptr is not None):
+        gdc_wait()
     if count_ptr is not None:
         limit = tl.minimum(tl.load(count_ptr), capacity)
         if tile * ROWS >= limit:
             return
+    quarter, eighth, warp = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, WARPS)
+    rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS // 8)[None, :] * 8 + eighth[:, None], limit - 1)
+    if ids_ptr is not None:
+        rows = tl.load(ids_ptr + rows)
+    rows = rows.to(tl.int64)[None, :, None, :] + (quarter * 0)[:, None, None, None] + (warp * 0)[None, None, :, None]
+    high = (codes_ptr.to(tl.pointer_type(tl.int32)) + rows * (code_stride * (2 * BITS)))[:, :, :, :, None]
+    words = high + quarter[:, None, None, None, None] * (4 // PARTS) + tl.arange(0, 4 // PARTS)[None, None, None, None, :]
+    scales = scales_ptr + rows * scale_stride
+    token = (tl.arange(0, TOKENS // 8)[None, :] * 8 + eighth[:, None])[None, :, None, :, None, None]
+    within = (tl.arange(0, OWN // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])[None, None, None, None, :, :]
+    within = within + (quarter * OWN)[:, None, None, None, None, None]
+    x = x_ptr
+    if PACKED == 2:
+        x = x_ptr.to(tl.pointer_type(tl.int32))
+    width = columns // PACKED
+    x = x + token * width + within
+    half = (tl.program_id(0) * 0 + capacity).to(tl.int64)  # a capacity of 1 comes as a constant
+    code_up = half * (code_stride * (2 * BITS))
+    scale_up = half * scale_stride
+    steps = tl.cdiv(blocks, STEP)
+    begin, end = split * steps // SPLITS * STEP, (split + 1) * steps // SPLITS * STEP
+    acc = tl.zeros([WARPS, ROWS, TOKENS], tl.float32)
+    acc_up = tl.zeros([WARPS, ROWS, TOKENS], tl.float32)
+    last = end - STEP
+    block = begin + warp * UNROLL
+    coming = _both(words, scales, code_up, scale_up, block, blocks, BITS, GROUP, GATED, UNROLL, WORD, WHOLE)
+    later = coming
+    if AHEAD == 2:
+        block = tl.minimum(begin + STEP, last) + warp * UNROLL
+        later = _both(words, scales, code_up, scale_up, block, blocks, BITS, GROUP, GATED, UNROLL, WORD, WHOLE)
+    if OVERLAP:
+        gdc_wait()
+    xs_coming = _inputs(x, within, token < tokens, begin + warp * UNROLL, width, STRIDE, PARTS, UNROLL, WHOLE)
+    for at in tl.range(begin, end, STEP):
+        now, xs = coming, xs_coming  # The next steps' are on their way while this one's products run.
+        block = tl.minimum(at + AHEAD * STEP, last) + warp * UNROLL
+        if AHEAD == 2:
+            coming = later
+            later = _both(words, scales, code_up, scale_up, block, blocks, BITS, GROUP, GATED, UNROLL, WORD, WHOLE)
+        else:
+            coming = _both(words, scales, code_up, scale_up, block, blocks, BITS, GROUP, GATED, UNROLL, WORD, WHOLE)
+        block = tl.minimum(at + STEP, last) + warp * UNROLL
+        xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
+        block = at + warp * UNROLL
+        acc = _products(acc, now, 0, xs, high, block, blocks, BITS, PARTS, UNROLL, WORD, DTYPE, ASM)
+        if GATED:
+            UP: tl.constexpr = len(now) // 2
+            acc_up = _products(acc_up, now, UP, xs, high + code_up, block, blocks, BITS, PARTS, UNROLL, WORD, DTYPE, ASM)
+    if OVERLAP:
+        gdc_launch_dependents()
+    acc, acc_up = tl.sum(acc, 0), tl.sum(acc_up, 0)
     places = tile * ROWS + tl.arange(0, ROWS)
-    token, j = tl.arange(0, TOKENS), tl.arange(0, EACH)
     rows = tl.minimum(places, limit - 1)
     if ids_ptr is not None:
         rows = tl.load(ids_ptr + rows)
-    first = codes_ptr + rows.to(tl.int64) * code_stride
-    codes = first[:, None] + tl.arange(0, EACH)[None, :]
-    scales = scales_ptr + rows.to(tl.int64) * scale_stride
-    x_at = x_ptr + token[:, None] * columns + j[None, :]
-    present = token[:, None] < tokens
-    half = (tl.program_id(0) * 0 + capacity).to(tl.int64)  # a capacity of 1 comes as a constant
-    code_up = half * code_stride
-    scale_up = half * scale_stride
-    begin, end = split * steps // SPLITS * UNROLL, (split + 1) * steps // SPLITS * UNROLL
-    acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    acc_up = tl.zeros([ROWS, TOKENS], tl.float32)
-    last = steps * UNROLL - WORD
-    coming = _scales(scales, begin, last, GROUP, UNROLL, WORD)
-    coming_up = _scales(scales + scale_up, begin, last, GROUP, UNROLL, WORD) if GATED else coming
-    for at in tl.range(begin, end, UNROLL):
-        found, found_up = coming, coming_up  # The next step's are on their way while this one's products run.
-        coming = _scales(scales, at + UNROLL, last, GROUP, UNROLL, WORD)
-        if GATED:
-            coming_up = _scales(scales + scale_up, at + UNROLL, last, GROUP, UNROLL, WORD)
-        for u in tl.static_range(UNROLL):
-            block = at + u
-            packed = tl.load(codes + block * BYTES, eviction_policy="evict_first")
-            y = tl.zeros([ROWS, TOKENS], tl.float32)
-            if GATED:
-                packed_u = tl.load(codes + code_up + block * BYTES, eviction_policy="evict_first")
-                y_u = tl.zeros([ROWS, TOKENS], tl.float32)
-            for part in tl.static_range(PARTS):
-                column = block * 64 + part * EACH
-                if WHOLE:
-                    x = tl.load(x_at + column, mask=present, other=0.0)
-                else:
-                    x = tl.load(x_at + column, mask=present & (column + j[None, :] < columns), other=0.0)
-                high = first[:, None] + block * BYTES + 16
-                y = _add_product(y, _part(packed, high, part, BITS, DTYPE, ASM), x, DTYPE, UPCAST)
-                if GATED:
-                    y_u = _add_product(y_u, _part(packed_u, high + code_up, part, BITS, DTYPE, ASM), x, DTYPE, UPCAST)
-            acc += y * _scale(found, u, WORD)
-            if GATED:
-                acc_up += y_u * _scale(found_up, u, WORD)
-    if OVERLAP:
-        gdc_launch_dependents()
     valid = places < limit
-    at = token[None, :] * capacity + places[:, None]
-    mask = valid[:, None] & (token[None, :] < tokens)
+    column = tl.arange(0, TOKENS)[None, :]
+    at = column * capacity + places[:, None]
+    mask = valid[:, None] & (column < tokens)
     if SPLITS > 1:
         size = tokens * capacity
         step = (2 if GATED else 1) * size

@@ -2,9 +2,11 @@
 
 A kernel compiled with OVERLAP calls `gdc_wait` before it reads what kernels before it wrote, and every program of it does, since its
 own end tells the next kernel that these have ended, too. It calls `gdc_launch_dependents` when its loads are done: earlier, programs of
-the next kernel would take shared memory away from its own. Kernels that know nothing of this may stand before and behind it.
+the next kernel would take shared memory away from its own; one of few programs, a selection or a norm, does so at once. Kernels that
+know nothing of this may stand before and behind it.
 
-Weights, ids and counts are read before the wait. So a kernel that writes ids or counts must not call `gdc_launch_dependents`.
+Before the wait a kernel reads weights, and ids and counts only where another kernel, which waited before it let this one start, stands
+between the one that wrote them and this one. So a kernel that writes weights must not call `gdc_launch_dependents`.
 """
 
 from __future__ import annotations

@@ -128,8 +128,6 @@ def rows_in_kernel(
     Each program takes several pairs of a row tile and a split of the columns.
     """
     total = capacity
-    if count_ptr is not None:
-        total = tl.minimum(tl.load(count_ptr), capacity)
     token = tl.arange(0, TOKENS)
     depth = tl.arange(0, BLOCK_K)
     HEIGHT: tl.constexpr = 2 * BLOCK_R if GATED else BLOCK_R
@@ -138,10 +136,12 @@ def rows_in_kernel(
     part_size = tl.cdiv(tl.cdiv(columns, BLOCK_K), PARTS) * BLOCK_K
     position = tl.program_id(0) // SPLITS * BLOCK_R + line % BLOCK_R
     rows = position
-    if ids_ptr is not None:  # Not waiting for the count: what lies beyond it is masked later.
-        rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
     if OVERLAP:
         gdc_wait()
+    if count_ptr is not None:
+        total = tl.minimum(tl.load(count_ptr), capacity)
+    if ids_ptr is not None:  # Not waiting for the count: what lies beyond it is masked later.
+        rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
     for item in range(tl.program_id(0), tl.cdiv(total, BLOCK_R) * SPLITS, tl.num_programs(0)):
         tile = item // SPLITS
         split = item % SPLITS
@@ -228,8 +228,6 @@ def rows_out_kernel(
 ):
     """sum over n of hidden[n] * row n, for a tile of columns. Split s takes the blocks s, s + SPLITS, ... of BLOCK_N positions."""
     total = capacity
-    if count_ptr is not None:
-        total = tl.minimum(tl.load(count_ptr), capacity)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
@@ -239,10 +237,12 @@ def rows_out_kernel(
     acc = tl.zeros((BLOCK_D, TOKENS), tl.float32)
     position = split * BLOCK_N + lane
     rows = position
-    if ids_ptr is not None:  # Not waiting for the count: what lies beyond it is masked later.
-        rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
     if OVERLAP:
         gdc_wait()
+    if count_ptr is not None:
+        total = tl.minimum(tl.load(count_ptr), capacity)
+    if ids_ptr is not None:  # Not waiting for the count: what lies beyond it is masked later.
+        rows = tl.load(ids_ptr + position, mask=position < capacity, other=0)
     for first in range(split * BLOCK_N, total, SPLITS * BLOCK_N):
         position = first + lane
         valid = position < total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowcast.kernels.gpu.product_kernels import _arrive
 
@@ -99,6 +99,7 @@ def top_ids_kernel(
 ):
     """One token's best, one CTA a shard."""
     if OVERLAP:
+        gdc_launch_dependents()
         gdc_wait()
     shard = tl.program_id(0)
     first, stop, kept, kept_stop = _bounds(table_ptr, shard, shards, total, keep, EVEN, ALIGNED)
@@ -295,6 +296,7 @@ def rerank_kernel(
 ):
     """Each token's best among the candidates of a shard, one CTA a shard and token."""
     if OVERLAP:
+        gdc_launch_dependents()
         gdc_wait()
     shard, token = tl.program_id(0), tl.program_id(1)
     _, _, kept, kept_stop = _bounds(table_ptr, shard, shards, total, keep, EVEN, ALIGNED)
