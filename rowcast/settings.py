@@ -74,6 +74,9 @@ class Settings:
         True, _switch, "1: use the C++ kernels for a few tokens where they were built; 0: torch's products."
     )
     gpu_kernels: bool = _setting(True, _switch, "1: use the Triton kernels on a GPU; 0: torch's products and attention.")
+    gpu_one_shot: bool = _setting(
+        True, _switch, "1: GPUs that reach each other's memory sum small messages in one kernel; 0: by NCCL."
+    )
     gpu_overlap: bool = _setting(True, _switch, "1: a GPU starts a kernel while the one before it ends; 0: one after another.")
     gpu_rounds: bool = _setting(
         True, _switch, "1: whole rounds of a ladder run on a GPU, where they can; 0: the host drives every pass."

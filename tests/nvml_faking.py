@@ -13,7 +13,8 @@ class NVMLError(Exception):
 
 
 def fake_pynvml(cards: list[dict[str, Any]], *, broken: tuple[str, ...] = ()) -> ModuleType:
-    """A driver with these cards; the functions named in `broken` fail as on a card that does not know them."""
+    """A driver with these cards; what they hold is read when it is asked for. The functions named in `broken` fail as on a card that
+    does not know them."""
 
     def of(field: str, default: Any = None) -> Any:
         return lambda handle: cards[handle].get(field, default)
@@ -29,11 +30,13 @@ def fake_pynvml(cards: list[dict[str, Any]], *, broken: tuple[str, ...] = ()) ->
             raise NVMLError("invalid argument")
         return 1
 
+    def processes(handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in cards[handle].get("processes", {}).items()]
+
     module = ModuleType("pynvml")
     content: dict[str, Any] = {
         "NVMLError": NVMLError,
         "NVML_NVLINK_MAX_LINKS": 18,
-        "NVML_P2P_CAPS_INDEX_READ": 0,
         "NVML_P2P_STATUS_OK": 0,
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
@@ -43,7 +46,10 @@ def fake_pynvml(cards: list[dict[str, Any]], *, broken: tuple[str, ...] = ()) ->
         "nvmlDeviceGetHandleByUUID": by_uuid,
         "nvmlDeviceGetName": of("name"),
         "nvmlDeviceGetUUID": of("uuid"),
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=cards[handle]["memory"]),
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(
+            total=cards[handle]["memory"], used=cards[handle].get("used", 0)
+        ),
+        "nvmlDeviceGetComputeRunningProcesses": processes,
         "nvmlDeviceGetCurrPcieLinkGeneration": of("generation", 1),
         "nvmlDeviceGetCurrPcieLinkWidth": of("width", 16),
         "nvmlDeviceGetMaxPcieLinkGeneration": of("most", 4),
@@ -52,7 +58,7 @@ def fake_pynvml(cards: list[dict[str, Any]], *, broken: tuple[str, ...] = ()) ->
         "nvmlDeviceGetMigMode": lambda handle: (0, 0),
         "nvmlDeviceGetNumaNodeId": of("numa", 0),
         "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: 30,
-        "nvmlDeviceGetP2PStatus": lambda a, b, what: 0 if "nvlinks" in cards[a] else 3,
+        "nvmlDeviceGetP2PStatus": lambda a, b, what: {0: 0 if "nvlinks" in cards[a] else 3}[what],
     }
 
     def fails(*_: Any) -> None:

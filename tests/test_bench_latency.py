@@ -10,9 +10,9 @@ import torch
 
 import rowcast.cli
 from rowcast.bench.latency import kv_bytes_read, random_peer
-from rowcast.bench.random_source import RandomSource
 from rowcast.bench.shapes import open_shape
 from rowcast.errors import UserError
+from rowcast.runtime.checkpoint.random_source import RandomSource
 from rowcast.runtime.config import spec_from_config
 
 CONFIG = {

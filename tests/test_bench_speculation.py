@@ -14,12 +14,12 @@ from tiny import tiny_model
 import rowcast.cli
 from rowcast import LLM, SamplingParams
 from rowcast.bench import speculation
-from rowcast.bench.random_source import RandomSource, tensor_shapes
 from rowcast.bench.shapes import open_shape
 from rowcast.bench.speculation import Sample, Settings, run
 from rowcast.bench.speculation_report import lines
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
+from rowcast.runtime.checkpoint.random_source import RandomSource, tensor_shapes
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.model import load_decoder
@@ -92,6 +92,16 @@ def test_an_unknown_shape_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="object"):
         open_shape(str(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="no shape 'gpt-5'"):
+        open_checkpoint("random:gpt-5")
+
+
+def test_a_shape_is_a_model(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint("random:OPT-66b")
+    assert checkpoint.source.fingerprint() == open_shape("facebook/opt-66b").source.fingerprint()
+    assert (checkpoint.format, checkpoint.stored_dtype) == ("random", "bfloat16")
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(checkpoint)
 
 
 ON_TEXT = {"model": DEFAULT_MODEL, "prompt_file": str(NOVEL), "prompt_tokens": 96, "max_tokens": 24}

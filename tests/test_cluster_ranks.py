@@ -118,6 +118,12 @@ def test_a_batch_with_parameters_of_many_kinds(launcher: WarmLauncher, llama: Pa
     assert together[-1].prompt_logprobs is not None
 
 
+def test_ranks_make_random_weights_alike(launcher: WarmLauncher, llama: Path) -> None:
+    """From the shape of a config.json; each makes its own share."""
+    model: Any = f"random:{llama / 'config.json'}"
+    same_tokens(launcher, model, PROMPTS, GREEDY, ladder="ngram / plain")
+
+
 def test_maximal_draws_the_same_on_all_ranks(launcher: WarmLauncher, llama: Path) -> None:
     """Its tokens depend on the batch and on timing; that ranks agree on them is checked in every round."""
     with LLM(

@@ -12,8 +12,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from rowcast import LLM, SamplingParams
-from rowcast.bench.random_source import RandomSource
 from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.checkpoint.random_source import RandomSource
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder

@@ -56,8 +56,8 @@ def expected(
 
 def call(logits: Tensor, p: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     there: dict[str, Any] = {name: t.to(DEVICE) for name, t in p.items()}
-    values, ids = drawing.draw_best(logits.to(DEVICE), **there, **options)
-    return values.cpu(), ids.cpu()
+    values, ids = drawing.draw_best(logits.to(DEVICE), **there, **options).cpu()
+    return values, ids.view(torch.int64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,17 +108,35 @@ def test_many_seeds_and_positions() -> None:
     assert torch.equal(call(logits, p, rough=True)[1], expected(logits, p)[1])
 
 
-@pytest.mark.parametrize("first", [0, 1, 1027])
-def test_shards_draw_the_whole(first: int) -> None:
-    logits, p = logits_of(14, VOCABULARY, torch.float32, 3), parameters(14)
+def drawn_by_shards(logits: Tensor, p: dict[str, Tensor], firsts: list[int]) -> list[int]:
+    """What shards that begin at these tokens come to."""
+    there: dict[str, Any] = {name: t.to(DEVICE) for name, t in p.items()}
     highest = logits.amax(-1).to(DEVICE)
-    parts = [
-        call(part, p, first_token=start, highest=highest)
-        for start, part in ((0, logits[:, :first]), (first, logits[:, first:]))
-        if part.shape[1]
+    ends = [*firsts[1:], logits.shape[1]]
+    found = [
+        drawing.draw_best(logits[:, first:end].to(DEVICE), **there, first_token=first, highest=highest)
+        for first, end in zip(firsts, ends, strict=True)
     ]
-    values, ids = (torch.stack(found) for found in zip(*parts, strict=True))
-    assert torch.equal(ids.gather(0, values.argmax(0)[None])[0], expected(logits, p)[1])
+    return drawing.winners(torch.stack(found)).tolist()
+
+
+@pytest.mark.parametrize("firsts", [[0], [0, 1], [0, 1027], [0, 700, 1401]])
+def test_shards_draw_the_whole(firsts: list[int]) -> None:
+    logits, p = logits_of(14, VOCABULARY, torch.float32, 3), parameters(14)
+    assert drawn_by_shards(logits, p, firsts) == expected(logits, p)[1].tolist()
+
+
+def test_shards_agree_on_ties_and_nan() -> None:
+    rows = torch.zeros(6, 2100)
+    rows[0, [3, 2000]] = 1.0  # the lowest id, whoever has it
+    rows[1, [1500, 2050]] = 1.0
+    rows[2, 5] = math.nan
+    rows[3, 2099] = math.nan
+    rows[4] = -math.inf
+    rows[5, :1000] = -math.inf
+    p = parameters(6)
+    p["temperature"] = torch.tensor([0.0, 0.0, 0.9, 0.0, 0.0, 0.0])
+    assert drawn_by_shards(rows, p, [0, 1000]) == [3, 1500, -1, -1, 0, 1000]
 
 
 def test_ties_infinities_and_nan() -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 class WarmLauncher:
@@ -74,16 +75,36 @@ class WarmRanks:
 
 
 def misbehave(fault: str) -> None:
-    """`fault`: "none"; WHAT@N: die or freeze when the N-th round of a ladder begins, raise in it, starve (out of memory), or lie about
-    its tokens; die@load; whim: gammas by chance."""
+    """`fault`: "none"; "interpret": none, but rounds run on the device, by Triton's interpreter; WHAT@N: die or freeze when the N-th
+    round of a ladder begins, raise in it, starve (out of memory), or lie about its tokens; die@load; whim: gammas by chance."""
     from rowcast.cluster import rank
     from rowcast.errors import OutOfMemoryError
+    from rowcast.runtime.assembly import _Assembly
     from rowcast.runtime.executor import LocalExecutor
     from rowcast.runtime.ladder.control import Controller
     from rowcast.runtime.step import SeqResult, SeqStep
 
     what, _, at = fault.partition("@")
     if what == "none":
+        return
+    if what == "interpret":
+        from triton_interpreting import remember_what_does_not_change, take_arrays_as_bounds
+
+        from rowcast.kernels import gpu
+        from rowcast.runtime.sparse import on_device
+
+        remember_what_does_not_change()
+        take_arrays_as_bounds()
+        gpu.interpreted = True
+        on_device.LATE_BYTES = 0
+        rounds_of = _Assembly._rounds
+
+        def by_itself(self: _Assembly, *arguments: Any) -> Any:
+            rounds = rounds_of(self, *arguments)
+            assert rounds is not None, "rounds are driven by the host"
+            return rounds
+
+        _Assembly._rounds = by_itself  # type: ignore[method-assign, assignment]
         return
     if what == "whim":
 

@@ -1,7 +1,8 @@
-"""`Comm` over torch.distributed: gloo between CPUs, NCCL between GPUs.
+"""`Comm` over torch.distributed: gloo between CPUs, NCCL between GPUs, and one shot for the few KiB of a decode step.
 
 Sums are made on every rank, of all ranks' parts in rank order: the same bits everywhere, whatever the backend, the number of
-elements and the number of tokens in a call. All calls give up after the group's time-out.
+elements and the number of tokens in a call. Calls give up after the group's time-out, but for one shot, which waits until the gang is
+ended. All can be captured in a CUDA graph, by all ranks at the same time, once each has been made.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rowcast.kernels.gpu.all_reduce import FastAllReduce
 
 _GATHER_BYTES = 1 << 18
 """Up to so many bytes all parts go to all ranks; above, each rank sums a piece, which halves the traffic of many ranks and more."""
@@ -31,8 +34,21 @@ class DistributedComm:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.leads = self.rank == 0
+        self._fast: FastAllReduce | None = None
+
+    def sum_in_one_shot(self, most_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        """From now on add up to so many elements of this kind in one shot, where GPUs reach each other. A collective call."""
+        group = dist.group.WORLD
+        assert group is not None
+        fast = FastAllReduce(group, most_elements, dtype, device)
+        self._fast = fast if fast.one_shot else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self._fast is not None and self._fast.takes(x):
+            return self._fast(x)
+        if self.world == 2 and x.is_cuda and x.is_contiguous():
+            dist.all_reduce(x)  # of two parts there is one sum
+            return x
         if self.world == 2 or x.numel() * x.element_size() <= _GATHER_BYTES:
             return _sum(self.exchange(x))
         piece = -(-x.numel() // self.world)

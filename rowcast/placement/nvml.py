@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of this machine's cards, without CUDA. Torch-free.
+"""What the NVIDIA driver says of this machine's cards, and of their memory, without CUDA. Torch-free.
 
 An idle card lets its PCIe link drop to a lower generation, so what `read` finds at rest and what `pcie_link` finds while a copy runs
 may differ; both are worth telling. Where there is no driver everything is None; a single fact that a driver does not tell is None too.
@@ -6,7 +6,7 @@ may differ; both are worth telling. Where there is no driver everything is None;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -79,6 +79,16 @@ class DriverFacts:
         return next((gpu for gpu in self.gpus if gpu.uuid.removeprefix("GPU-") == uuid.removeprefix("GPU-")), None)
 
 
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """One card's memory at the time of asking."""
+
+    used_bytes: int
+    """By everybody, and by the driver itself."""
+    processes: Mapping[int, int | None]
+    """Bytes by process id, which in a container may be the host's; None where the driver does not tell. Empty where it names none."""
+
+
 def read() -> DriverFacts | None:
     """All cards that the driver shows to this process; None where there is no driver, or no card."""
     with _opened() as nvml:
@@ -99,9 +109,21 @@ def pcie_link(uuid: str) -> PcieLink | None:
     with _opened() as nvml:
         if nvml is None:
             return None
-        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-        handle = _ask(nvml, "nvmlDeviceGetHandleByUUID", name)
+        handle = _by_uuid(nvml, uuid)
         return None if handle is None else _link(nvml, handle)
+
+
+def card_memory(uuid: str) -> CardMemory | None:
+    """What of the card with this id is taken now; None where the driver does not tell."""
+    with _opened() as nvml:
+        if nvml is None:
+            return None
+        handle = _by_uuid(nvml, uuid)
+        memory = None if handle is None else _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+        if memory is None:
+            return None
+        processes = _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
+        return CardMemory(int(memory.used), {int(each.pid): each.usedGpuMemory for each in processes})
 
 
 @contextmanager
@@ -145,6 +167,11 @@ def _ask(nvml: ModuleType, question: str, *args: Any) -> Any:
         return None
 
 
+def _by_uuid(nvml: ModuleType, uuid: str) -> Any:
+    """With or without "GPU-" before it; None for a card that is not there."""
+    return _ask(nvml, "nvmlDeviceGetHandleByUUID", uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+
+
 def _gpu(nvml: ModuleType, index: int, handle: Any) -> DriverGpu:
     memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
     generation = _ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle)
@@ -170,10 +197,14 @@ def _link(nvml: ModuleType, handle: Any) -> PcieLink | None:
     return PcieLink(generation, width) if generation and width else None
 
 
+_P2P_READ = 0
+"""NVML's number of reads from a peer, which pynvml 13 has as a tuple."""
+
+
 def _pair(nvml: ModuleType, handles: dict[int, Any], first: int, second: int) -> DriverPair:
     level = _ask(nvml, "nvmlDeviceGetTopologyCommonAncestor", handles[first], handles[second])
     ways = ((first, second), (second, first))
-    states = [_ask(nvml, "nvmlDeviceGetP2PStatus", handles[a], handles[b], nvml.NVML_P2P_CAPS_INDEX_READ) for a, b in ways]
+    states = [_ask(nvml, "nvmlDeviceGetP2PStatus", handles[a], handles[b], _P2P_READ) for a, b in ways]
     access = None if None in states else all(state == nvml.NVML_P2P_STATUS_OK for state in states)
     return DriverPair(first, second, None if level is None else TOPOLOGY.get(level), access)
 

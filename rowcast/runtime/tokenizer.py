@@ -139,6 +139,8 @@ def load_tokenizer(checkpoint: TokenizerSource) -> Tokenizer:
         assert checkpoint.gguf_metadata is not None
         found = read_vocabulary(checkpoint.path, checkpoint.gguf_metadata)
         return Tokenizer(found.backend, special_tokens=found.special_tokens, chat_template=found.chat_template)
+    if checkpoint.format == "random":
+        raise UserError(f"{checkpoint.path} has random weights and no tokenizer: pass prompts as token ids")
     return _from_directory(checkpoint.path)
 
 

@@ -1,8 +1,8 @@
 """Sums of small messages over GPUs that reach each other's memory: one shot, in which each GPU reads all the others' parts.
 
-A library's all-reduce of the few KiB of a decode step is bound by its protocol, not by bytes. One shot is a single kernel: put the own
-part where peers can read it, meet them at a barrier, read and add all parts in the order of ranks. That is torch's, over its symmetric
-memory, without NVLink multicast. Where it cannot be used the process group's own all-reduce does the work.
+A library's all-reduce of the few KiB of a decode step is bound by its protocol, not by bytes. One shot is a single kernel (`one_shot`)
+over memory that torch shares between the processes (its symmetric memory), without NVLink multicast. Where it cannot be used the
+process group's own all-reduce does the work.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from typing import Any, Final
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowcast.settings import settings
+
+if TYPE_CHECKING:
+    from rowcast.kernels.gpu.one_shot import Shared
+
 log = logging.getLogger("rowcast")
 
-_DTYPES: Final = (torch.float32, torch.bfloat16)
-"""What torch's one-shot kernel adds."""
-_UNIT: Final = 16
-"""Messages of multiples of this many bytes are added by the widest loads."""
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_TRIALS: Final = 3
+"""Both places of a chunk, and the first one again."""
+_TRIAL_LOOKS: Final = 1 << 25
+"""At a peer: for seconds, as it may have to compile the kernel first."""
 
 
 class FastAllReduce:
@@ -29,7 +36,7 @@ class FastAllReduce:
 
     Which way is decided once, by all ranks together: `one_shot`, and `reason` says why or why not. Both ways can be captured in a CUDA
     graph, once each has been called, and give the same bits on every rank. In one shot an element's bits depend on nothing but the
-    ranks' own values for it: not on the size of the message, as a library's may.
+    ranks' own values for it, added in the order of ranks: not on the size of the message, as a library's may.
     """
 
     def __init__(self, group: dist.ProcessGroup, most_elements: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -38,7 +45,9 @@ class FastAllReduce:
         A collective call: all ranks of `group` make it with the same arguments but for the device.
         """
         self.group, self.most_elements, self.dtype, self.device = group, most_elements, dtype, device
-        self._buffer: Tensor | None = None
+        self._shared: Shared | None = None
+        self._memory: Any = None
+        """Torch's, shared as long as it is kept."""
         reason = None
         for step in (self._obstacle, self._share, self._try):  # All ranks go on, or none: a barrier waits for everyone.
             reason = reason or _first_obstacle(group, step())
@@ -47,24 +56,33 @@ class FastAllReduce:
             f"all-reduce by {dist.get_backend(group)}: {reason}" if reason else "one-shot all-reduce: peers are reachable"
         )
         if not self.one_shot:
-            self._buffer = None
+            self._shared = self._memory = None
         log.info("%s", self.reason)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `x` is added in one shot. The same on all ranks, whose tensors have the same shape and strides."""
+        return self._shared is not None and x.dtype == self.dtype and x.is_contiguous() and 0 < x.numel() <= self.most_elements
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x`, contiguous, now the sum over all ranks."""
-        count = x.numel()
-        if self._buffer is None or count > self.most_elements or x.nbytes % _UNIT or x.data_ptr() % _UNIT or not count:
+        if not self.takes(x):
             dist.all_reduce(x, group=self.group)
             return x
-        assert x.dtype == self.dtype and x.is_contiguous()
-        return _one_shot(self._buffer[:count], x.view(-1), self.group).view(x.shape)
+        from rowcast.kernels.gpu.one_shot import sum_
+
+        assert self._shared is not None
+        return sum_(x, self._shared)
 
     def _obstacle(self) -> str | None:
         """Why this rank cannot take part, as far as it knows without the others."""
         if self.device.type != "cuda":
             return f"the device is {self.device.type}"
+        if not settings().gpu_one_shot:
+            return "ROWCAST_GPU_ONE_SHOT is 0"
+        if find_spec("triton") is None:
+            return "Triton is not installed"
         if self.dtype not in _DTYPES:
-            return f"torch adds float32 and bfloat16 in one shot, not {str(self.dtype).removeprefix('torch.')}"
+            return f"{str(self.dtype).removeprefix('torch.')} is not added in one shot"
         return "there is one rank" if self.group.size() == 1 else None
 
     def _share(self) -> str | None:
@@ -73,32 +91,41 @@ class FastAllReduce:
         try:
             import torch.distributed._symmetric_memory as symmetric_memory
 
-            _ = torch.ops.symm_mem.one_shot_all_reduce_copy_out
+            from rowcast.kernels.gpu.one_shot import Shared
+
+            rank, world = self.group.rank(), self.group.size()
+            size = Shared.size(self.most_elements, world, self.dtype)
             with torch.cuda.device(self.device):
-                most = max(self.most_elements, _UNIT // self.dtype.itemsize)
-                buffer = symmetric_memory.empty(most, dtype=self.dtype, device=self.device)
-                symmetric_memory.rendezvous(buffer, self.group)
-        except (RuntimeError, AttributeError, ImportError) as error:
+                memory: Any = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+                memory.zero_()
+                torch.cuda.synchronize()
+                handle: Any = symmetric_memory.rendezvous(memory, self.group)
+                addresses = [handle.get_buffer(peer, (size,), torch.uint8).data_ptr() for peer in range(world)]
+                addresses[rank] = memory.data_ptr()
+                self._shared = Shared(addresses, rank, self.most_elements, self.dtype, self.device)
+        except (RuntimeError, AttributeError, ImportError, TypeError) as error:
             return f"peers' memory cannot be shared ({_first_line(error)})"
-        self._buffer = buffer
+        self._memory = memory, handle
         return None
 
     def _try(self) -> str | None:
-        """Add once, in one shot, what has a known sum."""
-        assert self._buffer is not None
-        count, ranks = _UNIT // self.dtype.itemsize, self.group.size()
+        """Add, in one shot, what has a known sum."""
+        from rowcast.kernels.gpu.one_shot import sum_
+
+        assert self._shared is not None
+        rank, ranks = self.group.rank(), self.group.size()
         try:
             with torch.cuda.device(self.device):
-                trial = torch.full((count,), self.group.rank() + 1.0, dtype=self.dtype, device=self.device)
-                found = _one_shot(self._buffer[:count], trial, self.group).tolist()
+                trials = [
+                    torch.full((self.most_elements,), rank + float(trial), dtype=self.dtype, device=self.device)
+                    for trial in range(_TRIALS)
+                ]
+                for x in trials:
+                    sum_(x, self._shared, _TRIAL_LOOKS)
+                right = [bool((x == ranks * (ranks - 1) // 2 + ranks * trial).all()) for trial, x in enumerate(trials)]
         except RuntimeError as error:
             return f"one shot does not run ({_first_line(error)})"
-        return None if found == [ranks * (ranks + 1) / 2] * count else "a trial in one shot gave a wrong sum"
-
-
-def _one_shot(buffer: Tensor, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # [N], [N] -> [N]
-    """x, summed in place. `buffer` is shared memory."""
-    return torch.ops.symm_mem.one_shot_all_reduce_copy_out(buffer, x, "sum", group.group_name, x)  # type: ignore[no-any-return]
+        return None if all(right) else "a trial in one shot gave a wrong sum"
 
 
 def _first_obstacle(group: dist.ProcessGroup, own: str | None) -> str | None:

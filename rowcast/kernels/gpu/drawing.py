@@ -244,7 +244,7 @@ def draw(
         rows=rows,
         group=group,
         offset=offset,
-    )[1]
+    )[1].view(torch.int64)
 
 
 def draw_best(
@@ -264,8 +264,9 @@ def draw_best(
     group: int = 1,
     offset: int = 0,
     rough: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """What a shard of the vocabulary draws, the tokens from `first_token` on: (values [N] float64, ids [N] int64).
+) -> Tensor:
+    """What a shard of the vocabulary draws, the tokens from `first_token` on: float64 [2, N], values and below them the bits of the
+    ids, int64, as `winners` takes them from every shard.
 
     The shard with the largest value has drawn the token, and of equal ones the first; a value of NaN means that the row has NaN. A
     row that is left out has value -inf. `highest` [N] float32: each row's largest logit over all shards, which log_min_p needs if
@@ -301,9 +302,9 @@ def draw_best(
     skipped = first_token % 4
     block = _block(many, skipped + vocabulary)
     blocks = triton.cdiv(skipped + vocabulary, block)
-    # One buffer for all that is not kept: values, partial values, ids, partial ids.
-    values = torch.empty(many * (1 + blocks), dtype=torch.float64, device=device)
-    ids = torch.empty(many, dtype=torch.int64, device=device)
+    # Values and ids side by side, as `winners` takes them from every rank.
+    best = torch.empty(2, many, dtype=torch.float64, device=device)
+    partial_values = torch.empty(many * blocks, dtype=torch.float64, device=device)
     partial_ids = torch.empty(many * blocks, dtype=torch.int32, device=device)
     _draw_kernel[(blocks, many)](
         logits,
@@ -316,9 +317,9 @@ def draw_best(
         sample_index,
         positions,
         rows,
-        values,
-        ids,
-        values[many:],
+        best[0],
+        best[1].view(torch.int64),
+        partial_values,
         partial_ids,
         counters(device, many),
         vocabulary,
@@ -335,7 +336,28 @@ def draw_best(
         ASM=logits.is_cuda,
         num_warps=4,
     )
-    return values[:many], ids
+    return best
+
+
+def winners(pairs: Tensor) -> Tensor:
+    """The ids that several shards' draws come to, shards in the order of their tokens: `draw_best` of each, float64 [W, 2, N] ->
+    int64 [N]. One launch."""
+    shards, two, rows = pairs.shape
+    assert two == 2 and pairs.dtype == torch.float64 and pairs.is_contiguous()
+    ids = torch.empty(rows, dtype=torch.int64, device=pairs.device)
+    _winners_kernel[(rows,)](pairs, pairs.view(torch.int64), ids, shards, SHARDS=triton.next_power_of_2(shards), num_warps=1)
+    return ids
+
+
+@triton.jit
+def _winners_kernel(values, tokens, ids, shards, SHARDS: tl.constexpr):
+    """Program: row."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    shard = tl.arange(0, SHARDS)
+    there, place = shard < shards, shard * 2 * rows + row
+    value = tl.load(values + place, mask=there, other=float("-inf"))
+    _, token = _best(value, tl.load(tokens + place + rows, mask=there, other=0).to(tl.int32), there)
+    tl.store(ids + row, tl.where(tl.max((value != value).to(tl.int32), 0) != 0, -1, token).to(tl.int64))
 
 
 def _block(rows: int, vocabulary: int) -> int:

@@ -12,11 +12,35 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from rowcast.kernels.gpu.overlap import overlap
 from rowcast.kernels.gpu.select import Chosen
 
 RING: Final = 16
 """Rows: the columns of a product's tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Where a pass's inputs are kept (`heads.head_scores`)."""
+
+    rows: Tensor
+    """[16, D]."""
+    starts: Tensor
+    """int32 [1]: the place of the pass's first token."""
+    counts: Tensor
+    """int32 [1]: its real tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Rows of a table [3 H d, D]: queries of C heads, keys of late ones, values of these."""
+
+    rows: Tensor
+    """int32."""
+    count: Tensor | None
+    """int32 [1]; None: all are valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +54,8 @@ class LateHeads:
     all."""
     count: Tensor
     """int32 [1], of `rows`."""
+    fused: Fused | None = None
+    """In place of `rows`, with the rows of the chosen heads' queries."""
 
 
 def begin_late(until: Tensor, starts: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -42,16 +68,6 @@ def begin_late(until: Tensor, starts: Tensor, counts: Tensor, most: int) -> tupl
     first, everything = torch.empty_like(until), torch.empty_like(until)
     _begin_late[(1,)](until, starts, counts, first, everything, most, num_warps=1)
     return first, everything
-
-
-def keep_inputs(ring: Tensor, x: Tensor, starts: Tensor, counts: Tensor) -> None:
-    """Put a sequence's tokens x [T, D] into the ring [16, D]: T <= 16, at places from starts[0] on; counts[0] of them are real."""
-    tokens, columns = x.shape
-    assert tokens <= RING and ring.shape == (RING, columns) and ring.stride(1) == x.stride(1) == 1
-    block = min(1024, triton.next_power_of_2(columns))
-    _keep_inputs[(triton.cdiv(columns, block), tokens)](
-        ring, x, starts, counts, ring.stride(0), x.stride(0), columns, BLOCK=block
-    )
 
 
 def late_heads(chosen: Chosen, heads: int, size: int, everything: Tensor | None = None) -> LateHeads:
@@ -90,15 +106,21 @@ def write_late(
     first: Tensor,
     starts: Tensor,
     counts: Tensor,
-) -> None:
+    chosen: Tensor | None = None,
+) -> Tensor | None:
     """Write entries of the places first[0] <= p < starts[0] + counts[0], at most 16, for the heads of `late`.
 
     products [16, 2 C d]: those of the ring's rows with `late.rows`; keys, values [blocks, block_size, H, d]; table int32 [n], the
     blocks of the places; first, starts, counts int32 [1].
+
+    With `chosen` int32 [Q] products [16, (Q + 2 C) d] are those with `late.fused`. Then it returns the queries of the token at
+    starts[0], [1, H, d], those of other heads undefined.
     """
-    places, size = len(late.heads), keys.shape[3]
-    assert products.shape == (RING, 2 * places * size) and products.stride(1) == keys.stride(3) == values.stride(3) == 1
-    _write_late[(places, RING)](
+    places, size, kept = len(late.heads), keys.shape[3], 0 if chosen is None else len(chosen)
+    assert products.shape == (RING, (kept + 2 * places) * size)
+    assert products.stride(1) == keys.stride(3) == values.stride(3) == 1
+    queries = None if chosen is None else products.new_empty(1, keys.shape[2], size)
+    _write_late[(max(kept, places), RING)](
         products,
         late.heads,
         late.count,
@@ -108,6 +130,10 @@ def write_late(
         first,
         starts,
         counts,
+        chosen,
+        queries,
+        kept,
+        places,
         products.stride(0),
         *keys.stride()[:3],
         *values.stride()[:3],
@@ -115,7 +141,9 @@ def write_late(
         size,
         SIZE=triton.next_power_of_2(size),
         num_warps=1,
+        **overlap(products),
     )
+    return queries
 
 
 @triton.jit
@@ -126,15 +154,6 @@ def _begin_late(until_ptr, starts_ptr, counts_ptr, first_ptr, everything_ptr, mo
     tl.store(first_ptr, first)
     tl.store(everything_ptr, everything.to(tl.int32))
     tl.store(until_ptr, tl.where(everything, start + 1, first))
-
-
-@triton.jit
-def _keep_inputs(ring_ptr, x_ptr, starts_ptr, counts_ptr, ring_row, x_row, columns, BLOCK: tl.constexpr):
-    token = tl.program_id(1)
-    row = (tl.load(starts_ptr) + token) % 16
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (at < columns) & (token < tl.load(counts_ptr))
-    tl.store(ring_ptr + row * ring_row + at, tl.load(x_ptr + token * x_row + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -169,7 +188,7 @@ def _late_heads(
 
 @triton.jit
 def _write_late(
-    products_ptr,  # [16, 2 places size]
+    products_ptr,  # [16, (kept + 2 places) size]
     heads_ptr,
     row_count_ptr,
     keys_ptr,
@@ -178,6 +197,10 @@ def _write_late(
     first_ptr,
     starts_ptr,
     counts_ptr,
+    chosen_ptr,  # int32 [kept] or None
+    queries_ptr,  # [heads, size]
+    kept,
+    places,
     products_row,
     keys_block,
     keys_entry,
@@ -188,18 +211,29 @@ def _write_late(
     block_size,
     size,
     SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,  # see overlap.py
 ):
     """One head of one row of the ring."""
     place, row = tl.program_id(0), tl.program_id(1)
     count = tl.load(row_count_ptr) // (2 * size)
-    first = tl.load(first_ptr)
+    first, start = tl.load(first_ptr), tl.load(starts_ptr)
     entry = first + (row + 16 - first % 16) % 16
-    inside = (place < count) & (entry < tl.load(starts_ptr) + tl.load(counts_ptr))
+    inside = (place < tl.minimum(count, places)) & (entry < start + tl.load(counts_ptr))
     head = tl.load(heads_ptr + place, mask=inside, other=0)
     block = tl.load(table_ptr + entry // block_size, mask=inside, other=0).to(tl.int64)
     element = tl.arange(0, SIZE)
     mask = (element < size) & inside
-    source = products_ptr + row * products_row + place * size + element
+    own = products_ptr + row * products_row + element
+    wanted = (element < size) & (place < kept) & (row == start % 16)
+    query_head = 0
+    if chosen_ptr is not None:
+        query_head = tl.load(chosen_ptr + place, mask=place < kept, other=0)
+    if OVERLAP:  # where entries go was known before their products
+        gdc_wait()
+    if chosen_ptr is not None:
+        query = tl.load(own + place * size, mask=wanted, other=0.0)
+        tl.store(queries_ptr + query_head * size + element, query, mask=wanted)
+    source = own + (kept + place) * size
     key, value = tl.load(source, mask=mask, other=0.0), tl.load(source + count * size, mask=mask, other=0.0)
     offset = entry % block_size
     tl.store(keys_ptr + block * keys_block + offset * keys_entry + head * keys_head + element, key, mask=mask)

@@ -56,7 +56,11 @@ def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int)
     if chosen:  # How many rows is known to the device alone: up to two programs a multiprocessor.
         if 2 * wide > units:
             return Tiles(128, 128, max(1, 2 * units // wide), 3)
-        return Tiles(64, 64, min(8, 2 * units // narrow), 4)
+        if 8 * wide <= units:  # One wave of programs with short steps, of which more are under way.
+            return Tiles(128, 32, 8, 5)
+        splits = min(8, 2 * units // narrow)
+        # Of few rows each split has few steps, so that more of them wait less.
+        return Tiles(64, 64, 4, 3) if splits == 2 and capacity <= 2048 else Tiles(64, 64, splits, 4)
     most = max(1, min(16, capacity // 384))
     narrow_splits, wide_splits = (max(1, min(most, units // tiles)) for tiles in (narrow, wide))
     if narrow > units or wide * wide_splits > narrow * narrow_splits:  # The one with more programs in a single wave.

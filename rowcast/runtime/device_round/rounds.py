@@ -4,6 +4,9 @@ The host says beforehand which passes the round has (`program`), fills the round
 when all is over. In between nothing is asked of the device: how many proposals stood, and so which tokens a pass runs and where their
 K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when it is
 used for the second time. Without capture the same calls are made one by one: the output is the same.
+
+Several ranks run the same passes in the same order, each over its share of the model: what they are depends on tokens and on shared
+decisions alone, never on a rank's clock. Sums and draws across ranks are part of a pass, and of its graph.
 """
 
 from __future__ import annotations
@@ -283,8 +286,7 @@ class DeviceRounds:
         hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
         drawn = [
-            draw(state, runner.decoder.logits(hidden[first : first + rows]), at, first, sampling)
-            for first in range(0, len(hidden), rows)
+            draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling) for first in range(0, len(hidden), rows)
         ]
         own = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         rate = self._rates.get(p.rung)
@@ -309,7 +311,8 @@ class DeviceRounds:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of several ranks all capture the same pass now. What else their threads ask of the device is none of its business.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._pass(state, p, most, sampling)
         cast(ModelRunner, self._rungs[p.rung]).reads()
         return graph
@@ -380,7 +383,7 @@ class DeviceRounds:
         found = self._queries.get((batch, tokens))
         if found is None:
             spec = self._top.decoder.spec
-            shape = spec.num_layers, batch * tokens, spec.num_heads, spec.head_dim
+            shape = spec.num_layers, batch * tokens, view.num_heads, spec.head_dim
             found = self._queries[batch, tokens] = torch.zeros(shape, dtype=view.dtype, device=self._device)
         return found
 

@@ -16,6 +16,7 @@ from rowcast.runtime.device_round.program import Pass
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.logits import keep_min_p_, keep_top_
 from rowcast.runtime.sampling_batch import SampledSequence
+from rowcast.runtime.sharded_logits import Logits, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +52,26 @@ def fill(fields: dict[str, Any], row: int, sequence: SampledSequence, vocab_size
     return Sampling(min_p > 0, top_k < vocab_size or top_p < math.inf)
 
 
-def draw(state: RoundState, logits: Tensor, at: rounds.Pass, first: int, sampling: Sampling) -> Tensor:
-    """Each row's own next token: logits [n, V] of rows first, first + 1, ..., of whole sequences -> [n]."""
+def draw(state: RoundState, logits: Logits, at: rounds.Pass, first: int, sampling: Sampling) -> Tensor:
+    """Each row's own next token: logits [n, V] of rows first, first + 1, ..., of whole sequences -> [n].
+
+    Ranks that share logits exchange a (value, id) a row, with min_p each row's largest logit, too. Where top_k or top_p is asked for
+    the logits themselves are gathered: that costs less than a question to the device.
+    """
     some, tokens = slice(first, first + len(logits)), at.tokens
     of = slice(first // tokens, (first + len(logits)) // tokens)
     temperature = state["temperature"][of]
     log_min_p: Tensor | None = state["log_min_p"][of] if sampling.min_p else None
     if sampling.truncates:
-        logits, temperature, log_min_p = _truncated(state, logits, of, tokens), (temperature != 0).float(), None
-    return drawing.draw(
-        logits,
-        temperature,
-        log_min_p,
-        state["seeds"][of],
-        state["sample_index"][of],
-        at.positions[some],
-        rows=at.wanted[some],
-        group=tokens,
-        offset=1,
-    )
+        logits, temperature, log_min_p = _truncated(state, whole(logits), of, tokens), (temperature != 0).float(), None
+    noise = state["seeds"][of], state["sample_index"][of], at.positions[some]
+    how: dict[str, Any] = {"rows": at.wanted[some], "group": tokens, "offset": 1}
+    if isinstance(logits, Tensor):
+        return drawing.draw(logits, temperature, log_min_p, *noise, **how)
+    comm, local = logits.comm, logits.local
+    highest = None if log_min_p is None else comm.exchange(local.float().amax(-1)).amax(0)
+    pairs = drawing.draw_best(local, temperature, log_min_p, *noise, first_token=logits.first, highest=highest, **how)
+    return drawing.winners(comm.exchange(pairs))
 
 
 def simulated(state: rounds.Round, p: Pass, drawn: Tensor, rate: float) -> Tensor:

@@ -76,8 +76,25 @@ class HeadSelector:
 
     @property
     def on_device(self) -> bool:
-        """Whether a GPU can choose without the host (`on_device_heads`): for the layer that runs, on one rank."""
-        return self.reads == "own" and len(range(len(self.weight))[self._local]) == len(self.weight)
+        """Whether a GPU can choose without the host (`on_device_heads`): for the layer that runs."""
+        return self.reads == "own" and self.dealt() is not None
+
+    def dealt(self) -> list[tuple[int, int]] | None:
+        """This rank's virtual shards: heads of each, and how many of them it keeps; None unless every rank holds whole ones, and keeps
+        some. The same on all ranks."""
+        heads = len(self.weight)
+        ours, shards = range(heads)[self._local], head_shards(heads)
+        each, others = divmod(shards * len(ours), heads)
+        if others:
+            return None
+        spans = [(span.stop - span.start, kept) for span, kept in select.shard_spans(heads, self.keep, shards)]
+        ranks = [spans[first : first + each] for first in range(0, shards, each)]
+        return ranks[ours.start // len(ours)] if all(any(kept for _, kept in rank) for rank in ranks) else None
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """weight [H_local, D] and bias [H_local] of this rank's heads."""
+        return self.weight[self._local], self.bias[self._local]
 
     @property
     def bytes(self) -> int:

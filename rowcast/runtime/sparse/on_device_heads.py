@@ -6,16 +6,16 @@ K and V are those of all heads, unless entries may be late (`on_device_late`).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import products, select
-from rowcast.kernels.gpu.heads import HeadRows, head_rows, spread
+from rowcast.kernels.gpu.heads import HeadRows, choose_heads, head_rows, head_scores, spread
+from rowcast.kernels.gpu.late import LateHeads
 from rowcast.runtime.banks import BankWeights, product
 from rowcast.runtime.protocols import ALL_HEADS, Heads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
-from rowcast.runtime.sparse.heads import HeadSelector, head_shards
+from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 
 
@@ -23,10 +23,17 @@ class DeviceHeads:
     """One layer's attention products by its selector, as `SparseAttention` for generated tokens."""
 
     def __init__(self, banks: BankWeights, layer: int, selector: HeadSelector, sparse_tokens: int, counts: DeviceCounts) -> None:
-        self._banks, self._layer, self._selector, self._counts = banks, layer, selector, counts
+        self._banks, self._layer, self._counts = banks, layer, counts
         self._sparse_tokens = min(sparse_tokens, gpu.MOST_TOKENS)
-        heads = banks.split.heads
-        self._places = select.Places.of(heads, selector.keep, head_shards(heads))
+        dealt = selector.dealt()
+        assert dealt is not None
+        self._places = select.Places(*zip(*dealt, strict=True))
+        self._shards = torch.tensor(
+            [[shard, kept] for shard, (heads, kept) in enumerate(dealt) for _ in range(heads)],
+            dtype=torch.int32,
+            device=banks.attention[layer].qkv.device,
+        ).T.contiguous()
+        self._weight, self._bias = selector.own
         self._kv, self._kv_bias = kv_rows(banks, layer)
         self._chosen: HeadRows | None = None
         """Of the pass that runs; None: all heads are computed, and `_own` [T, H] says which are each token's."""
@@ -34,12 +41,12 @@ class DeviceHeads:
 
     def qkv(self, x: Tensor, late: DeviceLate | None) -> tuple[Tensor, Tensor, Tensor]:
         """[T, D] -> q [T, H, d], k [T, K, d], v [T, K, d]; query heads that are not computed are 0. `late`: writes K/V, those
-        that are used; then k and v have no heads."""
-        banks, layer, selector, reads = self._banks, self._layer, self._selector, self._counts.pass_reads
+        that are used; then k and v have no heads, and of a single token the query heads that are not computed are undefined."""
+        banks, layer, reads = self._banks, self._layer, self._counts.pass_reads
         bank, split, tokens, size = banks.attention[layer], banks.split, x.shape[0], banks.spec.head_dim
-        scores = F.linear(x.float(), selector.weight, selector.bias)
-        reads.heads += tokens * selector.keep
-        reads.bytes += selector.bytes
+        scores = head_scores(x, self._weight, self._bias, None if late is None else late.ring(layer))
+        reads.heads += tokens * self._places.keep
+        reads.bytes += self._weight.nbytes + self._bias.nbytes
         chosen: select.Chosen | None = None
         if tokens > self._sparse_tokens:
             self._chosen, self._own = None, top_mask(scores, self._places)
@@ -49,17 +56,27 @@ class DeviceHeads:
                 return banks.qkv(layer, x)
             q = split.queries(layer, product(bank.q, x, bank.q_bias))
         else:
-            chosen = select.top_ids(scores, self._places)
-            rows = self._chosen = head_rows(chosen, size)
+            lates: LateHeads | None = None
+            if tokens == 1:
+                everything = None if late is None else late.everything
+                keep = self._places.keep
+                chosen, rows, lates = choose_heads(scores, self._shards, keep, size, late is not None, everything)
+            else:
+                chosen = select.top_ids(scores, self._places)
+                rows = head_rows(chosen, size)
+            self._chosen = rows
             each = bank.q[0].nbytes + bank.o[0].nbytes
             if rows.count is None:
                 reads.bytes += len(rows.rows) * each
             else:
                 self._counts.add("bytes", rows.count, each)
+            if late is not None and lates is not None:
+                q = late.queries(layer, lates, rows.heads)
+                return q, q[:, :0], q[:, :0]
             some = split.queries(layer, products.rows_in(bank.q, x, rows.rows, rows.count, bank.q_bias))
             q = spread(some, chosen, split.heads)
         if late is not None:
-            late.write(layer, x, chosen)
+            late.write(layer, chosen)
             return q, q[:, :0], q[:, :0]
         reads.bytes += self._kv.nbytes
         k, v = products.rows_in(self._kv, x, bias=self._kv_bias).split(bank.sizes[1:], 1)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels.gpu import products
-from rowcast.kernels.gpu.late import RING, LateHeads, begin_late, every_head, keep_inputs, late_heads, write_late
+from rowcast.kernels.gpu.late import RING, LateHeads, Ring, begin_late, every_head, late_heads, write_late
 from rowcast.kernels.gpu.select import Chosen
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.kv.device import BoundStore
@@ -70,16 +70,43 @@ class DeviceLate:
             assert kv.late is not None
             self._first, self._everything = kv.late, None
 
-    def write(self, layer: int, x: Tensor, chosen: Chosen | None) -> None:
-        """Entries for the chosen heads (None: all) of the pass's tokens, x [T, D], and of those before that lack them."""
-        kv = self._kv
-        assert kv is not None
-        at, split, size = kv.at, self._banks.split, self._banks.spec.head_dim
-        keep_inputs(self._rings[layer], x.contiguous(), at.starts, at.counts)
+    @property
+    def everything(self) -> Tensor | None:
+        """int32 [1]: whether all heads have to write; None: only those that are chosen."""
+        return self._everything
+
+    def ring(self, layer: int) -> Ring:
+        """Where the layer's inputs of this pass go, before `write`."""
+        assert self._kv is not None
+        return Ring(self._rings[layer], self._kv.at.starts, self._kv.at.counts)
+
+    def write(self, layer: int, chosen: Chosen | None) -> None:
+        """Entries for the chosen heads (None: all) of the pass's tokens and of those before that lack them."""
+        split, size = self._banks.split, self._banks.spec.head_dim
         late = self._every if chosen is None else late_heads(chosen, split.heads, size, self._everything)
         known = late.rows is None or (self._everything is None and chosen is not None and chosen.own is None)
-        found = self._products(layer, late, known)
-        write_late(found, late, *kv.entries(layer), at.tables[0], self._first, at.starts, at.counts)
+        self._write(layer, self._products(layer, late, known), late)
+
+    def queries(self, layer: int, late: LateHeads, chosen: Tensor) -> Tensor:
+        """`write` of heads with fused rows: in one product the queries of the pass's token, too, of the heads `chosen` [C], as
+        [1, H, d]; those of others are undefined."""
+        banks, fused = self._banks, late.fused
+        assert fused is not None
+        bank, width = banks.attention[layer], len(chosen) * banks.spec.head_dim
+        if fused.count is None:
+            self._counts.pass_reads.bytes += (len(fused.rows) - width) * bank.qkv[0].nbytes
+        else:
+            self._counts.add("bytes", late.count, bank.qkv[0].nbytes)
+        found = products.rows_in(bank.qkv, self._rings[layer], fused.rows, fused.count, bank.qkv_bias)
+        queries = self._write(layer, banks.split.values(found).flatten(1), late, chosen)
+        assert queries is not None
+        return queries
+
+    def _write(self, layer: int, products: Tensor, late: LateHeads, chosen: Tensor | None = None) -> Tensor | None:
+        kv = self._kv
+        assert kv is not None
+        at = kv.at
+        return write_late(products, late, *kv.entries(layer), at.tables[0], self._first, at.starts, at.counts, chosen)
 
     def _products(self, layer: int, late: LateHeads, known: bool) -> Tensor:
         """[16, 2 C d]. `known`: all places are valid."""

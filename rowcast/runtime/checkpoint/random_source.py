@@ -15,7 +15,6 @@ from rowcast.runtime.weight_map import names_for, qkv_pieces
 
 PERIOD = (1 << 22) - 3
 """A prime: rows of a matrix do not repeat after a few."""
-CPU = torch.device("cpu")
 RUN = 1 << 20
 """Most consecutive values taken at once; a row must fit."""
 
@@ -27,8 +26,9 @@ class RandomSource:
     where `out` is, on a GPU, too.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int = 0, device: torch.device = CPU) -> None:
-        """`device`: where tensors are made if no `out` is given, and where a loader had better have them."""
+    def __init__(self, spec: ModelSpec, seed: int = 0, device: torch.device | None = None) -> None:
+        """`device`: where a loader had better have tensors made, and where they are if no `out` is given. None: where they will
+        stay, and the CPU."""
         self.device = device
         self._shapes = tensor_shapes(spec)
         self._seed = seed
@@ -54,6 +54,9 @@ class RandomSource:
         columns = range(shape[1])[cols or slice(None)]
         found = torch.empty(last - first, len(columns), device=self.device) if out is None else out
         place, noise = zlib.crc32(name.encode()), self._noise_for(shape[1] ** -0.5, found)
+        if found.is_cuda and len(columns) < shape[1]:  # a launch for all rows, not one for some
+            starts = (place + shape[1] * torch.arange(first, last, device=found.device)) % PERIOD
+            return found.copy_(noise[starts[:, None] + torch.arange(columns.start, columns.stop, device=found.device)])
         step = RUN // shape[1]
         for row in range(first, last, step):
             count = min(step, last - row)

@@ -1,0 +1,178 @@
+"""Decoding over several GPUs, batch 1: milliseconds a token against the floor, and sparse ladders against the dense one.
+
+    python benchmarks/tensor_parallel.py [--model opt-30b] [--ranks 2] [--ladder plain "self:mlp=0.1,by=dejavu,heads=0.5" ...]
+                                         [--prompt-tokens 512] [--max-tokens 64] [--repeat 3]
+
+A model's shape with random weights, which each rank makes on its GPU. The floor is the bytes that a rank's passes read over what a copy
+reaches on GPU 0. A token's time is that between tokens as the driver sees them, "on the GPU" the part of it that rank 0's passes take:
+the rest is scheduling. Ladders that end in a sparse rung need a calibration; the one written here has random predictors of the size
+that `rowcast calibrate` makes: times are those of a calibrated model, and the output is worth as little as the weights. A ladder that
+fails is told, and the next one is run. Ratios are to the first ladder. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rowcast import LLM, SamplingParams
+from rowcast.bench.gpu_timing import copy_bandwidth
+from rowcast.calibration.fitting import default_rank
+from rowcast.runtime.checkpoint import open_checkpoint
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS
+
+LADDERS = ["plain", "self:mlp=0.1,by=dejavu,heads=0.5", "self:mlp=0.1,by=dejavu-ahead,heads=0.5"]
+GRID = [0.05, 1.0]
+"""Densities of the written calibration, at all of which layers are alike."""
+
+
+def write_calibration(folder: Path, model: str, by: str) -> Path:
+    """A calibration of random predictors: `by`'s for neurons, and those for heads. One layer's stand for all."""
+    checkpoint = open_checkpoint(model)
+    spec = spec_from_config(checkpoint.config)
+    rank, rows = default_rank(spec.hidden_size, spec.activation == "relu"), spec.intermediate_size * (1 + spec.gated)
+    shapes = {
+        f"{by}.a": (rank, spec.hidden_size),
+        f"{by}.b": (rows, rank),
+        f"{by}.bias": (rows,),
+        "heads.own.weight": (spec.num_heads, spec.hidden_size),
+        "heads.own.bias": (spec.num_heads,),
+    }
+    data = {name: (torch.randn(shape) * shape[-1] ** -0.5).half().numpy().tobytes() for name, shape in shapes.items()}
+    densities = torch.tensor([[share] * spec.num_layers for share in GRID]).numpy().tobytes()
+    header: dict[str, Any] = {"__metadata__": {"fingerprint": checkpoint.source.fingerprint()}}
+    header["densities"] = {"dtype": "F32", "shape": [len(GRID), spec.num_layers], "data_offsets": [0, len(densities)]}
+    end = len(densities)
+    for layer in range(spec.num_layers):
+        for name, shape in shapes.items():
+            span = [end, end + len(data[name])]
+            header[f"layers.{layer}.{name}"] = {"dtype": "F16", "shape": list(shape), "data_offsets": span}
+            end = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / TENSORS).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + densities)
+        for _ in range(spec.num_layers):
+            file.writelines(data.values())
+    fields = {"format": FORMAT, "fingerprint": checkpoint.source.fingerprint(), "densities": GRID, "density": 0.1}
+    (folder / DESCRIPTION).write_text(json.dumps({**fields, "quality": {}, "scorers": {}}))
+    return folder
+
+
+@contextmanager
+def calibrated(args: argparse.Namespace, ladder: str) -> Iterator[Path | None]:
+    """A calibration for ladders that need one."""
+    if "heads=" not in ladder and "dejavu" not in ladder:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_calibration(Path(folder), args.model, "dejavu-ahead" if "dejavu-ahead" in ladder else "dejavu")
+
+
+def measure(args: argparse.Namespace, ladder: str, bandwidth: float) -> dict[str, Any]:
+    """One ladder, in ranks of its own."""
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
+    common: dict[str, Any] = {"dtype": "bfloat16", "device": args.device, "max_num_seqs": 2, "max_model_len": args.max_model_len}
+    mode = "exact" if ladder.split("/")[-1].strip() == "plain" else "approximate"
+    started = time.perf_counter()
+    with (
+        calibrated(args, ladder) as calibration,
+        LLM(
+            args.model,
+            tensor_parallel_size=args.ranks,
+            launcher=args.launcher,
+            ladder=ladder,
+            mode=mode,
+            calibration=calibration,
+            progress=False,
+            **common,
+        ) as llm,
+    ):
+        load_s = time.perf_counter() - started
+        spec = llm.spec
+        prompts = torch.randint(
+            spec.vocab_size, (args.repeat + 1, args.prompt_tokens), generator=torch.Generator().manual_seed(0)
+        )
+        started = time.perf_counter()
+        llm.generate(prompts[0].tolist(), params)  # compiles and captures
+        warm_s = time.perf_counter() - started
+        runs = [llm.generate(prompt.tolist(), params)[0] for prompt in prompts[1:]]
+        notes = llm.plan.notes
+    last = llm.plan.ladder[-1].partition(":")[0]
+    stats = [run.metrics for run in runs]
+    counts = [each.rungs[last] for each in stats]
+    wall = median(1 / each.tokens_per_s for each in stats if each.tokens_per_s)
+    graphs = median(
+        sum(c.seconds for name, c in each.rungs.items() if name != "prefill") / (args.max_tokens - 1) for each in stats
+    )
+    read = median(c.bytes_read / c.tokens for c in counts)
+    return {
+        "ladder": ladder,
+        "ms_per_token": 1e3 * wall,
+        "graph_ms_per_token": 1e3 * graphs,
+        "scheduling": wall / graphs - 1,
+        "bytes_per_token_and_rank": read,
+        "floor_ms": 1e3 * read / bandwidth,
+        "share": read / bandwidth / wall,
+        "ttft_s": median(each.ttft_s or 0.0 for each in stats),
+        "density": median(each.density.get(last, 1.0) for each in stats),
+        "head_density": median(each.head_density.get(last, 1.0) for each in stats),
+        "load_s": load_s,
+        "warm_s": warm_s,
+        "notes": notes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="opt-30b", help="A well-known model's name, or the path of a config.json.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ladder", nargs="+", default=LADDERS)
+    parser.add_argument("--launcher", default="local")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    shape, args.model = args.model, f"random:{args.model}"
+    bandwidth, name = 1e10, args.device
+    if args.device == "cuda":
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the driver keeps no memory of a GPU
+            bandwidth, name = pool.submit(copy_bandwidth).result(), pool.submit(torch.cuda.get_device_name).result()
+    print(f"{shape}, {args.ranks} x {name}, a copy reaches {bandwidth / 1e12:.2f} TB/s", flush=True)
+    found: list[dict[str, Any]] = []
+    for ladder in args.ladder:
+        try:
+            one = measure(args, ladder, bandwidth)
+        except Exception as error:  # of a rank, of memory: the others may run
+            print(f"{ladder:40} failed: {error}", file=sys.stderr, flush=True)
+            continue
+        found.append(one)
+        one["speed_up"] = found[0]["ms_per_token"] / one["ms_per_token"]
+        print(
+            f"{ladder:40} {one['ms_per_token']:7.3f} ms a token, floor {one['floor_ms']:7.3f}, share {one['share']:.2f}, "
+            f"{one['speed_up']:.2f}x; on the GPU {one['graph_ms_per_token']:7.3f}, scheduling {one['scheduling']:.1%}; "
+            f"{one['bytes_per_token_and_rank'] / 1e9:.2f} GB a token and rank, neurons {one['density']:.2f}, heads "
+            f"{one['head_density']:.2f}; loaded in {one['load_s']:.0f} s, warm after {one['warm_s']:.0f} s, ttft {one['ttft_s']:.2f} s",
+            flush=True,
+        )
+    print(json.dumps({"model": shape, "ranks": args.ranks, "device": name, "bandwidth": bandwidth, "ladders": found}))
+    sys.exit(0 if len(found) == len(args.ladder) else 1)
+
+
+if __name__ == "__main__":
+    main()
