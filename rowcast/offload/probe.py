@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import mean, median
 from typing import TypeVar
 
 import torch
@@ -39,8 +39,8 @@ _FREE_SHARE = 4
 class Sizes:
     """How much is moved, and how often. Each is the most: little free memory makes them smaller."""
 
-    host_bytes: int = 512 << 20
-    """Of one array of the host's copies, sums and products: more than the caches hold."""
+    host_bytes: int = 2 << 30
+    """Of one array of the host's copies, sums and products: more than the caches hold, of which servers have hundreds of MiB."""
     bank_bytes: int = 1 << 30
     """Pinned memory that transfers and rows come from."""
     transfer_bytes: int = 128 << 20
@@ -266,17 +266,24 @@ def _memory_rates(size_bytes: int, repeat: int) -> tuple[float, float]:
 
 
 def _cpu_product(size_bytes: int, dtype: torch.dtype, repeat: int) -> CpuProduct:
-    """A token through neurons of a table, up and down, as the CPU computes cold ones."""
+    """A token through neurons of a table, up and down, as the CPU computes cold ones.
+
+    Rates are means: a pass waits for its slowest layer, and threads that others keep from running are a part of it.
+    """
     neuron_bytes = 2 * _WIDTH * dtype.itemsize
     table = torch.ones(max(size_bytes // neuron_bytes, 2), 2, _WIDTH, dtype=dtype)
     ids = torch.arange(0, len(table), 2)
     x = torch.ones(1, _WIDTH, dtype=dtype)
 
-    def run(chosen: Tensor | None = None) -> None:
-        rows_out(table[:, 1], ffn_hidden(None, table[:, 0], None, x, chosen, "relu"), chosen)
+    def rate(chosen: Tensor | None, bytes_: int) -> float:
+        taken = []
+        for _ in range(1 + 2 * repeat):
+            start = time.perf_counter()
+            rows_out(table[:, 1], ffn_hidden(None, table[:, 0], None, x, chosen, "relu"), chosen)
+            taken.append(time.perf_counter() - start)
+        return bytes_ / mean(taken[1:])
 
-    whole, some = _host_seconds(run, repeat), _host_seconds(lambda: run(ids), repeat)
-    return CpuProduct(dtype.itemsize, table.nbytes / whole, len(ids) * neuron_bytes / some)
+    return CpuProduct(dtype.itemsize, rate(None, table.nbytes), rate(ids, len(ids) * neuron_bytes))
 
 
 def _host_seconds(call: Callable[[], object], repeat: int) -> float:

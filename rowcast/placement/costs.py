@@ -234,6 +234,9 @@ class CostModel:
                     chain(k, s, -1, "host memory", host[n], 0.0)
                 for n, before, fixed in own if mode.cpu else ():
                     chain(k, s, -1, "CPU", before + cpu[n], fixed)
+                if (mode.streamed or mode.kv_away or mode.cpu) and not self.constants.eager:
+                    layers = len(layout.stages[s].layers) if rung.model is None else rung.model.num_layers
+                    chain(k, s, -1, "launches", None, layers * self.constants.driven_layer_s)
                 for n in nodes:
                     if shared[n].any():
                         chain(k, s, -1, "bus", shared[n], 0.0)

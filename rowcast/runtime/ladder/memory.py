@@ -19,6 +19,7 @@ from rowcast.runtime.sparse.sizes import (
     copied_bytes,
     expected_bytes,
     late_bytes,
+    making_bytes,
     predictor_bytes,
     score_bytes,
 )
@@ -109,6 +110,7 @@ def ladder_needs(
     dense = any(rung.kind in ("self", "plain") and rung.weights is None for rung in ladder.rungs)
     banks = bool(sparse) or (dense and not dense_copy)
     alone = not (dense or sparse)
+    work_bytes = max(work_bytes, *(making_bytes(spec, rung, width, calibration) for rung in sparse), 0)
     if few_bits:
         work_bytes = max(work_bytes, lowbit_sizes.making_bytes(spec, width))
     running = sum(rung.kind != "ngram" for rung in ladder.lower)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rowcast.kernels.lowbit_sizes import stored_bytes
+from rowcast.kernels.lowbit_sizes import stored_bytes, work_bytes
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
@@ -60,6 +60,20 @@ def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
         rank = calibration.shape(f"layers.0.{rung.by}.a")[0]
         each = stored_bytes(rank, hidden, 8) + stored_bytes(rows, rank, 8) + 4 * rows
     return spec.num_layers * each
+
+
+def making_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None) -> int:
+    """Most that making its proxies takes for a while: of a layer, what is rounded, twice where tables are put together of parts that
+    lie elsewhere, and a piece of it in float32."""
+    name = (rung.by or "").removesuffix(AHEAD)
+    rows = spec.intermediate_size * (2 if spec.gated else 1)
+    if rung.mlp is None or name not in (*BITS, *FITTED):
+        return 0
+    if name in BITS:
+        return 2 * rows * spec.hidden_size * width + work_bytes(rows * spec.hidden_size)
+    assert calibration is not None
+    rank = calibration.shape(f"layers.0.{rung.by}.a")[0]
+    return 2 * rows * rank * 4 + work_bytes(rows * rank)
 
 
 def score_bytes(spec: ModelSpec) -> int:
