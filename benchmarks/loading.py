@@ -132,7 +132,13 @@ def load(folder: Path, ranks: int) -> float:
     """Seconds until it could generate."""
     start = time.perf_counter()
     with LLM(
-        str(folder), tensor_parallel_size=ranks, ladder="plain", dtype="bfloat16", max_model_len=1024, launcher="local", progress=False
+        str(folder),
+        tensor_parallel_size=ranks,
+        ladder="plain",
+        dtype="bfloat16",
+        max_model_len=1024,
+        launcher="local",
+        progress=False,
     ) as llm:
         took = time.perf_counter() - start
         (output,) = llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False))

@@ -61,7 +61,7 @@ def _rate(address: int, bank: torch.Tensor, row_bytes: int, programs: int) -> fl
     taken = []
     for turn in range(REPEAT + 2):
         ids = calls[turn % len(calls)]
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         gather(address, row_bytes, ids, wanted, out, Fetch(programs=programs))
         end.record()
@@ -69,7 +69,7 @@ def _rate(address: int, bank: torch.Tensor, row_bytes: int, programs: int) -> fl
         taken.append(start.elapsed_time(end) * 1e-3)
     check = bank.view(-1, row_bytes)[ids.to(bank.device).long()].to(device)
     assert torch.equal(out, check), "rows came wrong"
-    return count * row_bytes / median(taken[2:])
+    return float(count * row_bytes / median(taken[2:]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import pytest
 import tokenizers
 import torch
+from plan_samples import forecast_plan, resident
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -25,11 +26,12 @@ import rowcast.cli
 from rowcast import LLM, SamplingParams
 from rowcast.bench.latency import PeakMemory
 from rowcast.cli import calibrate, options
-from rowcast.cli.output import print_statistics
+from rowcast.cli.output import print_placement, print_statistics
+from rowcast.placement.forecast import Share
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
 from rowcast.runtime.ladder.spec import Ladder, ScorerName
-from rowcast.runtime.outputs import RequestOutput, RequestStats
-from rowcast.runtime.step import RungCounts
+from rowcast.runtime.outputs import CompletionOutput, RequestOutput, RequestStats
+from rowcast.runtime.step import Moved, RungCounts
 
 STATS = {
     "prompt_tokens",
@@ -526,6 +528,35 @@ def test_statistics_of_a_rung(capsys: pytest.CaptureFixture[str]) -> None:
         "[3.50 tokens a round; prefill: 0.50 s; "
         "self: 0.90 of 50 accepted (.50 1.00 1.00 1.00 1.00 1.00 1.00 1.00 ...), 4 refreshes, 0.25 s; plain: 0.10 s]\n"
     )
+
+
+def test_what_was_moved(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the statistics where parts lie elsewhere, and only there."""
+    stats = RequestStats(prompt_tokens=3, generated_tokens=1)
+    output = RequestOutput("0", None, [1, 2, 3], [CompletionOutput(0, "", [1])], True, stats)
+    stats.count_moved(None)
+    assert "offload" not in output.to_json()["stats"]
+    for _ in range(2):
+        stats.count_moved(Moved(weight_bytes=3 << 29, rows_wanted=100, rows_moved=24, row_bytes=3 << 19, stalled_s=0.2))
+    print_statistics(output)
+    assert capsys.readouterr().err == (
+        "[3 prompt tokens, 1 generated]\n[moved 3.0 GiB of weights, 48 of 200 rows (.76 hit, 3.0 MiB); 0.40 s stalled]\n"
+    )
+    assert output.to_json()["stats"]["offload"] == {
+        "rows": {"wanted": 200, "hit": 152, "moved": 48},
+        "bytes": {"bus": {"weights": 3 << 30, "rows": 3 << 20}},
+        "stalled_s": 0.4,
+    }
+
+
+def test_the_placement_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_placement(resident())
+    assert capsys.readouterr().err == ""
+    print_placement(forecast_plan())
+    assert capsys.readouterr().err == "[placement: resident 3.0 GiB: neurons, 4.08% of KV; streamed 47.0 GiB: 95.92% of KV]\n"
+    shares = [Share([0], "embeddings", -1, "host", 0, 1, 1, 5), Share([1], "KV", 0, "streamed", 0, 1, 1, 5)]
+    assert forecast_plan(shares=shares).places() == {"host": {"embeddings": 5}}
+    assert forecast_plan(shares=shares[1:]).places_text() == ""
 
 
 def test_generate_reads_standard_input(run: Callable[..., tuple[int, str, str]], stdin: Callable[[bytes], None]) -> None:

@@ -28,7 +28,7 @@ from rowcast.cluster.wire import (
 )
 from rowcast.errors import UserError
 from rowcast.runtime.params import SamplingParams
-from rowcast.runtime.step import RungCounts, SeqResult, SeqSetup, SeqStep, TokenLogprobs
+from rowcast.runtime.step import Moved, RungCounts, SeqResult, SeqSetup, SeqStep, TokenLogprobs
 
 EVERYTHING = SamplingParams(
     n=2,
@@ -60,7 +60,11 @@ MESSAGES: list[Message] = [
     Stop(),
     Command(7, [[1], [2, 30]], [SETUP], [STEP, STEP], [1, 2]),
     Command(8),
-    Done(7, 2**32 - 1, [SeqResult(4, [1], [LOGPROBS], [LOGPROBS], {"plain": COUNTS}), SeqResult(5, [])]),
+    Done(
+        7,
+        2**32 - 1,
+        [SeqResult(4, [1], [LOGPROBS], [LOGPROBS], {"plain": COUNTS}), SeqResult(5, [], moved=Moved(3, stalled_s=0.5))],
+    ),
     Failed(7, "user", "A sentence."),
 ]
 
@@ -102,7 +106,7 @@ def packed(*content: Any) -> bytes:
         (packed(wire.VERSION, "Command", 1, [[1.5]], [], [], None), "Command.freed is no list of numbers"),
         (packed(wire.VERSION, "Command", 1, [], [], [[1, [1], 0, [True], 1, True, None, 0, 1]], None), "SeqStep|steps.blocks"),
         (packed(wire.VERSION, "Command", 1, [], [[0, {"n": 1}, 0, 0, [], [], [], [], 0]], [], None), "no list of pairs"),
-        (packed(wire.VERSION, "Done", 1, 2, [[1, [], None, None, []]]), "no map"),
+        (packed(wire.VERSION, "Done", 1, 2, [[1, [], None, None, [], None]]), "no map"),
         (packed(wire.VERSION, "Failed", 1, "user", msgpack.ExtType(5, b"x")), "no msgpack"),
     ],
 )

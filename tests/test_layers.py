@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": (
         *("runtime", "offload", "kernels"),
         *(f"placement.{name}" for name in ("resident", "units", "executable", "hardware", "here", "models", "workload")),
-        *(f"placement.{name}" for name in ("constants", "corrections", "forecast", "planner", "report")),
+        *(f"placement.{name}" for name in ("constants", "corrections", "forecast", "planner", "process_memory", "report")),
         *EVERYWHERE,
     ),
     "cluster": ("cluster", "runtime", "offload", "kernels", *EVERYWHERE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,12 @@ def test_the_node_next_to_a_gpu(
 def test_banks_ask_for_their_gpus_node_before_pages_are_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(numa, "node_of", lambda device: 1)
-    monkeypatch.setattr(numa, "prefer", lambda *given: asked.append(given) or True)
+
+    def prefer(address: int, size: int, node: int) -> bool:
+        asked.append((address, size, node))
+        return True
+
+    monkeypatch.setattr(numa, "prefer", prefer)
     bank = host_memory.pinned_bank((4, 64), torch.float32, torch.device("cpu"))
     assert asked == [(bank.tensor.data_ptr(), 4 * 64 * 4, 1)] and not bank.tensor.any()
 
@@ -46,7 +52,7 @@ def test_without_the_library_pages_lie_anywhere(monkeypatch: pytest.MonkeyPatch)
         raise OSError(name)
 
     numa._library.cache_clear()
-    monkeypatch.setattr(numa.ctypes, "CDLL", absent)
+    monkeypatch.setattr(ctypes, "CDLL", absent)
     assert not numa.prefer(0, 16, 1)
     numa._library.cache_clear()
 

@@ -27,6 +27,7 @@ from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Tiers
 from rowcast.runtime.offloaded.weights import OffloadedBanks
 from rowcast.runtime.planning import Target, Wish, make_plan
+from rowcast.runtime.step import Moved
 from rowcast.runtime.tokenizer import load_tokenizer
 
 VIEW = "chunk=4,sinks=4,recent=8"
@@ -140,7 +141,10 @@ def test_an_approximate_law_does_not_depend_on_places(target: Path, device: str,
     """Rows are chosen by neurons' numbers, not by where they lie: the same tokens, alone and in a batch."""
     llm = make(target, ladder, device, mode="approximate")
     expected = [ids(llm.generate(prompt, GREEDY))[0] for prompt in prompts(4)]
-    for given in (shares(None, 2, neurons=("rows",), KV=("streamed",)), shares(5, 2)):
+    places = [shares(None, 2, neurons=("rows",), KV=("streamed",)), shares(5, 2)]
+    if device == "cpu" or torch.cuda.device_count() > 1:
+        places += [shares(None, 2, neurons=("peer",)), shares(6, 2, neurons=("resident", "streamed", "peer", "cpu"))]
+    for given in places:
         there = LLM(target, plan=away(llm.plan, given), progress=False)
         assert [ids(there.generate(prompt, GREEDY))[0] for prompt in prompts(4)] == expected
         assert ids(there.generate(prompts(4), GREEDY)) == expected
@@ -165,10 +169,19 @@ def test_views_are_those_of_the_plan(target: Path) -> None:
     lower, top = llm.engine._executor._lower[0], llm.engine._executor._top  # type: ignore[attr-defined]
     assert isinstance(top.view, HostedKV) and isinstance(top.decoder.weights, OffloadedBanks)
     assert isinstance(lower.decoder.weights, OffloadedSparse)
-    llm.generate(prompts(2), GREEDY)
+    outputs = llm.generate(prompts(2), GREEDY)
     elsewhere = llm.engine._executor.elsewhere  # type: ignore[attr-defined]
     counts = elsewhere.counts()
     assert counts.weights.bytes > 0 and counts.rows.wanted > 0 and counts.kv.bytes > 0
+    told = Moved()
+    for output in outputs:
+        assert output.metrics.moved is not None
+        told.add(output.metrics.moved)
+    assert (told.weight_bytes, told.kv_bytes) == (counts.weights.bytes, counts.kv.bytes)
+    assert (told.rows_wanted, told.rows_hit, told.rows_moved) == (counts.rows.wanted, counts.rows.hit, counts.rows.moved)
+    assert told.row_bytes == told.rows_moved * 3 * llm.spec.hidden_size * 4 and told.kv_out_bytes > 0
+    assert told.stalled_s == pytest.approx(counts.weights.stalled_s + counts.kv.stalled_s)
+    assert elsewhere.counts().weights.bytes == 0
     assert elsewhere.host_bytes == top.view.store.bytes + top.decoder.weights.store.bytes
     elsewhere.close()
     assert elsewhere.host_bytes == 0
@@ -192,13 +205,16 @@ def stores() -> list[HostStore]:
 
 def test_parts_that_no_engine_has_elsewhere(target: Path) -> None:
     plan = make(target, "plain").plan
-    for part, tier in (("neurons", "peer"), ("KV", "peer"), ("attention", "rows"), ("LM head", "cpu"), ("KV", "cpu")):
+    for part, tier in (("attention", "peer"), ("KV", "peer"), ("attention", "rows"), ("LM head", "cpu"), ("KV", "cpu")):
         told = not_yet(away(plan, [Share([0], part, 0, tier, 0, 1, 1, 1)]))
         assert len(told) == 1 and told[0].startswith(part)
     for rung, part in (("self:heads=0.5", "attention"), ("self:mlp=0.5,by=gate", "neurons"), ("self:lm=hire", "LM head")):
         given = [Share([0], part, 0, "streamed", 0, 1, 1, 1)]
         assert "under a rung that" in not_yet(replace(away(plan, given), ladder=[rung, "plain"]))[0]
         assert not not_yet(away(plan, given))
+    both = [Share([0], "neurons", 1, tier, place, 1, 2, 1) for place, tier in enumerate(("rows", "peer"))]
+    assert not_yet(away(plan, both)) == ["rows of one layer both in host memory and held by another GPU"]
+    assert not not_yet(away(plan, [both[0], replace(both[1], layer=0)]))
     alone = replace(away(plan, [Share([0], "neurons", 0, "streamed", 0, 1, 1, 1)]), ladder=["self:bits=4"])
     assert "low-bit weights" in not_yet(alone)[0]
 

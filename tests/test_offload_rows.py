@@ -37,7 +37,7 @@ def test_any_calls_find_the_banks_rows(device: torch.device, slots: int) -> None
         given = None if count is None else torch.tensor([count], dtype=torch.int32, device=device)
         at = cached[which].reach(torch.tensor(chosen, dtype=torch.int64, device=device), given)
         wanted = chosen if count is None else chosen[:count]
-        assert torch.equal(pool.rows[at[: len(wanted)]].cpu(), banks[which].tensor[wanted])
+        assert torch.equal(pool.rows[at[: len(wanted)].long()].cpu(), banks[which].tensor[wanted])
         assert not pool.rows[0].any()
         pool.check()
 
@@ -81,5 +81,5 @@ def test_calls_can_be_captured_and_replayed() -> None:
         ids.copy_(torch.tensor(chosen))
         count.fill_(number)
         graph.replay()
-        assert torch.equal(pool.rows[at[:number]].cpu(), bank.tensor[chosen[:number]])
+        assert torch.equal(pool.rows[at[:number].long()].cpu(), bank.tensor[chosen[:number]])
     pool.check()

@@ -24,7 +24,7 @@ from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Spans, Tiers
-from rowcast.runtime.offloaded.weights import OffloadedBanks
+from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Pieces
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.build import build_neurons
@@ -124,22 +124,24 @@ def test_any_places_at_any_ring(llama: Model, seed: int) -> None:
 
 @pytest.mark.parametrize("tier", ["streamed", "rows", "cpu"])
 def test_a_pass_streams_each_piece_once(llama: Model, tier: str) -> None:
-    """Whatever its number of tokens; the CPU's neurons not at all."""
-    view = llama.placed(everything(tier, llama.spec.num_layers))
-    pieces = view._pieces(fetched=True)
-    llama.logits(view)
-    view.counts()
-    llama.logits(view)
-    counts, _ = view.counts()
-    assert counts.taken == counts.pieces == 4 * len(pieces)
-    assert counts.bytes == 4 * sum(piece.nbytes for piece in pieces)
-    hidden, spec = llama.spec.hidden_size, llama.spec
-    whole = spec.num_layers * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * hidden * 4
-    whole += spec.vocab_size * hidden * 4
-    if tier != "cpu":
-        whole += spec.num_layers * 3 * spec.intermediate_size * hidden * 4
-    assert sum(piece.nbytes for piece in pieces) == whole
-    assert view.store.bytes >= whole
+    """Whatever its number of tokens; the CPU's neurons with many tokens only, and not at all where the plan has no ring."""
+    spec, hidden = llama.spec, llama.spec.hidden_size
+    neurons = spec.num_layers * 3 * spec.intermediate_size * hidden * 4
+    others = spec.num_layers * (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim * hidden * 4
+    others += spec.vocab_size * hidden * 4
+    for ring_bytes in (1 << 14, 0):
+        view = llama.placed(everything(tier, spec.num_layers), ring_bytes)
+        many = view._pieces(_Pieces.ALL if ring_bytes else _Pieces.DEVICE)
+        few = view._pieces(_Pieces.DEVICE)
+        llama.logits(view)
+        view.counts()
+        llama.logits(view)
+        counts, _ = view.counts()
+        assert PROMPT > CPU_TOKENS and counts.taken == len(many) + 3 * len(few)
+        assert len(many) != len(few) or counts.pieces == counts.taken
+        assert sum(piece.nbytes for piece in few) == others + (neurons if tier != "cpu" else 0)
+        assert sum(piece.nbytes for piece in many) == others + (neurons if tier != "cpu" or ring_bytes else 0)
+        assert view.store.bytes >= others + neurons
 
 
 def test_candidates_are_fetched_once(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_a_pass_that_was_broken_off_leaves_nothing_behind(llama: Model, monkeypa
         nonlocal calls
         calls += 1
         if calls == 2:
-            view.streamer.take(view._layer(0, fetched=True)[0])
+            view.streamer.take(view._layer(0, _Pieces.ALL)[0])
             raise KeyboardInterrupt
         return real(layer, x, residual)
 

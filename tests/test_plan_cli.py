@@ -271,7 +271,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(directory: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=12 << 30))
-    with pytest.raises(UserError, match=r"takes .* of a budget of 22.9 GiB, but cuda:0 has 12.0 GiB"):
+    with pytest.raises(UserError, match=r"takes .* of a budget of 22.8 GiB, but cuda:0 has 12.0 GiB"):
         LLM(directory, plan=plan)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rowcast.cli import options
-from rowcast.cli.output import print_json, print_outputs, print_plan_report, print_stream, with_plan
+from rowcast.cli.output import print_json, print_outputs, print_placement, print_plan_report, print_stream, with_plan
 from rowcast.errors import UserError
 
 
@@ -74,9 +74,11 @@ def generate(
     if chat:
         prompts = [llm.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
 
+    if not as_json:
+        print_placement(llm.plan)
     if as_json:
         for output in llm.iterate(prompts, params):
-            print_json(with_plan(output.to_json(), llm.plan_report()))
+            print_json(with_plan(output.to_json(), llm.plan, llm.plan_report()))
     elif len(prompts) == 1 and n == 1:
         print_stream(llm.stream(prompts[0], params))
     else:

@@ -50,7 +50,10 @@ Mode = Annotated[
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.", rich_help_panel=_MODEL)]
 GpuMemory = Annotated[
-    str | None, typer.Option("--gpu-memory", help="Most GPU memory to take, as in 24GiB.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(
+        "--gpu-memory", help="Most GPU memory to take, context and libraries included, as in 24GiB.", rich_help_panel=_MODEL
+    ),
 ]
 HostMemory = Annotated[
     str | None, typer.Option("--host-memory", help="Most host memory to take, as in 64GiB.", rich_help_panel=_MODEL)

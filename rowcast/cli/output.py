@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rowcast.placement.plan import Plan
     from rowcast.placement.report import PlanReport
     from rowcast.runtime.outputs import RequestOutput, RequestStats, StreamChunk
+    from rowcast.runtime.step import Moved
 
 SHOWN_POSITIONS = 8
 """Acceptance by position goes on for as long as the longest proposal; `--json` shows all of it."""
@@ -20,10 +22,21 @@ def print_json(value: object) -> None:
     print(json.dumps(value), flush=True)
 
 
+def print_placement(plan: Plan) -> None:
+    """On standard error, where parts of the model lie; nothing where all of it lies next to the compute."""
+    if told := plan.places_text():
+        _print_bracketed([f"placement: {told}"])
+
+
 def print_statistics(output: RequestOutput) -> None:
-    """On standard error: one line and, where a rung drafted or tried to or read a part of the weights, another that says what each
-    rung did and took."""
-    stats = output.metrics
+    """On standard error: one line; where a rung drafted or tried to or read a part of the weights, another that says what each rung did
+    and took; where parts lie elsewhere, another that says what of them was moved."""
+    _print_request(output.metrics)
+    if output.metrics.moved is not None:
+        _print_bracketed([_moved(output.metrics.moved)])
+
+
+def _print_request(stats: RequestStats) -> None:
     parts = [f"{stats.prompt_tokens} prompt tokens", f"{stats.generated_tokens} generated"]
     if stats.ttft_s is not None:
         parts.append(f"{stats.ttft_s:.2f} s to the first")
@@ -38,6 +51,20 @@ def print_statistics(output: RequestOutput) -> None:
         return
     _print_bracketed([", ".join(parts), *ladder])
     _print_bracketed(rounds + [_rung(name, stats) for name in ran])
+
+
+def _moved(moved: Moved) -> str:
+    """Such as "moved 3.1 GiB of weights, 120 of 500 rows (.76 hit), 20.0 MiB of KV; 0.41 s stalled": what there was of it."""
+    from rowcast.placement.units import format_bytes
+
+    told = [f"{format_bytes(moved.weight_bytes)} of weights"] if moved.weight_bytes else []
+    if moved.rows_wanted:
+        hit = f"{moved.rows_hit / moved.rows_wanted:.2f}".removeprefix("0")
+        told.append(f"{moved.rows_moved} of {moved.rows_wanted} rows ({hit} hit, {format_bytes(moved.row_bytes)})")
+    told += [f"{format_bytes(moved.kv_bytes)} of KV"] if moved.kv_bytes else []
+    told += [f"{format_bytes(moved.kv_out_bytes)} of KV out"] if moved.kv_out_bytes else []
+    told += [f"{format_bytes(moved.disk_bytes)} from disk"] if moved.disk_bytes else []
+    return f"moved {', '.join(told) or 'nothing'}; {moved.stalled_s:.2f} s stalled"
 
 
 def _rung(name: str, stats: RequestStats) -> str:
@@ -62,8 +89,11 @@ def _print_bracketed(parts: Iterable[str]) -> None:
     print(f"[{'; '.join(parts)}]", file=sys.stderr)
 
 
-def with_plan(value: dict[str, Any], report: PlanReport | None) -> dict[str, Any]:
-    """A request's object with what the plan foretold, and what was measured up to its end, in `stats`; as it is without a report."""
+def with_plan(value: dict[str, Any], plan: Plan, report: PlanReport | None) -> dict[str, Any]:
+    """A request's object with, in `stats`, where parts lie, what the plan foretold and what was measured up to its end; as it is where
+    all lies next to the compute and there is no report."""
+    if places := plan.places():
+        value["stats"]["placement"] = places
     if report is not None:
         value["stats"]["plan"] = report.to_json()
     return value

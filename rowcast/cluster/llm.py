@@ -113,13 +113,15 @@ class LLM(one_rank.LLM):
         from rowcast.cluster.wire import Order
 
         path = self.checkpoint.path
-        if not path.exists():
+        if self.checkpoint.format != "random":
+            path = path.resolve()
+        if self.checkpoint.format != "random" and not path.exists():
             raise UserError(f"tensor_parallel_size={world} needs a model on disk, which every rank opens: {path} is none")
         limits = self._limits or Limits()
         launcher = self._choose_launcher(on_gpu=planned.plan.device != "cpu")
         order = Order(
             world=world,
-            model=str(path.resolve()),
+            model=str(path),
             plan=msgpack.packb(asdict(planned.plan)),
             calibration=None if self._calibration is None else str(Path(self._calibration).resolve()),
             eager=eager,

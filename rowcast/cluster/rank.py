@@ -27,9 +27,11 @@ from rowcast.cluster.link import Link
 from rowcast.cluster.wire import Command, Done, Failed, Hello, Message, Order, Progress, Ready, Rendezvous, Stop
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import Plan
+from rowcast.runtime import device as devices
 from rowcast.runtime.assembly import assemble
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.device_round.program import BATCHES
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.maximal import Maximal
@@ -169,6 +171,9 @@ def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Messag
     planned = check_plan(plan, target, Wish(calibration=order.calibration, tensor_parallel_size=order.world), {})
     join(store, rank, order.world, timeout_s=order.timeout_s, device=torch.device(plan.device))
     comm = DistributedComm()
+    if plan.device != "cpu":
+        most = BATCHES[-1] * max(spec.hidden_size, spec.embed_size)
+        comm.sum_in_one_shot(most, devices.DTYPES[plan.dtype], torch.device(plan.device))
 
     def make_rule(sampler: Sampler) -> Rule:
         return Maximal(sampler) if plan.verification == "maximal" else Coupled(sampler)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rowcast.errors import OutOfMemoryError, UserError
+from rowcast.placement import host
 
 if TYPE_CHECKING:
     from rowcast.offload.host_memory import HostTensor
@@ -21,6 +22,10 @@ log = logging.getLogger("rowcast")
 
 _UNIT = 16
 """Bytes: `kernels.gpu.host_rows.UNIT`, which is not to be had without Triton."""
+
+
+_CHECKED_BYTES = 16 << 20
+"""Smaller banks are not worth a look at what is free."""
 
 
 class HostBank:
@@ -40,12 +45,19 @@ class HostBank:
     def bytes(self) -> int:
         return self.tensor.nbytes
 
+    @property
+    def asks_host(self) -> bool:
+        """Whether `gather` waits for the device, as it is the host that copies: no pass with such a call can be captured."""
+        return self.device.type == "cuda" and self._held is None
+
     def piece(self, rows: slice) -> Tensor:
         """Neighbouring rows as bytes, [n * row_bytes] uint8: no copy."""
         return self.tensor[rows].view(-1).view(torch.uint8)
 
-    def gather(self, ids: Tensor, count: Tensor, out: Tensor) -> None:
+    def gather(self, ids: Tensor, count: Tensor, out: Tensor, places: Tensor | None = None) -> None:
         """out[i] = row ids[i] for i < count; `ids` [C] int32 and `count` [1] int32 on the device, `out` [C, ...] there, contiguous.
+
+        With `places` [C] int32, each once, out[places[i]] in place of out[i], `out` of any length.
 
         On a GPU by a kernel over the bus, on its current stream. Where the memory is not pinned, the host is asked, which waits for
         the device. Precondition on a GPU: rows are whole units of 16 bytes.
@@ -55,14 +67,18 @@ class HostBank:
         if self.device.type == "cuda" and self._held is not None:
             from rowcast.kernels.gpu.host_rows import gather
 
-            gather(self._held.address, self.row_bytes, ids, count, out)
+            gather(self._held.address, self.row_bytes, ids, count, out, places=places)
             return
         rows = min(int(count), len(ids))
-        table = self.tensor.view(len(self.tensor), -1)
-        if self.device.type == "cpu":
-            torch.index_select(table, 0, ids[:rows], out=out.view(len(out), -1)[:rows])
+        table, target = self.tensor.view(len(self.tensor), -1), out.view(len(out), -1)
+        if self.device.type == "cpu" and places is None:
+            torch.index_select(table, 0, ids[:rows], out=target[:rows])
+            return
+        found = table.index_select(0, ids[:rows].cpu()).to(self.device)
+        if places is None:
+            target[:rows] = found
         else:
-            out.view(len(out), -1)[:rows] = table.index_select(0, ids[:rows].cpu()).to(self.device)
+            target.index_copy_(0, places[:rows].long(), found)
 
 
 class HostStore:
@@ -80,6 +96,7 @@ class HostStore:
         """Zeros. Raises OutOfMemoryError where the host has not enough memory."""
         size = math.prod(shape) * dtype.itemsize
         padded = max(_UNIT, -(-size // _UNIT) * _UNIT)
+        _check_free(padded)
         pinned = None
         if self.device.type != "cpu" and self.unpinned is None:
             try:
@@ -109,6 +126,18 @@ def pinned_pages(size: int, device: torch.device) -> HostTensor:
     from rowcast.offload.host_memory import pinned_bank
 
     return pinned_bank((size,), torch.uint8, device)
+
+
+def _check_free(size: int) -> None:
+    """Raise OutOfMemoryError before the system runs out of memory: it would not refuse, but end a process."""
+    if size < _CHECKED_BYTES:
+        return
+    free = host.read().available_bytes
+    if size > free:
+        raise OutOfMemoryError(
+            f"no {size / (1 << 30):.2f} GiB of host memory are free, but {free / (1 << 30):.2f}: use a lower --host-memory, or end "
+            "what else takes memory"
+        )
 
 
 def _pages(size: int) -> Tensor:

@@ -1,19 +1,24 @@
 """Rows of host memory that a pass needs, brought into one pool of device rows, where those of earlier passes may still lie.
 
-The pool holds, beside whatever its owner keeps in it, a buffer that every call fills anew and, for each bank, some rows of a cache,
-which begins with the bank's first rows (the most frequent ones, if it is in that order) and from then on keeps the most recently
-used. Everything has its size from the start, and where a row lies is written on the device: a call asks the device nothing, where the
-bank's `gather` does not.
+The pool holds, beside whatever its owner keeps in it, for each bank some rows of a cache, which begins with the bank's first rows (the
+most frequent ones, if it is in that order) and from then on keeps the most recently used, and a buffer for what the caches have no
+place for. Everything has its size from the start, and where a row lies is written on the device: a call asks the device nothing, where
+the bank's `gather` does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rowcast.kernels import gpu
 from rowcast.offload.host_store import HostBank
+
+OLDEST = 255
+"""Calls without use that count as such, as `kernels.gpu.row_cache` counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,7 @@ class RowCounts:
     """Sums over calls."""
 
     wanted: int = 0
+    """Of the banks' rows."""
     hit: int = 0
     moved: int = 0
 
@@ -28,28 +34,62 @@ class RowCounts:
 class RowPool:
     """Device rows [P, ...], contiguous."""
 
-    def __init__(self, rows: Tensor, buffer: slice) -> None:
-        """`buffer`: those that calls fill."""
+    def __init__(self, rows: Tensor, buffer: slice, values: Sequence[Tensor] = ()) -> None:
+        """`buffer`: those that calls fill with what caches have no place for. `values`: numbers of each row, [P] each, at most two."""
         self.rows = rows
+        self.values = tuple(values)
         self._buffer = buffer
         self._sums = torch.zeros(2, dtype=torch.int64, device=rows.device)
+        self.where = torch.zeros(1, dtype=torch.int32, device=rows.device)
+        """By the ids of the bank that was called last: where those of its list lie."""
         self._banks: list[CachedBank] = []
+        self._unread = RowCounts()
+        self.called = False
+        """Since sums were read last; what graphs replay is no call."""
 
     @property
     def capacity(self) -> int:
         """Rows that may be missing in one call."""
         return int(self._buffer.stop - self._buffer.start)
 
-    def add(self, bank: HostBank, slots: slice) -> CachedBank:
-        """A bank of such rows whose cache is the pool's rows `slots`."""
-        self._banks.append(CachedBank(self, bank, slots, self._sums))
+    def add(
+        self,
+        bank: HostBank,
+        slots: slice,
+        *,
+        rows: Tensor | None = None,
+        fixed: Tensor | None = None,
+        values: Sequence[Tensor] = (),
+    ) -> CachedBank:
+        """A bank of such rows whose cache is the pool's rows `slots`.
+
+        `rows` [N]: by id, its row of the bank; None: the same. `fixed` [N]: where ids lie that are in the pool for good, -1: the
+        others. `values`: by id, [N] each, what goes where the row does.
+        """
+        self._banks.append(CachedBank(self, bank, slots, self._sums, rows, fixed, tuple(values)))
+        if self._banks[-1].ids > len(self.where):
+            self.where = torch.zeros(self._banks[-1].ids, dtype=torch.int32, device=self.rows.device)
         return self._banks[-1]
 
     def counts(self) -> RowCounts:
-        """Since the last call of this. Waits for the device."""
+        """Since the last call of this. Waits for the device, but not for replays of captured calls, whose sums `read` has to get."""
+        if self.called:
+            self.read()
+        found, self._unread = self._unread, RowCounts()
+        return found
+
+    def read(self) -> None:
+        """Get the sums so far from the device, which takes no waiting where it is idle."""
         wanted, moved = self._sums.tolist()
         self._sums.zero_()
-        return RowCounts(wanted, wanted - moved, moved)
+        before, self.called = self._unread, False
+        self._unread = RowCounts(before.wanted + wanted, before.hit + wanted - moved, before.moved + moved)
+
+    def repair(self) -> None:
+        """A pass was broken off: what a bank's call may have left half done is begun anew. Not within a captured graph."""
+        for bank in self._banks:
+            if bank.reaching:
+                bank.restart()
 
     @property
     def buffer(self) -> Tensor:
@@ -69,65 +109,137 @@ class RowPool:
 class CachedBank:
     """One bank's rows in the pool; made by `RowPool.add`."""
 
-    def __init__(self, pool: RowPool, bank: HostBank, slots: slice, sums: Tensor) -> None:
-        device, rows = pool.rows.device, len(bank.tensor)
-        held = min(slots.stop - slots.start, rows)
+    def __init__(
+        self,
+        pool: RowPool,
+        bank: HostBank,
+        slots: slice,
+        sums: Tensor,
+        rows: Tensor | None,
+        fixed: Tensor | None,
+        values: tuple[Tensor, ...],
+    ) -> None:
+        device, count = pool.rows.device, len(bank.tensor)
+        held = min(slots.stop - slots.start, count)
+        rows = torch.arange(count) if rows is None else rows.cpu()
         self._pool, self._bank, self._first, self._held, self._sums = pool, bank, slots.start, held, sums
-        # The last entry of each is written to where there is nothing to write.
-        self._directory = torch.full((rows + 1,), -1, dtype=torch.int64, device=device)
-        """By the bank's rows: where each lies in the pool, -1: nowhere."""
-        self._directory[:held] = torch.arange(slots.start, slots.start + held, device=device)
-        self._owners = torch.arange(held + 1, device=device)
-        """By the cache's rows: whose content it is."""
-        self._used = torch.zeros(held + 1, dtype=torch.int64, device=device)
-        """Likewise: the call that used it last."""
-        self._call = torch.zeros((), dtype=torch.int64, device=device)
+        self.ids = len(rows)
+        """N."""
+        fixed = torch.full_like(rows, -1) if fixed is None else fixed.cpu()
+        self.fixed = int((fixed >= 0).sum())
+        """Ids that are in the pool for good."""
+        others = (fixed < 0).nonzero()[:, 0]
+        owners = torch.full((count,), -1).index_copy_(0, rows[others], others)[:held]
+        directory = fixed.index_copy(0, owners, torch.arange(slots.start, slots.start + held))
+
+        def ended(numbers: Tensor) -> Tensor:
+            # The last entry is written to where there is nothing to write.
+            return torch.cat([numbers, numbers.new_zeros(1)]).int().to(device)
+
+        self._directory, self._owners, self._rows = ended(directory), ended(owners), ended(rows)
+        """By id: where each lies in the pool, -1: nowhere. By the cache's rows: whose content it is. By id: its row of the bank."""
+        self._used = torch.zeros(held + 1, dtype=torch.int32, device=device)
+        """By the cache's rows: the call that used it last."""
+        self._call = torch.zeros(1, dtype=torch.int32, device=device)
+        self._values = tuple(zip(values, pool.values, strict=True))
+        self._start = self._directory.clone(), self._owners.clone()
+        self.reaching = False
+        """A call is under way; after one that was broken off, until `restart`."""
+        self._fill()
+
+    def restart(self) -> None:
+        """Keep what was kept at the start, whatever a call that was broken off has left."""
+        for held, start in zip((self._directory, self._owners), self._start, strict=True):
+            held.copy_(start)
+        for held in (self._used, self._call):
+            held.zero_()
+        self._fill()
+        self.reaching = False
+
+    def _fill(self) -> None:
+        """The cache's rows, as its owners say at the start."""
+        held, first = self._held, self._first
         if held:
-            pool.rows[slots.start : slots.start + held].view(held, -1).copy_(bank.tensor[:held].view(held, -1))
+            self._pool.rows[first : first + held].view(held, -1).copy_(self._bank.tensor[:held].view(held, -1))
+            for given, there in self._values:
+                there[first : first + held] = given[self._owners[:held].long()]
 
     def reach(self, ids: Tensor, count: Tensor | None = None) -> Tensor:
-        """Where the rows `ids` [C] int64 of the bank lie in the pool, [C] int64, valid until the pool's next call.
+        """Where the rows `ids` [C] lie in the pool, [C] int32, valid until the pool's next call, and until then in its `where`, too.
 
         Each is named once, in any order; `count` [1] int32: only so many of them are wanted (None: all), the others may be anything
-        from 0 to the last row. C is at most the pool's capacity. The caller's current stream does it all.
+        from 0 to the last id. At most the pool's `capacity` may be missing. The caller's current stream does it all.
         """
-        capacity, pool = len(ids), self._pool
-        assert capacity <= pool.capacity, f"{capacity} rows do not go into a buffer of {pool.capacity}"
-        if not capacity:
-            return ids
-        places = torch.arange(capacity, device=ids.device)
-        wanted = torch.ones_like(places, dtype=torch.bool) if count is None else places < count
-        at = self._directory[ids]
-        missing = wanted & (at < 0)
-        order = missing.cumsum(0) - 1
-        lacking = ids.new_zeros(capacity + 1).scatter_(0, torch.where(missing, order, capacity), ids)[:capacity]
-        number = missing.sum(dtype=torch.int32)[None]
-        self._bank.gather(lacking.int(), number, pool.buffer[:capacity])
-        self._sums += torch.stack((wanted.sum(), number[0].long()))
-        if self._held:
-            self._keep(at, wanted & (at >= 0), lacking, number)
-        return torch.where(missing, order + pool.first, at.clamp(min=0))
+        pool = self._pool
+        assert len(ids) <= pool.capacity + self.fixed, f"{len(ids)} rows do not go into a buffer of {pool.capacity}"
+        if not len(ids):
+            return ids.int()
+        pool.called = self.reaching = True
+        if gpu.serves(ids.device):
+            from rowcast.kernels.gpu import row_cache
+
+            kept = row_cache.Kept(
+                self._directory[:-1], self._rows[:-1], self._owners[: self._held], self._used[: self._held], self._call
+            )
+            found = row_cache.reach(
+                kept,
+                ids,
+                count,
+                first=self._first,
+                buffer=pool.first,
+                sums=self._sums,
+                where=pool.where,
+                values=self._values,
+            )
+            at, rows, places, number = found
+        else:
+            at, rows, places, number = self._reach(ids.long(), count)
+        self._bank.gather(rows, number, pool.rows, places)
+        self.reaching = False
+        return at
 
     def check(self) -> None:
         for slot, owner in enumerate(self._owners[: self._held].tolist()):
             assert int(self._directory[owner]) == self._first + slot, f"cache row {slot} is {owner}'s, which lies elsewhere"
             row = self._pool.rows[self._first + slot].cpu().view(-1)
-            assert torch.equal(row, self._bank.tensor[owner].view(-1)), f"cache row {slot} is not the bank's row {owner}"
-        assert int((self._directory[:-1] >= 0).sum()) == self._held
+            there = self._bank.tensor[int(self._rows[owner])].view(-1)
+            assert torch.equal(row, there), f"cache row {slot} is not the bank's row of {owner}"
+            for given, held in self._values:
+                assert given[owner] == held[self._first + slot]
+        assert int((self._directory[:-1] >= 0).sum()) == self._held + self.fixed
 
-    def _keep(self, at: Tensor, hit: Tensor, lacking: Tensor, number: Tensor) -> None:
-        """What was just fetched takes the place of what was not used for the longest time, and not in this call."""
-        held, pool, directory, owners, used = self._held, self._pool, self._directory, self._owners, self._used
+    def _reach(self, ids: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `kernels.gpu.row_cache.reach`, ids int64."""
+        held, capacity, device = self._held, len(ids), ids.device
+        directory, owners, used = self._directory, self._owners, self._used
+        listed = torch.arange(capacity, device=device)
+        wanted = torch.ones_like(listed, dtype=torch.bool) if count is None else listed < count
+        at = directory[ids]
+        missing = wanted & (at < 0)
+        cached = wanted & (at >= self._first) & (at < self._first + held)
+        order = missing.cumsum(0) - 1
+        lacking = ids.new_zeros(capacity + 1).scatter_(0, torch.where(missing, order, capacity), ids)[:capacity]
+        number = missing.sum(dtype=torch.int32)[None]
+        self._sums += torch.stack((cached.sum() + number[0], number[0].long()))
         self._call += 1
-        used.scatter_(0, torch.where(hit, at - self._first, held), self._call.expand(len(at)))
-        most = min(held, len(lacking))
-        victims = used[:held].argsort(stable=True)[:most]
-        taken = (torch.arange(most, device=at.device) < number) & (used[victims] < self._call)
-        slots = torch.where(taken, victims, held)
-        directory.index_fill_(0, torch.where(taken, owners[victims], len(directory) - 1), -1)
-        owners.scatter_(0, slots, lacking[:most])
-        directory.scatter_(0, torch.where(taken, lacking[:most], len(directory) - 1), victims + self._first)
-        used.scatter_(0, slots, self._call.expand(most))
-        rows = pool.rows[self._first : self._first + held].view(held, -1)
-        fetched = pool.buffer[:most].view(most, -1)
-        rows.index_copy_(0, victims, torch.where(taken[:, None], fetched, rows[victims]))
+        used.scatter_(0, torch.where(cached, at - self._first, held).long(), self._call.expand(capacity))
+        ages = (self._call - used[:held]).clamp(max=OLDEST)
+        victims = ages.argsort(descending=True, stable=True)
+        number_held = torch.minimum(number, (ages > 0).sum(dtype=torch.int32))
+        most = min(held, capacity)
+        stays = listed < number_held
+        slots = torch.full_like(listed, held)
+        slots[:most] = victims[:most]
+        slots = torch.where(stays, slots, held).sort().values
+        dump = len(directory) - 1
+        directory.index_fill_(0, torch.where(stays, owners[slots].long(), dump), -1)
+        places = torch.where(stays, slots + self._first, self._pool.first + listed - number_held).int()
+        directory.scatter_(0, torch.where(stays, lacking, dump), places)
+        owners.scatter_(0, slots, lacking.int())
+        used.scatter_(0, slots, self._call.expand(capacity))
+        at = torch.where(missing, places[order.clamp(min=0)], at.clamp(min=0))
+        self._pool.where.index_copy_(0, ids[wanted], at[wanted])
+        new = listed < number
+        for given, there in self._values:
+            there.index_copy_(0, places[new].long(), given[lacking[new]])
+        return at, self._rows[lacking], places, number

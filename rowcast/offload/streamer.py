@@ -237,22 +237,23 @@ class Streamer:
 
     def _copy(self, slot: _Slot, piece: Piece) -> None:
         assert piece.nbytes <= self.slot_bytes, f"{piece.nbytes} bytes do not go into a buffer of {self.slot_bytes}"
-        if slot.key is not None:
-            del self._held[slot.key]
-        slot.key = piece.key
-        self._held[piece.key] = slot
-        self._counts.pieces += 1
+        self._held.pop(slot.key, None)
+        slot.key = None
         out = slot.buffer[: piece.nbytes]
         if self._stream is None:
             started = time.perf_counter()
             self._counts.bytes += piece.load(out)
             self._counts.stalled_s += time.perf_counter() - started
-            return
-        if slot.free is not None:
-            self._stream.wait_event(slot.free)
-        with torch.cuda.stream(self._stream):
-            self._counts.bytes += piece.load(out)
-        slot.ready.record(self._stream)
+        else:
+            if slot.free is not None:
+                self._stream.wait_event(slot.free)
+            with torch.cuda.stream(self._stream):
+                self._counts.bytes += piece.load(out)
+            slot.ready.record(self._stream)
+        # Not before: what was broken off, or could not be read, is not held.
+        slot.key = piece.key
+        self._held[piece.key] = slot
+        self._counts.pieces += 1
 
     def _wait(self, slot: _Slot) -> None:
         """The current stream waits for the copy."""

@@ -13,6 +13,7 @@ _TIERS = {
     "cpu": "computed on the CPU",
     "peer": "held by another GPU",
     "host": "in host memory",
+    "disk": "read from disk",
 }
 """All but resident."""
 
@@ -31,14 +32,22 @@ def not_yet(plan: Plan, world: int = 1) -> list[str]:
         told = f"{part} {_TIERS[tier]}"
         if tier not in _DONE.get(part, ()):
             found.append(told)
-        elif why := _why_not(part, plan.ladder):
+        elif tier == "disk" and world > 1:
+            found.append(f"{told} by {world} ranks")
+        elif why := _why_not(part, tier, plan.ladder):
             found.append(f"{told} under a rung that {why}")
-    return found
+    held = [
+        {share.layer for share in forecast.shares if share.tier == tier and share.part == "neurons"} for tier in ("rows", "peer")
+    ]
+    if held[0] & held[1]:
+        found.append("rows of one layer both in host memory and held by another GPU")
+    parts = sorted({share.part for share in forecast.shares if share.tier == "disk" and share.count < share.of})
+    return found + [f"a layer's {part} in part read from disk" for part in parts]
 
 
 _DONE = {
-    "attention": ("streamed",),
-    "neurons": ("streamed", "rows", "cpu"),
+    "attention": ("streamed", "disk"),
+    "neurons": ("streamed", "rows", "cpu", "peer", "disk"),
     "LM head": ("streamed",),
     "embeddings": ("streamed", "host"),
     "KV": ("streamed",),
@@ -54,9 +63,9 @@ _NEEDS = {
 """What some rungs want of a part that lies there: settings of such rungs, and what these do."""
 
 
-def _why_not(part: str, ladder: list[str]) -> str | None:
+def _why_not(part: str, tier: str, ladder: list[str]) -> str | None:
     """Why the ladder cannot run with this part away; None: it can."""
-    setting, does = _NEEDS.get(part, ("$^", ""))
+    setting, does = (r"\b(mlp|heads|lm)=", "chooses rows") if tier == "disk" else _NEEDS.get(part, ("$^", ""))
     if any(re.search(setting, rung) for rung in ladder):
         return does
     if part not in ("KV", "embeddings") and not any(_reads_whole(rung) for rung in ladder):

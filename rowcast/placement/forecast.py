@@ -12,15 +12,16 @@ from rowcast.placement.workload import Input
 MEMORY_CLASSES = ("weights", "draft", "rung weights", "KV", "rung KV", "buffers", "work", "graphs", "margin")
 """Of a device's memory, in the order in which tables and pictures show them. margin: what stays free."""
 
-LINKS = ("GPU memory", "compute", "bus", "host memory", "CPU", "peers", "network", "launches")
+LINKS = ("GPU memory", "compute", "bus", "host memory", "CPU", "peers", "network", "launches", "disk")
 """What a stage's time may be spent on."""
 
-TIERS = ("resident", "streamed", "rows", "cpu", "peer", "host")
+TIERS = ("resident", "streamed", "rows", "cpu", "peer", "host", "disk")
 """Where a part of the weights or the KV lies, and how it is read.
 
 resident: in the memory next to the compute. streamed: in pinned host memory, whole layers copied ahead of their pass. rows: likewise,
 but only the rows that a token needs. cpu: in host memory, computed there. peer: in another GPU's memory, read over their link. host: in
-host memory, looked up and never computed with (embeddings).
+host memory, looked up and never computed with (embeddings). disk: in the checkpoint's files, whole layers read ahead of their pass;
+the planner does not use it, what a model that is too large for all memory falls back to does.
 """
 
 

@@ -23,7 +23,7 @@ from rowcast.placement.solver import Solution
 from rowcast.placement.workload import Input, LadderUse, Workload
 
 TIER_NAMES = {RESIDENT: "resident", STREAMED: "streamed", ROWS: "rows", CPU: "cpu", HOST: "host"}
-assert set(TIER_NAMES.values()) | {"peer"} == set(TIERS)
+assert set(TIER_NAMES.values()) | {"peer", "disk"} == set(TIERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

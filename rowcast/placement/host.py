@@ -78,15 +78,15 @@ def _cores(root: Path) -> int:
 
 def _group_memory(root: Path) -> tuple[int | None, int]:
     """The container's limit, None without one, and what it uses beside what the kernel would give back."""
-    for folder, limit, used, inactive in (
-        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for folder, limit, used, total in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         most, now = (_text(root / folder / name).strip() for name in (limit, used))
         if most.isdigit() and now.isdigit():
             stat = dict(line.split(" ", 1) for line in _text(root / folder / "memory.stat").splitlines() if " " in line)
-            spare = stat.get(inactive, "0")
-            return int(most), max(0, int(now) - (int(spare) if spare.isdigit() else 0))
+            cached = (stat.get(f"{total}{pages}_file", "0") for pages in ("inactive", "active"))
+            return int(most), max(0, int(now) - sum(int(count) for count in cached if count.isdigit()))
     return None, 0
 
 

@@ -17,7 +17,7 @@ from rowcast.placement.plan_file import Rule, WrongField
 from rowcast.placement.units import MAX_BYTES, format_bytes
 from rowcast.placement.workload import Input
 
-FORMAT = 4
+FORMAT = 5
 """Raised when a field changes its meaning; files of another format are refused."""
 
 VERIFICATIONS = ("coupled", "maximal")
@@ -85,6 +85,9 @@ class Plan:
     """What it was made for, in one line; empty: where it was made."""
     forecast: Forecast | None = None
     """What to expect of it; None where nobody asked."""
+    ceiling_bytes: int = 0
+    """What a process may take of its GPU by the driver's count, context and libraries included, where that was asked for. 0: by the
+    forecast's memory, if there is one; else only `budget_bytes` counts."""
 
     @property
     def kv_tokens(self) -> int:
@@ -126,6 +129,33 @@ class Plan:
         where = f"{format_bytes(self.budget_bytes)} on {self.device}"
         return f"{used} of {where}; {self.kv_tokens} KV tokens; ladder {self.ladder_text}"
 
+    def places(self, rank: int = 0) -> dict[str, dict[str, int]]:
+        """Bytes of one rank's parts by tier, where any lies elsewhere than next to the compute; else empty."""
+        shares = [] if self.forecast is None else [share for share in self.forecast.shares if rank in share.ranks and share.count]
+        found: dict[str, dict[str, int]] = {}
+        for tier in TIERS:
+            for share in shares:
+                if share.tier == tier:
+                    held = found.setdefault(tier, {})
+                    held[share.part] = held.get(share.part, 0) + share.bytes
+        return found if found.keys() - {"resident"} else {}
+
+    def places_text(self, rank: int = 0) -> str:
+        """The same in one line, such as "resident 1.2 GiB: attention, 30% of the neurons; streamed 4.1 GiB: 70% of the neurons"; empty
+        where `places` is."""
+        places = self.places(rank)
+        whole = {part: sum(held.get(part, 0) for held in places.values()) for part in PARTS}
+
+        def told(part: str, held: int) -> str:
+            name = part if part in ("KV", "attention") else f"the {part}"
+            return part if held == whole[part] else f"{held / whole[part]:.2%} of {name}".replace(".00%", "%")
+
+        lines = []
+        for tier, held in places.items():
+            parts = ", ".join(told(part, held[part]) for part in PARTS if held.get(part))
+            lines.append(f"{tier} {format_bytes(sum(held.values()))}: {parts or 'nothing'}")
+        return "; ".join(lines)
+
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read a plan file. Raises UserError when there is none, and for one that is foreign, damaged or of another format."""
@@ -154,7 +184,7 @@ _RULES: dict[tuple[type, str], Rule] = {
     **{(Plan, name): _COUNT for name in ("lookahead", "speculating_seqs")},
     **{
         (Plan, f"{name}_bytes"): _SIZE
-        for name in ("budget", "weight", "rung_weight", "kv", "rung_kv", "work", "pass", "kv_token")
+        for name in ("ceiling", "budget", "weight", "rung_weight", "kv", "rung_kv", "work", "pass", "kv_token")
     },
     (Plan, "world"): Rule(least=1, most=1 << 16),
     (Plan, "verification"): Rule(among=VERIFICATIONS),

@@ -9,6 +9,8 @@ from typing import Any
 
 from rowcast.placement.forecast import Forecast, RungTime
 from rowcast.placement.plan import Plan
+from rowcast.placement.process_memory import OwnBytes
+from rowcast.placement.units import format_bytes
 
 SLOW_ROUND = 4.0
 """Rounds that took more than so many times the median are left out: kernels are compiled and graphs captured in them."""
@@ -48,6 +50,8 @@ class Measured:
     """The most that torch held on the GPU at once; None on a CPU."""
     reserved_bytes: int | None = None
     """The most that its allocator took for that."""
+    driver: OwnBytes | None = None
+    """The most that the process took of the GPU, by the driver's count."""
 
     @property
     def steady(self) -> tuple[Round, ...]:
@@ -95,21 +99,20 @@ class PlanReport:
 
 
 def compare(plan: Plan, measured: Measured) -> PlanReport | None:
-    """None for a plan without a forecast, and before anything was generated.
+    """None for a plan that foretells neither time nor, as it was made for a ceiling, memory, and before anything was generated.
 
     Seconds are of one sequence. A predicted second per token is the forecast's, less the KV that the measured contexts lacked.
     """
     forecast = plan.forecast
-    if forecast is None or not measured.first_tokens:
+    if not measured.first_tokens or (forecast is None and not (plan.ceiling_bytes and measured.driver)):
         return None
+    if forecast is None:
+        return PlanReport(tuple(_memory(plan, measured)), {})
     lines = []
     if measured.steady:
         lines.append(_decode(forecast, measured.steady))
     lines.append(_first_token(forecast, measured))
-    if measured.allocated_bytes is not None:
-        held = float(plan.budget_bytes - plan.margin_bytes)
-        lines.append(Compared("GPU memory held", "bytes", held, measured.allocated_bytes, "predicted for the largest step"))
-        lines.append(Compared("GPU memory reserved", "bytes", None, measured.reserved_bytes, "with what the allocator rounds up"))
+    lines += _memory(plan, measured)
     if len(forecast.rungs) > 1 and measured.steady:
         lines.append(Compared("tokens a round", "tokens", forecast.tokens_per_round, _tokens_per_round(measured.steady)))
         lines += [
@@ -126,6 +129,25 @@ def _decode(forecast: Forecast, rounds: tuple[Round, ...]) -> Compared:
     notes += [] if alike else [f"in a batch of {batch:.3g}, the plan is for {forecast.batch}"]
     predicted = forecast.seconds_per_token - _lacking_kv_s(forecast, context)
     return Compared("seconds per token", "s", predicted, seconds, "; ".join(notes), alike)
+
+
+def _memory(plan: Plan, measured: Measured) -> list[Compared]:
+    """Of tensors, and all that the process takes of its GPU."""
+    held, lines = plan.budget_bytes - plan.margin_bytes, []
+    if measured.allocated_bytes is not None:
+        lines.append(Compared("GPU memory held", "bytes", held, measured.allocated_bytes, "predicted for the largest step"))
+        lines.append(Compared("GPU memory reserved", "bytes", None, measured.reserved_bytes, "with what the allocator rounds up"))
+    if measured.driver is not None:
+        bound, predicted = plan.ceiling_bytes, held + plan.ceiling_bytes - plan.budget_bytes
+        if plan.forecast is not None:
+            gpus = [each for each in plan.forecast.memory if each.card != "host"]
+            bound = max((each.budget_bytes for each in gpus), default=0)
+            predicted = max((sum(each.classes.values()) - each.classes["margin"] for each in gpus), default=0)
+        note = f"context, libraries and graphs included; at most {format_bytes(bound)}"
+        if measured.driver.whole_card:
+            note += "; the driver tells no processes apart, so that others' count"
+        lines.append(Compared("GPU memory by the driver", "bytes", predicted, measured.driver.bytes, note))
+    return lines
 
 
 def _first_token(forecast: Forecast, measured: Measured) -> Compared:

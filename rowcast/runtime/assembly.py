@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import traceback
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.executor import LocalExecutor
+from rowcast.runtime.gpu_ceiling import Ceiling
 from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
 from rowcast.runtime.kv.hosted import HostedKV
 from rowcast.runtime.kv.selection import policy
@@ -79,12 +82,22 @@ def assemble(
     """
     plan = planned.plan
     device, _ = devices.choose_device(plan.device)
-    devices.hold_to_budget(device, plan.budget_bytes)
-    try:
-        return _Assembly(planned, spec, device, comm or SoloComm(), decisions).executor(
+    ceiling = Ceiling(device, plan)
+
+    def loaded() -> LocalExecutor:
+        executor = _Assembly(planned, spec, device, comm or SoloComm(), decisions).executor(
             checkpoint, make_rule, progress, eager, report
         )
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        ceiling.check()
+        executor.ceiling = ceiling
+        return executor
+
+    try:
+        return loaded()
+    except BaseException as error:
+        _let_go(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError, RuntimeError)):
+            raise
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         needed = format_bytes(plan.weight_bytes + plan.kv_bytes + plan.rung_bytes)
@@ -92,6 +105,12 @@ def assemble(
             f"{plan.device} ran out of memory while loading: the plan needs {needed} for weights and KV: free memory on it, lower "
             "--max-model-len or use a smaller model"
         ) from error
+
+
+def _let_go(error: BaseException) -> None:
+    """Of what was loaded so far: an error's trace would hold it, on the GPU and pinned, for as long as somebody looks at it."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
 
 
 _WeightsKey = str | Rung | None
@@ -153,13 +172,12 @@ class _Assembly:
         """Rounds that the device runs by itself, where it can."""
         if not gpu.serves(self._device) or not settings().gpu_rounds:
             return None
-        if self._comm.world > 1:
-            log.info("rounds are driven by the host: there are %s ranks", self._comm.world)
-            return None
         from rowcast.runtime.device_round.rounds import DeviceRounds
 
         coupled, rates = (rule.rule, rule.rates) if isinstance(rule, Simulated) else (rule, None)
         why = DeviceRounds.why_not(lower, top) if isinstance(coupled, Coupled) else "verification is maximal"
+        if self._comm.world > 1 and self._comm.exchange(torch.tensor([int(why is not None)])).any():
+            why = why or "another rank's rows are chosen by the host"
         if why is not None:
             log.info("rounds are driven by the host: %s", why)
             return None

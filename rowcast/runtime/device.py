@@ -9,6 +9,7 @@ import torch
 
 from rowcast.errors import UserError
 from rowcast.placement.units import format_bytes
+from rowcast.runtime import gpu_ceiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,10 +89,10 @@ def _control_group_bytes(root: Path) -> list[int]:
     return []
 
 
-def budget_bytes(device: torch.device, asked: int | None, limit: str) -> tuple[int, str]:
-    """(bytes that may be taken, reason). `limit`: gpu_memory or host_memory, which was asked for.
+def budget_bytes(device: torch.device, asked: int | None, limit: str, world: int = 1) -> tuple[int, str]:
+    """(bytes of tensors that one of `world` ranks may take, reason). `limit`: gpu_memory or host_memory, which was asked for.
 
-    On a GPU the process is held to the budget by the allocator.
+    What is asked of a GPU is a ceiling on all that a process takes of it: what lies beside tensors is taken off.
     """
     available = available_bytes(device)
     if asked is None:
@@ -99,15 +100,13 @@ def budget_bytes(device: torch.device, asked: int | None, limit: str) -> tuple[i
         budget, reason = int(available * share), f"budget: {share:.0%} of the memory that is free"
     else:
         budget, reason = asked, "budget: asked for"
-        if asked > available:
+        if device.type == "cuda":
+            outside = gpu_ceiling.outside_bytes(device, world)
+            budget, reason = asked - outside, f"{reason}, without {format_bytes(outside)} for the GPU's context and libraries"
+            if budget <= 0:
+                beside = f"the {format_bytes(outside)} that the GPU's context and libraries take"
+                raise UserError(f"{limit}={format_bytes(asked)} is not more than {beside}: ask for more")
+        if budget > available:
             free = f"the {format_bytes(available)} that are free on {device}"
             raise UserError(f"{limit}={format_bytes(asked)} is more than {free}: ask for less")
     return budget, reason
-
-
-def hold_to_budget(device: torch.device, budget: int) -> None:
-    """From now on torch refuses to take more of the GPU than `budget` bytes beyond what it holds. Nothing to do on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
-        share = (torch.cuda.memory_allocated(device) + budget) / total_bytes(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)

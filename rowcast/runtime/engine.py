@@ -201,6 +201,7 @@ class Engine:
         """Take over what a step gave one sequence, up to the first stop; the number of tokens."""
         request = seq.request
         request.stats.count(result.rungs, "host" if self.plan.device == "cpu" else "gpu")
+        request.stats.count_moved(result.moved)
         if request.prompt_logprobs is not None and result.prompt_logprobs is not None:
             known = len(request.prompt_logprobs) - 1 - step.start  # from before a preemption
             request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs[known:]]

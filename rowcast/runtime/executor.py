@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ from rowcast.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from rowcast.runtime.device_round.rounds import DeviceRounds
+    from rowcast.runtime.gpu_ceiling import Ceiling
     from rowcast.runtime.offloaded.elsewhere import Elsewhere
 
 
@@ -68,6 +69,10 @@ class LocalExecutor:
         self._rounds = rounds
         self._decisions = decisions
         self.elsewhere = elsewhere
+        self._broken_off = False
+        """The last step did not come to its end."""
+        self.ceiling: Ceiling | None = None
+        """What holds this process to a GPU's memory."""
         self._sequences: dict[int, _Sequence] = {}
 
     def add(self, setup: SeqSetup) -> None:
@@ -86,7 +91,14 @@ class LocalExecutor:
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         try:
-            return self._round(steps)
+            if self.elsewhere is not None and self._broken_off:
+                self.elsewhere.repair()
+            self._broken_off = True
+            results = self._round(steps)
+            self._broken_off = False
+            if self.ceiling is not None:
+                self.ceiling.stepped()
+            return results
         except torch.OutOfMemoryError as error:
             tokens = sum(len(step.tokens) for step in steps)
             raise OutOfMemoryError(
@@ -124,7 +136,11 @@ class LocalExecutor:
             if on_device:
                 device_passes = len(self._climb.passes)
         self._report([step for step, on in zip(steps, mine, strict=True) if not on], device_passes)
-        return [results[i] for i in range(len(steps))]
+        found = [results[i] for i in range(len(steps))]
+        if self.elsewhere is None or not any(step.sample for step in steps):  # counting would wait for a prompt's part
+            return found
+        shares = self.elsewhere.moved().split(len(steps))
+        return [replace(result, moved=share) for result, share in zip(found, shares, strict=True)]
 
     def _serves(self, step: SeqStep) -> bool:
         """Whether the device runs the sequence's round: it decodes, and its pending token is none of the prompt's."""

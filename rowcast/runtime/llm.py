@@ -76,7 +76,8 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        `model`: a directory with safetensors, a GGUF file, a hub id, or a checkpoint that was opened. `tensor_parallel_size`: ranks
+        `model`: a directory with safetensors, a GGUF file, a hub id, "random:NAME" (the shape of a well-known model, or of a config
+        file, with random weights and no tokenizer, for timing), or a checkpoint that was opened. `tensor_parallel_size`: ranks
         that share its weights, with a plan the plan's; this class is one, `rowcast.LLM` any number. `ladder`: who drafts for it; a
         preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
         the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse or low-bit rung, whose
@@ -87,9 +88,10 @@ class LLM:
         best acceptance of. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV
         entries that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same
         seed; "maximal" tokens of the same law, more of them drafted ones, but which they are depends on batch, memory and timing,
-        too. `gpu_memory` and `host_memory` are budgets ("24GiB" or bytes) for weights, KV and work space, which a GPU's allocator
-        enforces; libraries and the interpreter come on top. A model that
-        runs on the GPU needs host memory for one tensor at a time. `max_model_len`: longest sequence in
+        too. `gpu_memory` ("24GiB" or bytes) is the most that a process takes of its GPU by the driver's count, context, libraries and
+        graphs included, so that a larger card stands in for a smaller one; what does not fit lies in host memory. `host_memory` is a
+        budget for weights, KV and work space; libraries and the interpreter come on top. A model that fits on the GPU needs host
+        memory for one tensor at a time. `max_model_len`: longest sequence in
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
         block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
@@ -221,8 +223,8 @@ class LLM:
         return self.stream(self.tokenizer.chat(messages), sampling_params)
 
     def plan_report(self, *, remember: bool = False) -> PlanReport | None:
-        """What the plan foretold beside what was measured since the model was loaded; None for a plan without a forecast, and before
-        anything was generated. `remember`: keep what a plan for this machine was off by, for the next `rowcast plan`."""
+        """What the plan foretold beside what was measured since the model was loaded; None for a plan that foretells nothing, and
+        before anything was generated. `remember`: keep what a plan for this machine was off by, for the next `rowcast plan`."""
         return plan_report(self.engine, remember=remember)
 
     def _engine(self, planned: Planned, seed: int, progress: bool | None, eager: bool) -> Engine:

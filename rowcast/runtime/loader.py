@@ -57,7 +57,9 @@ class Loader:
         self.shard = shard
         self._spec, self._source = spec, source
         self._dtype, self._device, self._progress = dtype, device, progress
-        self._staging: torch.device = getattr(source, "device", torch.device("cpu"))  # random weights are made where they stay
+        self.staging = torch.device("cpu")
+        if hasattr(source, "device"):  # random weights are made where they stay
+            self.staging = source.device or device
         self.elements = 0
 
     def norm(self, stem: str, size: int | None = None) -> Norm:
@@ -122,7 +124,7 @@ class Loader:
     def into(self, stem: str, out: Tensor, rows: slice, whole: tuple[int, int], *, prefixed: bool = True) -> None:
         """Rows of a matrix of shape `whole` straight into `out` [n, D]; where that is another memory, some megabytes at a time."""
         name = self.name(stem) if prefixed else stem
-        if out.device == self._staging:
+        if out.device == self.staging:
             self.read(name, out, rows=rows, whole=whole)
             return
         piece = max(1, STAGING_ELEMENTS // whole[1])
@@ -130,7 +132,7 @@ class Loader:
             span = slice(start, min(start + piece, rows.stop))
             staged = self.empty((span.stop - span.start, whole[1]))
             self.read(name, staged, rows=span, whole=whole)
-            out[start - rows.start : span.stop - rows.start] = staged.to(out.device)
+            out[start - rows.start : span.stop - rows.start].copy_(staged)
 
     def stacked(self, stems: list[str], rows: slice, with_bias: bool) -> Linear:
         """The same rows of several matrices, one below the other: a column-parallel product."""
@@ -179,7 +181,7 @@ class Loader:
             for (out, _), target in zip(outs, targets, strict=True):
                 ours = (target[span] >= 0).nonzero()[:, 0]
                 out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
-                self._placed(staged[ours])
+                self._placed(len(ours) * staged[0].nbytes)
 
     def vector(self, stem: str, size: int) -> Tensor:
         vector = self.empty((size,))
@@ -190,7 +192,7 @@ class Loader:
         return self._prefix + name
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._staging)
+        return torch.empty(shape, dtype=self._dtype, device=self.staging)
 
     def place(self, staged: Tensor) -> Tensor:
         self.elements += staged.numel()
@@ -207,7 +209,7 @@ class Loader:
     ) -> None:
         """Fill `out`, in its place, from a slice of a tensor of shape `whole` (that of `out` if not given)."""
         self._read(name, out, rows=rows, cols=cols, whole=whole)
-        self._placed(out)
+        self._placed(out.nbytes)
 
     def _read(
         self,
@@ -218,16 +220,20 @@ class Loader:
         cols: slice | None = None,
         whole: tuple[int, ...] | None = None,
     ) -> None:
+        self.check(name, whole or tuple(out.shape))
+        self._source.read(name, rows, cols, out=out)
+
+    def check(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Raise UserError where there is no such tensor of that shape."""
         if name not in self._source:
             raise UserError(f"the checkpoint has no tensor {name}, which its config calls for: use a complete copy of the model")
-        shape, wanted = self._source.shape(name), whole or tuple(out.shape)
+        shape = self._source.shape(name)
         if shape != wanted:
             raise UserError(
                 f"tensor {name} has shape {list(shape)}, but the model's config calls for {list(wanted)}: "
                 "take config.json and weights from the same copy of the model"
             )
-        self._source.read(name, rows, cols, out=out)
 
-    def _placed(self, tensor: Tensor) -> None:
+    def _placed(self, count: int) -> None:
         if self._progress is not None:
-            self._progress(tensor.nbytes)
+            self._progress(count)

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from rowcast.runtime.ladder.spec import Ladder
-from rowcast.runtime.step import PREFILL, RungCounts
+from rowcast.runtime.step import PREFILL, Moved, RungCounts
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -71,6 +71,8 @@ class RequestStats:
     """What each rung proposed and ran: PREFILL, then the ladder's, cheapest first. Rungs that did nothing may be missing."""
     bytes_read: dict[str, int] = field(default_factory=dict)
     """By memory: weights and KV read for this request. A pass over the weights is shared evenly by the sequences in it."""
+    moved: Moved | None = None
+    """What came from host memory and disk; None where nothing lies there."""
     preemptions: int = 0
     seed: int = 0
     ladder: Ladder = field(default_factory=lambda: Ladder.parse("plain"))
@@ -82,6 +84,12 @@ class RequestStats:
             self.rungs.setdefault(name, RungCounts()).add(counts)
             self.bytes_read[memory] = self.bytes_read.get(memory, 0) + counts.bytes_read
         self.rungs = {name: self.rungs[name] for name in (PREFILL, *self.ladder.names) if name in self.rungs}
+
+    def count_moved(self, moved: Moved | None) -> None:
+        """Add what one sequence's step brought from elsewhere."""
+        if moved is not None:
+            self.moved = self.moved or Moved()
+            self.moved.add(moved)
 
     @property
     def tokens_per_round(self) -> float:
@@ -131,9 +139,25 @@ class RequestStats:
             "overflows": {name: counts.overflows for name, counts in self.rungs.items() if counts.overflows},
             "fallbacks": {name: counts.fallbacks for name, counts in self.rungs.items() if counts.fallbacks},
             "bytes_read": self.bytes_read,
+            **({} if self.moved is None else {"offload": _moved_json(self.moved)}),
             "preemptions": self.preemptions,
             "seed": self.seed,
         }
+
+
+def _moved_json(moved: Moved) -> dict[str, Any]:
+    """Bytes by link, and of what they are."""
+    links = {
+        "bus": {"weights": moved.weight_bytes, "rows": moved.row_bytes, "KV": moved.kv_bytes, "KV out": moved.kv_out_bytes},
+        "disk": {"weights": moved.disk_bytes},
+    }
+    return {
+        "rows": {"wanted": moved.rows_wanted, "hit": moved.rows_hit, "moved": moved.rows_moved},
+        "bytes": {
+            link: {what: size for what, size in found.items() if size} for link, found in links.items() if any(found.values())
+        },
+        "stalled_s": moved.stalled_s,
+    }
 
 
 def _share(used: int, of: int) -> float:

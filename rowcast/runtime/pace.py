@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from rowcast.placement.process_memory import OwnBytes
 from rowcast.placement.report import Measured, Round
 from rowcast.runtime.request import Request
 from rowcast.runtime.step import PREFILL, RungCounts, SeqResult, SeqStep
@@ -44,7 +45,7 @@ class Pace:
         for name, counts in stats.rungs.items():
             self._rungs.setdefault(name, RungCounts()).add(counts)
 
-    def measured(self, allocated_bytes: int | None, reserved_bytes: int | None) -> Measured:
+    def measured(self, allocated_bytes: int | None, reserved_bytes: int | None, driver: OwnBytes | None = None) -> Measured:
         """All of it, with a GPU's most memory."""
         acceptance = {name: counts.acceptance for name, counts in self._rungs.items() if counts.acceptance is not None}
         return Measured(
@@ -53,4 +54,5 @@ class Pace:
             acceptance=acceptance,
             allocated_bytes=allocated_bytes,
             reserved_bytes=reserved_bytes,
+            driver=driver,
         )

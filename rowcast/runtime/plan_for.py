@@ -281,12 +281,21 @@ def _with_row_cache(device: DeviceMemory) -> DeviceMemory:
     return replace(device, classes=device.classes | classes)
 
 
-def split_plan(work: Workload, forecast: Forecast, needs: LadderNeeds, number: str, notes: Sequence[str], device: str) -> Plan:
+def split_plan(
+    work: Workload,
+    forecast: Forecast,
+    needs: LadderNeeds,
+    number: str,
+    notes: Sequence[str],
+    device: str,
+    context_bytes: int | None = None,
+) -> Plan:
     """Of several ranks, or with parts elsewhere: the fields of the fullest rank, from the forecast.
 
-    The budget is what the engine's allocator may take: a GPU's context is not its. Half of what is left keeps fetched rows.
+    The budget is what the engine's allocator may take: a GPU's context is not its (`context_bytes`; None: as plans assume it). Half of
+    what is left keeps fetched rows.
     """
-    outside = Constants().context_bytes if device == "cuda" else 0
+    outside = (Constants().context_bytes if context_bytes is None else context_bytes) if device.startswith("cuda") else 0
     if any(share.tier == "rows" for share in forecast.shares):
         forecast = replace(forecast, memory=[_with_row_cache(each) for each in forecast.memory])
     ranks = [device for device in forecast.memory if device.card != "host"]

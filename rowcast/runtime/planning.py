@@ -17,6 +17,7 @@ from rowcast.placement.plan import DTYPE_BYTES, MODES, VERIFICATIONS, Plan
 from rowcast.placement.resident import BLOCK_SIZE, rank_share, resident_plan
 from rowcast.placement.units import format_bytes, parse_bytes
 from rowcast.runtime import device as devices
+from rowcast.runtime import gpu_ceiling
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.forecast import spec_digest
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
@@ -25,6 +26,7 @@ from rowcast.runtime.ladder.memory import ladder_needs, lookahead
 from rowcast.runtime.ladder.presets import Circumstances, check_mode, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import HEAD_BITS
+from rowcast.runtime.offloaded.disk import disk_rate
 from rowcast.runtime.offloaded.plan import OffloadWish, offloading_plan
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
@@ -96,6 +98,8 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     if wish.mode not in MODES:
         raise UserError(f"mode={wish.mode!r:.60} is not known: use {' or '.join(MODES)}")
     spec = target.spec
+    if wish.gpu_memory is not None and wish.device != "cpu":
+        gpu_ceiling.first_look()
     device, device_reason = devices.choose_device(wish.device)
     dtype, dtype_reason = devices.choose_dtype(wish.dtype, target.checkpoint.stored_dtype, device)
     asked = {
@@ -109,8 +113,9 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             "ROWCAST_CPU_AS_GPU=1 to let the CPU stand in for a card of that size"
         )
     limit = "gpu_memory" if device.type == "cuda" or stand_in else "host_memory"
-    budget, budget_reason = devices.budget_bytes(device, asked[limit], limit)
     world = wish.tensor_parallel_size
+    budget, budget_reason = devices.budget_bytes(device, asked[limit], limit, world)
+    ceiling = (asked["gpu_memory"] or 0) if device.type == "cuda" else 0
     Shard(0, world).check(spec)
     share = rank_share(spec, world)
     if world > 1 and device.type == "cpu":
@@ -175,7 +180,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         )
         idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
         told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
-        plan = replace(plan, notes=plan.notes + told, spec=spec_digest(spec))
+        plan = replace(plan, notes=plan.notes + told, spec=spec_digest(spec), ceiling_bytes=ceiling)
         return _planned(plan, ladder, used, calibration, target)
 
     try:
@@ -185,7 +190,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     except OutOfMemoryError:
         if device.type == "cpu" and not stand_in:
             raise
-        limits = budget, asked["host_memory"]
+        limits = ceiling or budget, asked["host_memory"]
         elsewhere = _offloaded(target, wish, opened, calibration, device, stand_in, dtype, limits, tuple(notes[:3]))
         if elsewhere is None:
             raise
@@ -219,6 +224,7 @@ def _offloaded(
         device=str(device) if wish.tensor_parallel_size == 1 else device.type,
         stand_in=stand_in,
         gpu_memory_bytes=limits[0],
+        context_bytes=gpu_ceiling.outside_bytes(device, wish.tensor_parallel_size) if device.type == "cuda" else 0,
         host_memory_bytes=limits[1],
         world=wish.tensor_parallel_size,
         max_context=wish.max_model_len,
@@ -230,7 +236,10 @@ def _offloaded(
     def drafts_of(ladder: Ladder) -> Mapping[str, Draft]:
         return open_drafts(ladder, target.spec, target.tokenizer, opened)
 
-    found = offloading_plan(asked, target.spec, target.fingerprint, drafts_of, notes)
+    def rate() -> float:
+        return disk_rate(target.checkpoint.source, target.spec, devices.DTYPES[dtype])
+
+    found = offloading_plan(asked, target.spec, target.fingerprint, drafts_of, notes, rate)
     return None if found is None else _planned(*found, calibration, target)
 
 
@@ -255,6 +264,8 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         raise UserError(f"{context}: make the plan again")
     ladder = Ladder.parse(chosen.ladder_text)
     _check_executable(chosen, ladder, wish.tensor_parallel_size)
+    if gpu_ceiling.ceiling_bytes(chosen) is not None:
+        gpu_ceiling.first_look()
     _check_device(chosen)
     calibration = _planned_calibration(chosen, ladder, target, wish.calibration)
     drafts = open_drafts(ladder, target.spec, target.tokenizer, opened)

@@ -6,7 +6,7 @@ What crosses it is plain data, so that an executor may live in this process or b
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from rowcast.runtime.params import SamplingParams
@@ -113,6 +113,52 @@ class RungCounts:
         return sum(self.accepted) / sum(self.judged) if self.judged else None
 
 
+@dataclass(slots=True)
+class Moved:
+    """What one rank brought to the compute from elsewhere for one sequence, which has an even share of what its steps moved. Adds up
+    over steps."""
+
+    weight_bytes: int = 0
+    """Whole pieces of weights, over the bus."""
+    rows_wanted: int = 0
+    """Neurons that lie in host memory and were asked for alone."""
+    rows_moved: int = 0
+    """Those of them that no earlier pass had left next to the compute."""
+    row_bytes: int = 0
+    """Of `rows_moved`."""
+    kv_bytes: int = 0
+    kv_out_bytes: int = 0
+    """New entries, to host memory."""
+    disk_bytes: int = 0
+    """Weights read from the checkpoint's files; on their way they count among `weight_bytes`, too."""
+    stalled_s: float = 0.0
+    """Seconds that computing waited for copies of pieces and KV; on a CPU, all of theirs."""
+
+    @property
+    def rows_hit(self) -> int:
+        """The others."""
+        return self.rows_wanted - self.rows_moved
+
+    def add(self, other: Moved) -> None:
+        """Add `other` to this, in place."""
+        for name in _MOVED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def split(self, parts: int) -> list[Moved]:
+        """Even shares, whose sum this is."""
+        counts = {name: getattr(self, name) for name in _MOVED if name != "stalled_s"}
+        return [
+            Moved(
+                **{name: total * (i + 1) // parts - total * i // parts for name, total in counts.items()},
+                stalled_s=self.stalled_s / parts,
+            )
+            for i in range(parts)
+        ]
+
+
+_MOVED = tuple(field.name for field in fields(Moved))
+
+
 @dataclass(frozen=True, slots=True)
 class SeqResult:
     """What one sequence gained in one step. `tokens` is empty where nothing was sampled."""
@@ -123,6 +169,8 @@ class SeqResult:
     prompt_logprobs: list[TokenLogprobs] | None = None
     rungs: dict[str, RungCounts] = field(default_factory=dict)
     """By rung; PREFILL for what a prefill took. Rungs that did nothing may be missing."""
+    moved: Moved | None = None
+    """None where nothing lies elsewhere, and in a step of prompts only: what that moved is told with the next tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,16 +32,25 @@ class Fetch(NamedTuple):
     warps: int = 4
 
 
-def gather(address: int, stride: int, ids: Tensor, count: Tensor, out: Tensor, fetch: Fetch | None = None) -> None:
-    """out[i] = the ids[i]-th row at `address`, for all i < count; other rows of `out` stay as they are.
+def gather(
+    address: int,
+    stride: int,
+    ids: Tensor,
+    count: Tensor,
+    out: Tensor,
+    fetch: Fetch | None = None,
+    places: Tensor | None = None,
+) -> None:
+    """out[places[i]] = the ids[i]-th row at `address`, for all i < count; other rows of `out` stay as they are.
 
     `address`: where the device sees the first row, `stride`: bytes from one row to the next, both multiples of `UNIT`. ids [C] int32,
-    any order, repeats allowed; all of the first `count` [1] int32 have to be rows that are there, which is not checked. `out` [C, ...],
-    contiguous, a row's bytes a multiple of `UNIT`. A count above C is C.
+    any order, repeats allowed; all of the first `count` [1] int32 have to be rows that are there, which is not checked. `out` [R, ...],
+    contiguous, a row's bytes a multiple of `UNIT`. `places` [C] int32, each once; None: 0, 1, ..., and R is C. A count above C is C.
     """
     capacity, row = ids.shape[0], out[0].nbytes if out.shape[0] else UNIT
     assert address % UNIT == 0 and stride % UNIT == 0 and row % UNIT == 0 and row <= stride
-    assert out.is_contiguous() and out.shape[0] == capacity and out.data_ptr() % UNIT == 0
+    assert out.is_contiguous() and (places is not None or out.shape[0] == capacity) and out.data_ptr() % UNIT == 0
+    assert places is None or (places.dtype == torch.int32 and places.is_contiguous() and places.shape == ids.shape)
     assert ids.dtype == count.dtype == torch.int32 and ids.dim() == 1 and ids.is_contiguous() and count.shape == (1,)
     if capacity == 0:
         return
@@ -54,6 +63,7 @@ def gather(address: int, stride: int, ids: Tensor, count: Tensor, out: Tensor, f
         ids,
         count,
         out.view(torch.uint8),
+        places,
         capacity,
         row // 4,
         stride // 4,
@@ -63,10 +73,14 @@ def gather(address: int, stride: int, ids: Tensor, count: Tensor, out: Tensor, f
     )
 
 
-def gather_reference(bank: Tensor, ids: Tensor, count: Tensor, out: Tensor) -> None:
+def gather_reference(bank: Tensor, ids: Tensor, count: Tensor, out: Tensor, places: Tensor | None = None) -> None:
     """What `gather` does, with the rows as a tensor: bank [R, ...], out [C, ...] of the same dtype."""
     rows = min(int(count), ids.shape[0])
-    out[:rows] = bank[ids[:rows].long().to(bank.device)].to(out.device)
+    found = bank[ids[:rows].long().to(bank.device)].to(out.device)
+    if places is None:
+        out[:rows] = found
+    else:
+        out[places[:rows].long()] = found
 
 
 @triton.jit
@@ -75,6 +89,7 @@ def _gather(
     ids,
     count,
     out,
+    places,
     capacity,
     row: tl.constexpr,
     stride: tl.constexpr,
@@ -94,7 +109,7 @@ def _gather(
     while tile < total:
         # The next tile is asked for before this one, which may still be on its way, is stored.
         following = _load(bank, ids, tile + step, total, row, stride, piece, pieces)
-        _store(words, held, tile, total, row, piece, pieces)
+        _store(words, places, held, tile, total, row, piece, pieces)
         held = following
         tile += step
 
@@ -112,10 +127,13 @@ def _load(bank, ids, tile, total, row: tl.constexpr, stride: tl.constexpr, piece
 
 
 @triton.jit
-def _store(out, held, tile, total, row: tl.constexpr, piece: tl.constexpr, pieces: tl.constexpr):
+def _store(out, places, held, tile, total, row: tl.constexpr, piece: tl.constexpr, pieces: tl.constexpr):
     """The same tile to where it belongs."""
     parts: tl.constexpr = (row + piece - 1) // piece
     each = tile + tl.arange(0, pieces)
     columns = (each % parts)[:, None] * piece + tl.arange(0, piece)[None, :]
     mask = (each < total)[:, None] if row % piece == 0 else (each < total)[:, None] & (columns < row)
-    tl.store(out + (each // parts).to(tl.int64)[:, None] * row + columns, held, mask=mask)
+    rows = each // parts
+    if places is not None:
+        rows = tl.load(places + rows, mask=each < total, other=0)
+    tl.store(out + rows.to(tl.int64)[:, None] * row + columns, held, mask=mask)

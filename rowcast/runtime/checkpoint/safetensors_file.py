@@ -48,6 +48,10 @@ class SafetensorsSource:
         tensor = self._tensors[name]
         return read_dense(tensor.file, tensor.offset, DTYPES[tensor.kind], tensor.shape, rows, cols, out)
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where a tensor lies. Raises KeyError for an unknown name."""
+        return self._tensors[name]
+
     def fingerprint(self) -> str:
         return tensors_fingerprint(self._tensors)
 

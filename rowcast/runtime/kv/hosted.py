@@ -19,6 +19,7 @@ from rowcast.offload.outbox import Outbox
 from rowcast.offload.streamer import Order, StreamCounts, Streamer
 from rowcast.runtime.kv.paged import PagedKV, _Queries
 from rowcast.runtime.kv.sizes import Summary
+from rowcast.runtime.kv.summaries import Fetch
 from rowcast.runtime.protocols import Late
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -129,6 +130,8 @@ class HostedKV(PagedKV):
         """Of the bound pass."""
         self._part = 0
         self._outbox = Outbox(store, OUTBOX_BYTES)
+        self._gathered = 0
+        """Bytes of single entries that were copied."""
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._own = torch.empty(0, dtype=torch.int64, device=device)
         """Of the bound tokens, their places among the entries in a buffer."""
@@ -157,6 +160,9 @@ class HostedKV(PagedKV):
                 stores.append((span, blocks.permute(0, 2, 3, 1, 4)))
         return stores
 
+    def _key_fetch(self) -> Fetch | None:
+        return self.keys_of if self.device.type == "cuda" else None
+
     @property
     def by_layer(self) -> bool:
         """Whether long passes can be run layer by layer: the buffers hold all heads of one at once."""
@@ -173,8 +179,15 @@ class HostedKV(PagedKV):
         return False
 
     def counts(self) -> StreamCounts:
-        """What passes copied from host memory since the last call of this."""
-        return self._ring.counts()
+        """What passes streamed from host memory, and views of a few entries copied, since the last call of this."""
+        counts = self._ring.counts()
+        counts.bytes, self._gathered = counts.bytes + self._gathered, 0
+        return counts
+
+    @property
+    def sent_bytes(self) -> int:
+        """New entries that went to host memory."""
+        return self._outbox.bytes
 
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
         """As `PagedKV`, of a layer on the device."""
@@ -325,6 +338,7 @@ class HostedKV(PagedKV):
                 places = [self._away[head // count] * count + head % count for _, head in each]
                 at = torch.tensor(places, device=self.device)[:, None] * self._entries.shape[3] + lines[rows]
                 at += which * self._away_entries
+                self._gathered += at.numel() * self.spec.head_dim * self.dtype.itemsize
                 number = torch.full((1,), at.numel(), dtype=torch.int32, device=self.device)
                 self._host.gather(at.flatten().int(), number, out[rows].view(-1, self.spec.head_dim))
             else:

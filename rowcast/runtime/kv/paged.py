@@ -17,7 +17,7 @@ from rowcast.kernels import gpu
 from rowcast.kernels.attention import attend
 from rowcast.runtime.kv.places import places, take
 from rowcast.runtime.kv.sizes import Summary
-from rowcast.runtime.kv.summaries import Summaries
+from rowcast.runtime.kv.summaries import Fetch, Summaries
 from rowcast.runtime.protocols import Late
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -86,13 +86,15 @@ class PagedKV:
         self.dtype = dtype
         self.keep_queries = keep_queries
         self.slopes, self.absolute_bias_scale = alibi(spec, shard, device)
-        kv_heads = shard.kv_heads(spec)
+        heads, kv_heads = shard.query_heads(spec), shard.kv_heads(spec)
+        self.num_heads = heads.stop - heads.start
+        """Query heads of this rank."""
         self.num_kv_heads = kv_heads.stop - kv_heads.start
         self.block_size = block_size
         shape = (self._held_layers(spec), num_blocks, block_size, self.num_kv_heads, spec.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
-        self._summaries = {kind: Summaries(kind, self._key_stores(), device) for kind in summaries}
+        self._summaries = {kind: Summaries(kind, self._key_stores(), device, self._key_fetch()) for kind in summaries}
         self._sequences: dict[int, _Sequence] = {}
         self._bound: list[_Bound] = []
         self._tables: dict[int, list[int]] = {}
@@ -107,6 +109,10 @@ class PagedKV:
     def _key_stores(self) -> list[tuple[slice, Tensor]]:
         """Keys [n, blocks, block_size, K, d] of neighbouring layers, of all."""
         return [(slice(None), self._keys)]
+
+    def _key_fetch(self) -> Fetch | None:
+        """Brings keys of those that lie in other memory; None: there are none, or it had better stay there."""
+        return None
 
     @property
     def bytes(self) -> int:

@@ -24,12 +24,13 @@ class Ring:
     dtype: torch.dtype
 
     def pieces(self, key: str, bank: HostBank, first: int) -> list[Piece]:
-        """A bank cut into pieces that a buffer holds. `first`: the place of its first row in the whole table."""
-        each = max(1, self.streamer.slot_bytes // max(1, bank.row_bytes))
+        """A bank cut into as few pieces, alike, as buffers hold. `first`: the place of its first row in the whole table."""
+        each, total = max(1, self.streamer.slot_bytes // max(1, bank.row_bytes)), len(bank.tensor)
+        count = -(-total // each)
         found = []
-        for start in range(0, len(bank.tensor), each):
-            rows = slice(start, min(start + each, len(bank.tensor)))
-            held = HostPiece((key, first + start), bank.piece(rows))
+        for number in range(count):
+            rows = slice(total * number // count, total * (number + 1) // count)
+            held = HostPiece((key, first + rows.start), bank.piece(rows))
             found.append(Piece(held, slice(first + rows.start, first + rows.stop), tuple(bank.tensor.shape[1:])))
         return found
 

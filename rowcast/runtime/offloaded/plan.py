@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.constants import Constants
 from rowcast.placement.executable import not_yet
 from rowcast.placement.hardware import Card, Machine
 from rowcast.placement.here import this_machine
 from rowcast.placement.plan import DTYPE_BYTES, Plan
-from rowcast.placement.planner import decide
+from rowcast.placement.planner import Decision, decide
 from rowcast.placement.resident import BLOCK_SIZE
+from rowcast.placement.workload import Workload
 from rowcast.runtime.forecast import CONTEXT, spec_digest, workload
 from rowcast.runtime.ladder.drafts import Draft
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.offloaded.disk_plan import chooses_rows, to_disk, with_host_memory
 from rowcast.runtime.plan_for import split_plan, work_notes
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.spec import ModelSpec, parameter_count
+
+log = logging.getLogger("rowcast")
 
 _GROUPS = 4096
 """That one rank's weights and KV are placed in, about."""
@@ -45,6 +51,8 @@ class OffloadWish:
     stand_in: bool
     """The CPU stands in for a GPU."""
     gpu_memory_bytes: int
+    context_bytes: int
+    """Of that, what is no tensor's."""
     host_memory_bytes: int | None
     world: int
     max_context: int | None
@@ -60,29 +68,24 @@ def offloading_plan(
     fingerprint: str,
     open_drafts: Callable[[Ladder], Mapping[str, Draft]],
     notes: tuple[str, ...],
+    disk_rate: Callable[[], float],
 ) -> tuple[Plan, Ladder, Mapping[str, Draft]] | None:
     """The plan that commits a token soonest with parts in host memory, its ladder and drafts; None where no engine can execute it.
 
+    What has no room there, either, is read from disk: `disk_rate` measures it, in bytes/s, or raises UserError where that cannot be.
     Raises OutOfMemoryError with the nearest change that fits.
     """
     batch = wish.max_num_seqs or 1
     context = wish.max_context or min(CONTEXT, spec.max_context)
-    work = workload(
-        model=wish.model,
-        ladder=wish.ladder,
-        draft=wish.draft,
-        kv_budget=wish.kv_budget,
-        density=wish.density,
-        mode=wish.mode,
-        calibration=None if wish.calibration is None else wish.calibration.path,
-        dtype=wish.dtype,
-        context=context,
-        batch=batch,
-        fingerprint=fingerprint,
-    )
+    work = _work(wish, wish.ladder, context, batch, fingerprint)
     machine = _stand_in(wish) if wish.stand_in else _machine(wish)
-    constants = STAND_IN if wish.stand_in else Constants()
-    decision = decide(work, machine, tensor_parallel=wish.world, groups=_GROUPS, constants=constants, explain=False)
+    constants = STAND_IN if wish.stand_in else Constants(context_bytes=wish.context_bytes)
+    try:
+        decision = decide(work, machine, tensor_parallel=wish.world, groups=_GROUPS, constants=constants, explain=False)
+    except OutOfMemoryError as error:
+        work, decision, on_disk = _with_disk(wish, work, spec, fingerprint, machine, constants, disk_rate, error)
+        log.warning("%s", on_disk)
+        notes = (*notes, on_disk)
     ladder = Ladder.parse(decision.ladder.name)
     drafts = open_drafts(ladder)
     needs = ladder_needs(
@@ -102,13 +105,65 @@ def offloading_plan(
     told = [*notes, "not all of it fits next to the compute: parts lie in host memory", *work_notes(work)]
     if wish.max_num_seqs is None:
         told.append("one sequence at a time: a batch shares what a pass streams, and needs KV of its own")
-    plan = split_plan(work, decision.forecast, needs, wish.dtype, told, wish.device)
+    plan = split_plan(work, decision.forecast, needs, wish.dtype, told, wish.device, constants.context_bytes)
     if wish.block_size is not None:
         plan = replace(plan, block_size=wish.block_size, num_blocks=batch * -(-context // wish.block_size))
     if wish.max_batch_tokens is not None:
         plan = replace(plan, max_batch_tokens=max(batch, wish.max_batch_tokens))
     plan = replace(plan, fingerprint=fingerprint, spec=spec_digest(spec), machine=decision.forecast.machine)
     return None if not_yet(plan, wish.world) else (plan, ladder, drafts)
+
+
+def _work(wish: OffloadWish, ladder: str | Ladder, context: int, batch: int, fingerprint: str) -> Workload:
+    return workload(
+        model=wish.model,
+        ladder=ladder,
+        draft=wish.draft,
+        kv_budget=wish.kv_budget,
+        density=wish.density,
+        mode=wish.mode,
+        calibration=None if wish.calibration is None else wish.calibration.path,
+        dtype=wish.dtype,
+        context=context,
+        batch=batch,
+        fingerprint=fingerprint,
+    )
+
+
+def _with_disk(
+    wish: OffloadWish,
+    work: Workload,
+    spec: ModelSpec,
+    fingerprint: str,
+    machine: Machine,
+    constants: Constants,
+    disk_rate: Callable[[], float],
+    short: OutOfMemoryError,
+) -> tuple[Workload, Decision, str]:
+    """The decision with layers on disk, for what and a sentence about it. Raises `short` where host memory is not what is short,
+    OutOfMemoryError where nothing can be read from disk."""
+    why = f"{short}".removesuffix(".")
+    larger = with_host_memory(machine, parameter_count(spec) * work.width)
+    try:
+        decision = decide(work, larger, tensor_parallel=wish.world, groups=_GROUPS, constants=constants, explain=False)
+        rung = chooses_rows(decision.ladder.name)
+        if rung is not None and wish.ladder == "auto":
+            work = _work(wish, "plain", work.context, work.batch, fingerprint)
+            decision = decide(work, larger, tensor_parallel=wish.world, groups=_GROUPS, constants=constants, explain=False)
+            rung = None
+    except OutOfMemoryError:
+        raise short from None
+    if rung is not None:
+        raise OutOfMemoryError(f"{why}; rung {rung} chooses rows, which cannot be read from disk: use --ladder plain") from short
+    try:
+        if wish.world > 1:
+            raise UserError("that is done by one rank only: leave --tp out")
+        found = to_disk(decision.forecast, spec, work.width, machine, constants, disk_rate)
+    except UserError as error:
+        raise OutOfMemoryError(f"{why}; the rest cannot be read from disk: {error}") from error
+    if found is None:
+        raise short
+    return work, replace(decision, forecast=found.forecast), found.told(spec.num_layers)
 
 
 def _machine(wish: OffloadWish) -> Machine:

@@ -8,8 +8,11 @@ from rowcast.placement.constants import STREAM_BYTES
 from rowcast.placement.plan import DTYPE_BYTES, Plan
 from rowcast.placement.resident import rank_share
 from rowcast.runtime.ladder.spec import Ladder
-from rowcast.runtime.offloaded.tiers import ROWS, STREAMED, Tiers
+from rowcast.runtime.offloaded.tiers import CPU, DISK, ROWS, STREAMED, Tiers
 from rowcast.runtime.spec import ModelSpec, layer_parameters
+
+LEAST_RING = 64 << 20
+"""Bytes: smaller pieces cross the bus slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,16 @@ class Buffers:
     def of(cls, plan: Plan, tiers: Tiers, spec: ModelSpec) -> Buffers:
         """Of one rank. Rows are kept in as many bytes as the plan leaves free beside them."""
         width, share = DTYPE_BYTES[plan.dtype], rank_share(spec, plan.world)
-        spans = (*tiers.attention.values(), *tiers.neurons.values(), tiers.head)
-        # Rows that are fetched are streamed, too, by passes over all of them.
-        streams = any({STREAMED, ROWS} & part.tiers for part in spans)
-        ring = 2 * min(layer_parameters(share) * width, STREAM_BYTES) if streams else 0
+        tiers_used = set().union(*(part.tiers for part in (*tiers.attention.values(), *tiers.neurons.values(), tiers.head)))
+        left = max(0, plan.margin_bytes)
+        ring = 2 * min(layer_parameters(share) * width, STREAM_BYTES)
+        if not {STREAMED, DISK} & tiers_used:
+            # Passes over many tokens stream what others fetch or the CPU computes: through what the plan leaves free.
+            ring = min(ring, max(LEAST_RING, left // 2)) if {ROWS, CPU} & tiers_used else 0
+            left = max(0, left - ring)
         shares = [rung.mlp for rung in Ladder.parse(plan.ladder_text).rungs if rung.mlp is not None]
         if not shares or not any(ROWS in part.tiers for part in tiers.neurons.values()):
             return cls(ring)
         layer = (3 if spec.gated else 2) * spec.hidden_size * share.intermediate_size * width
         rows = round(2 * layer * min(0.5, max(shares)))
-        return cls(ring, rows, max(0, plan.margin_bytes))
+        return cls(ring, rows, left)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from rowcast.placement.forecast import Share
 from rowcast.placement.plan import Plan
 
-RESIDENT, STREAMED, ROWS, CPU, HOST = "resident", "streamed", "rows", "cpu", "host"
+RESIDENT, STREAMED, ROWS, CPU, HOST, DISK = "resident", "streamed", "rows", "cpu", "host", "disk"
+PEER = "peer"
+"""Rows, too, but of another GPU's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Spans:
     def tiers(self) -> set[str]:
         return {tier for tier, _, count, _ in self.runs if count} or {RESIDENT}
 
+    @property
+    def on_disk(self) -> bool:
+        """All of it: parts are there whole or not at all."""
+        return DISK in self.tiers
+
 
 WHOLE = Spans()
 
@@ -58,6 +65,8 @@ class Tiers:
     embeddings: Spans
     kv_away: frozenset[int]
     """Layers whose KV lies in host memory."""
+    peers: frozenset[int] = frozenset()
+    """Layers whose rows lie in another GPU's memory."""
 
     @classmethod
     def of(cls, plan: Plan, rank: int, layers: int) -> Tiers | None:
@@ -68,7 +77,7 @@ class Tiers:
 
         def spans(part: str, layer: int) -> Spans:
             mine = sorted((s for s in shares if s.part == part and s.layer == layer), key=lambda s: s.first)
-            return Spans(tuple((s.tier, s.first, s.count, s.of) for s in mine))
+            return Spans(tuple((ROWS if s.tier == PEER else s.tier, s.first, s.count, s.of) for s in mine))
 
         return cls(
             attention={i: spans("attention", i) for i in range(layers)},
@@ -76,7 +85,13 @@ class Tiers:
             head=spans("LM head", -1),
             embeddings=spans("embeddings", -1),
             kv_away=_kv_away([share for share in shares if share.part == "KV"]),
+            peers=frozenset(share.layer for share in shares if (share.part, share.tier) == ("neurons", PEER)),
         )
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether any layer is there."""
+        return any(part.on_disk for part in (*self.attention.values(), *self.neurons.values()))
 
     @property
     def weights_resident(self) -> bool:

@@ -42,6 +42,11 @@ class PlacedVocabulary:
     def pieces(self) -> list[HostPiece]:
         return self._head.pieces
 
+    @property
+    def asks_host(self) -> bool:
+        """Whether looking rows up waits for the device."""
+        return self._lookup.asks_host
+
     def lookup(self, ids: Tensor) -> Tensor:  # [T] -> [T, E]
         return self._lookup(ids)
 
@@ -54,6 +59,7 @@ class _Lookup:
 
     def __init__(self, table: Table, device: torch.device) -> None:
         self._parts, self._device = table.held, device
+        self.asks_host = any(isinstance(part, HostBank) and part.asks_host for _, part in self._parts)
 
     def __call__(self, ids: Tensor) -> Tensor:  # [T] -> [T, E]
         out: Tensor | None = None

@@ -46,7 +46,7 @@ class DevicePasses:
         self.device = banks.ffn[0].up_down.device
         self._counts = counts = DeviceCounts(self.device)
         self._neurons = [
-            None if selector is None else DeviceNeurons(bank, selector, sparse_tokens, counts)
+            None if selector is None else self._of_layer(bank, selector, sparse_tokens)
             for bank, selector in zip(banks.ffn, neurons, strict=True)
         ]
         self._heads = [
@@ -63,6 +63,9 @@ class DevicePasses:
         self._ahead: tuple[Tensor, Choice] | None = None
         """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
         chooses."""
+
+    def _of_layer(self, bank: FfnBank, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
+        return DeviceNeurons(bank, selector, sparse_tokens, self._counts)
 
     def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
         """As `ChoosesOnDevice`."""

@@ -112,7 +112,7 @@ class SparseWeights:
             return self._passes.qkv(layer, x)
         selector = self._neurons[layer]
         if selector is not None and selector.scorer.reads == "ahead" and any(self._generated):
-            self._ahead = selector(x, self._few)
+            self._look_ahead(layer, x)
         return self._attention.qkv(layer, x)
 
     def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
@@ -151,6 +151,12 @@ class SparseWeights:
             self._observer(layer, selector, hidden, own)
         return bank.out(hidden if own is None else hidden * own, ids, residual)
 
+    def _look_ahead(self, layer: int, x: Tensor) -> None:
+        """What the layer's MLP will read, by the attention's input."""
+        selector = self._neurons[layer]
+        assert selector is not None
+        self._ahead = selector(x, self._few)
+
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
         if self._lm is None:
             return self._banks.head(x)
@@ -160,11 +166,14 @@ class SparseWeights:
     def _on_device(self) -> DevicePasses:
         if self._device is None:
             assert self.on_device, "rows are chosen by the host"
-            from rowcast.runtime.sparse.on_device import DevicePasses
-
             heads = [selector for selector in self._heads if not isinstance(selector, HeadOracle)]
-            self._device = DevicePasses(self._banks, self._neurons, heads, self._sparse_tokens, self._outer_bytes)
+            self._device = self._device_passes()(self._banks, self._neurons, heads, self._sparse_tokens, self._outer_bytes)
         return self._device
+
+    def _device_passes(self) -> type[DevicePasses]:
+        from rowcast.runtime.sparse.on_device import DevicePasses
+
+        return DevicePasses
 
     @property
     def _few(self) -> bool:

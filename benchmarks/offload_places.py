@@ -1,0 +1,183 @@
+"""Plans that place a shape's weights by force, for `offload.py`: the runtime is timed, not the planner. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rowcast.placement.constants import STREAM_BYTES, Constants
+from rowcast.placement.forecast import Forecast, Share
+from rowcast.placement.plan import Plan
+from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, resident_plan
+from rowcast.runtime.forecast import spec_digest
+from rowcast.runtime.ladder.memory import ladder_needs
+from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.spec import ModelSpec, layer_parameters, parameter_count
+
+WIDTH = 2
+GROUPS = 256
+"""Of a layer's neurons."""
+SLACK = 0.03
+"""Of the budget, left to the allocator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a benchmark may take."""
+
+    cap_bytes: int
+    """Of the GPU, its context included."""
+    cache: float
+    """Share of the room for neurons that keeps fetched ones."""
+    context: int
+    """Tokens."""
+    device: str
+
+
+def streamed(spec: ModelSpec, budget: Budget) -> Plan:
+    """All weights in host memory, but embeddings that are looked up there anyway."""
+    return _plan(spec, budget, "plain", None, "streamed", "streamed", 0)
+
+
+def filled(spec: ModelSpec, budget: Budget) -> Plan:
+    """As much as fits stays, the same of every layer; attention first."""
+    for layers in range(spec.num_layers, 0, -1):
+        free = _free(_plan(spec, budget, "plain", None, "resident", "streamed", 0, layers), budget)
+        if free >= 0:
+            groups = _groups(spec, free) if layers == spec.num_layers else 0
+            return _plan(spec, budget, "plain", None, "resident", "streamed", groups, layers)
+    return streamed(spec, budget)
+
+
+def rows(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None) -> Plan:
+    """Attention and the LM head stay, and of the neurons the most frequent that fit beside the cache of those that are fetched."""
+    plan = _plan(spec, budget, ladder, calibration, "resident", "rows", 0)
+    return _plan(spec, budget, ladder, calibration, "resident", "rows", _groups(spec, _free(plan, budget) * (1 - budget.cache)))
+
+
+def with_kv_away(spec: ModelSpec, draft: ModelSpec, cap_bytes: int, device: str, ladder: str, context: int) -> Plan:
+    """All weights stay, all KV lies in host memory; `draft`: of every draft in the ladder."""
+    budget, parsed = Budget(cap_bytes, 0.0, context, device), Ladder.parse(ladder)
+    drafts = {rung.model: _Draft(draft, spec_digest(draft)) for rung in parsed.lower if rung.model is not None}
+    whole = _whole(spec, budget, ladder, None, drafts)
+    shares = [Share([0], "KV", layer, "streamed", 0, 1, 1, whole.kv_bytes // spec.num_layers) for layer in range(spec.num_layers)]
+    return replace(
+        whole,
+        spec=spec_digest(spec),
+        budget_bytes=cap_bytes,
+        kv_bytes=0,
+        work_bytes=whole.work_bytes + 2 * STREAM_BYTES,
+        forecast=_forecast(shares, budget, ladder),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    spec: ModelSpec
+    fingerprint: str
+
+
+def _free(plan: Plan, budget: Budget) -> float:
+    return plan.margin_bytes - SLACK * budget.cap_bytes
+
+
+def _groups(spec: ModelSpec, free: float) -> int:
+    """Of each layer's neurons, those for which there are so many bytes."""
+    whole = spec.num_layers * _neuron_bytes(spec)
+    if free < 0 or free > whole:
+        raise SystemExit(
+            f"--gpu-memory leaves {free / 1e9:.2f} GB for {whole / 1e9:.2f} GB of neurons: give some, but not for all"
+        )
+    return int(GROUPS * free / whole)
+
+
+def _neuron_bytes(spec: ModelSpec) -> int:
+    """Of a layer."""
+    return (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size * WIDTH
+
+
+def _plan(
+    spec: ModelSpec,
+    budget: Budget,
+    ladder: str,
+    calibration: Calibration | None,
+    outer: str,
+    others: str,
+    resident: int,
+    layers: int | None = None,
+) -> Plan:
+    """`outer`: where attention and the LM head lie. `resident`: groups of each layer's neurons that stay, of the others `others`.
+    `layers`: those after so many have their attention streamed."""
+    on_gpu, parsed = budget.device == "cuda", Ladder.parse(ladder)
+    whole = _whole(spec, budget, ladder, calibration, {})
+    neurons, head = _neuron_bytes(spec), spec.vocab_size * spec.embed_size * WIDTH
+    attention = layer_parameters(spec) * WIDTH - neurons
+    rest = parameter_count(spec) * WIDTH - spec.num_layers * (attention + neurons) - head * (1 if spec.tied_embeddings else 2)
+    shares = []
+    for layer in range(spec.num_layers):
+        where = "streamed" if layers is not None and layer >= layers else outer
+        shares.append(Share([0], "attention", layer, where, 0, 1, 1, attention))
+        for tier, first, count in (("resident", 0, resident), (others, resident, GROUPS - resident)):
+            if count:
+                shares.append(Share([0], "neurons", layer, tier, first, count, GROUPS, neurons * count // GROUPS))
+        shares.append(Share([0], "KV", layer, "resident", 0, 1, 1, whole.kv_bytes // spec.num_layers))
+    shares.append(Share([0], "LM head", -1, outer, 0, 1, 1, head))
+    if not spec.tied_embeddings:
+        shares.append(Share([0], "embeddings", -1, "host", 0, 1, 1, head))
+    held = rest + sum(share.bytes for share in shares if share.tier == "resident" and share.part != "KV")
+    # Where nothing is streamed but by long passes, buffers come out of what is left.
+    ring = 2 * min(layer_parameters(spec) * WIDTH, STREAM_BYTES) if "streamed" in (outer, others) else 0
+    fetched = 0
+    if others == "rows":
+        fetched = round(2 * neurons * min(0.5, max(rung.mlp for rung in parsed.rungs if rung.mlp is not None)))
+    constants = Constants()
+    context = constants.context_bytes + constants.graphs_bytes if on_gpu else 0
+    return replace(
+        whole,
+        spec=spec_digest(spec),
+        budget_bytes=budget.cap_bytes,
+        weight_bytes=held,
+        work_bytes=whole.work_bytes + ring + fetched + context + round(SLACK * budget.cap_bytes),
+        forecast=_forecast(shares, budget, ladder),
+    )
+
+
+def _whole(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None, drafts: Mapping[str, _Draft]) -> Plan:
+    """With everything on a device that has room for it."""
+    needs = ladder_needs(
+        Ladder.parse(ladder),
+        spec,
+        drafts,
+        adaptive=False,
+        verification="coupled",
+        calibration=calibration,
+        dense_copy=False,
+        listed=False,
+        width=WIDTH,
+        block_size=BLOCK_SIZE,
+        max_context=budget.context,
+        head_copy_bytes=lambda model: 0,
+    )
+    return resident_plan(
+        spec,
+        fingerprint="",
+        dtype="bfloat16" if budget.device == "cuda" else "float32",
+        device=budget.device,
+        budget_bytes=1 << 40,
+        max_model_len=budget.context,
+        max_num_seqs=1,
+        max_num_batched_tokens=MAX_BATCH_TOKENS,
+        needs=replace(needs, mode="exact" if ladder.endswith("plain") else "approximate"),
+    )
+
+
+def _forecast(shares: list[Share], budget: Budget, ladder: str) -> Forecast:
+    """Nothing is foretold."""
+    return Forecast(
+        model="a shape", machine="this one", gpus=["a GPU"], layout="one GPU", tensor_parallel=1, pipeline_stages=1,
+        context=budget.context, prompt=1, batch=1, ladder=ladder, seconds_per_token=1.0, tokens_per_s=1.0,
+        tokens_per_s_range=[1.0, 1.0], first_token_s=1.0, tokens_per_round=1.0, bottleneck="bus", bottleneck_share=1.0, gap=0.0,
+        solver_s=0.0, greedy_seconds_per_token=None, groups=1, memory=[], rungs=[], stages=[], shares=shares, alternatives=[],
+        what_if=[], inputs=[],
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""A GPU's memory as a hard ceiling by the driver's count, so that a large card stands in for a small one.
+
+torch's allocator can be held to a limit. What a process takes beside it, its context, libraries, kernels and captured graphs, cannot:
+it is counted, and the allocator gets what it leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from rowcast.errors import OutOfMemoryError
+from rowcast.placement import process_memory
+from rowcast.placement.constants import Constants
+from rowcast.placement.plan import Plan
+from rowcast.placement.process_memory import OwnBytes
+from rowcast.placement.units import format_bytes
+
+log = logging.getLogger("rowcast")
+
+LATER_BYTES = 256 << 20
+"""Kernels, libraries and graphs that come after a context, when a plan is made: 250 MiB, measured on an H100 (its context: 518)."""
+
+COLLECTIVES_BYTES = 256 << 20
+"""NCCL's buffers of one rank. Assumed."""
+
+_MOST_OUTSIDE_BYTES = 4 << 30
+"""Where the driver tells no processes apart and the card holds more than so much beside this one's tensors, others are on it."""
+
+
+def first_look() -> None:
+    """Note what the cards hold before this process uses any; nothing where it does already, or where there is no GPU."""
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        process_memory.first_look()
+
+
+def outside_bytes(device: torch.device, world: int) -> int:
+    """What one of `world` ranks will take of such a GPU beside tensors: for plans."""
+    counted = _counted(device)
+    there = 0 if counted is None else counted.bytes - torch.cuda.memory_reserved(device) + LATER_BYTES
+    return max(there, Constants().context_bytes) + (COLLECTIVES_BYTES if world > 1 else 0)
+
+
+def peak_bytes(device: torch.device) -> OwnBytes | None:
+    """The most that this process took of a GPU, by the driver's count; None where that cannot be told.
+
+    The driver keeps no peak. What lies beside tensors only grows, so that its size now and the most of the allocator's make one.
+    """
+    counted = _counted(device)
+    if counted is None:
+        return None
+    most = counted.bytes - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
+    return OwnBytes(most, counted.whole_card)
+
+
+class Ceiling:
+    """Holds this process to a plan's memory, beyond what it held before. On a CPU nothing is held."""
+
+    def __init__(self, device: torch.device, plan: Plan) -> None:
+        """Limits the allocator. Raises OutOfMemoryError where the ceiling leaves less than the plan takes."""
+        self._device = device
+        self._bytes = ceiling_bytes(plan)
+        self._steps = 0
+        self._told = False
+        if device.type != "cuda":
+            return
+        if self._bytes is not None:
+            process_memory.stay_open()
+        torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
+        self._before = torch.cuda.memory_allocated(device)
+        self._most = self._before + plan.budget_bytes
+        """That the allocator may take in any case."""
+        needed = plan.budget_bytes - plan.margin_bytes
+        outside = 0 if self._bytes is None else self._outside()
+        if self._bytes is not None and outside + needed > self._bytes:
+            left, beside = format_bytes(max(0, self._bytes - outside)), format_bytes(outside)
+            raise OutOfMemoryError(
+                f"gpu_memory={format_bytes(self._bytes)} leaves {left} beside the {beside} that the GPU's context and libraries take, "
+                f"but the plan needs {format_bytes(needed)}: ask for more, or make the plan again"
+            )
+        self._limit(outside)
+
+    def check(self) -> None:
+        """Count, and give the allocator what the ceiling leaves it. Raises OutOfMemoryError where it has taken more already."""
+        if self._device.type != "cuda" or self._bytes is None:
+            return
+        outside = self._outside()
+        limit = self._limit(outside)
+        if torch.cuda.memory_reserved(self._device) > limit:
+            torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved(self._device)
+        if reserved > limit:
+            taken = format_bytes(outside + reserved - self._before)
+            raise OutOfMemoryError(
+                f"this process takes {taken} of {self._device} by the driver's count, {format_bytes(outside)} of it for context, "
+                f"libraries and graphs, more than gpu_memory={format_bytes(self._bytes)}: ask for more, or lower max_model_len"
+            )
+
+    def stepped(self) -> None:
+        """A step is over. `check` after the first, second, fourth, ...: what lies beside tensors comes when kernels are first used."""
+        self._steps += 1
+        if self._steps & (self._steps - 1) == 0:
+            self.check()
+
+    def _outside(self) -> int:
+        """What this process takes beside tensors, as far as it can be told."""
+        counted = _counted(self._device)
+        if counted is not None:
+            return counted.bytes - torch.cuda.memory_reserved(self._device)
+        assumed = Constants().context_bytes
+        if not self._told:
+            self._told = True
+            log.warning(
+                "the driver does not tell what this process takes of %s: beside tensors %s are assumed",
+                self._device,
+                format_bytes(assumed),
+            )
+        return assumed
+
+    def _limit(self, outside: int) -> int:
+        """Set the allocator's limit; in bytes."""
+        most = self._most if self._bytes is None else min(self._most, max(0, self._before + self._bytes - outside))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / _total(self._device)), self._device)
+        return most
+
+
+def ceiling_bytes(plan: Plan) -> int | None:
+    """What a plan lets a process take of its GPU, context and libraries included; None: nobody asked for a limit."""
+    if plan.device == "cpu":
+        return None
+    if plan.ceiling_bytes or plan.forecast is None:
+        return plan.ceiling_bytes or None
+    return max((each.budget_bytes for each in plan.forecast.memory if each.card != "host"), default=None)
+
+
+def _counted(device: torch.device) -> OwnBytes | None:
+    reserved = torch.cuda.memory_reserved(device)
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    counted = None if uuid is None else process_memory.own_bytes(str(uuid), reserved)
+    if counted is not None and counted.whole_card and counted.bytes - reserved > _MOST_OUTSIDE_BYTES:
+        return None
+    return counted
+
+
+def _total(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory)
