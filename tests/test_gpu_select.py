@@ -11,6 +11,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import select as reference
 from rowcast.kernels.gpu import select
+from rowcast.kernels.gpu.heads import choose_heads
 from rowcast.kernels.gpu.select import Chosen, Places
 
 take_arrays_as_bounds()
@@ -156,3 +157,17 @@ def test_replays(tokens: int) -> None:
         graph.replay()
         check(top, expected_mask(scores, places))
         check(above, scores > 1.0)
+
+
+@pytest.mark.parametrize("broken", ["some", "all"])
+def test_heads_of_scores_that_are_no_numbers(broken: str) -> None:
+    """As many are chosen as have a place: what lies behind stays as it is. Numbers go first."""
+    scores = torch.tensor([[float("nan"), 1.0, 3.0, float("nan"), 2.0, float("nan"), float("nan"), 0.0]], device=DEVICE)
+    if broken == "all":
+        scores.fill_(float("nan"))
+    shards = torch.tensor([[0] * 4 + [1] * 4, [2] * 8], dtype=torch.int32, device=DEVICE)
+    chosen, rows, late = choose_heads(scores, shards, 4, 16, late=True)
+    expected = [0, 1, 4, 5] if broken == "all" else [1, 2, 4, 7]
+    assert chosen.ids.tolist() == expected and chosen.count.tolist() == [4]
+    assert rows.rows.tolist() == [head * 16 + element for head in expected for element in range(16)]
+    assert late is not None and late.heads.tolist() == expected

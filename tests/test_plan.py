@@ -164,10 +164,23 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("24GiB", 24 * GIB), ("512 MiB", 512 << 20), ("1.5g", 3 << 29), ("10GB", 10**10), (4096, 4096), ("77", 77), ("2kb", 2000)],
+    [
+        ("24GiB", 24 * GIB),
+        ("512 MiB", 512 << 20),
+        ("1.5g", 3 << 29),
+        ("10GB", 10**10),
+        (4096, 4096),
+        ("77000000", 77000000),
+        ("2kb", 2000),
+    ],
 )
 def test_amounts_of_memory(text: str | int, count: int) -> None:
     assert parse_bytes(text, "x") == count
+
+
+def test_numbers_without_a_unit_are_bytes_where_they_can_be() -> None:
+    with pytest.raises(UserError, match="'24' has no unit, and 24 bytes hold nothing: write a unit, such as 24GiB"):
+        parse_bytes("24", "gpu_memory")
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "24XB", "1e9", "nan", 0, -5, True, "9" * 400, "9" * 400 + "GiB", 1 << 60])

@@ -3,8 +3,8 @@
 Who uses the pieces says in which order (`Order`); the ring keeps those that are used next, so that copies run under the computing
 before. An order is a cycle where a pass is like the one before: at its end the next one's first pieces are on their way, and where
 all pieces have room nothing is copied twice. Another order may begin at any time, and a piece may be taken out of turn: that costs a
-copy that nothing hides. On a GPU copies run on a stream of their own, ordered by events, and the host waits for nothing; on a CPU
-they are made where they are asked for.
+copy that nothing hides. On a GPU copies run on a stream of their own, ordered by events, and the host waits for nothing but pieces on
+disk; on a CPU they are made where they are asked for.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from rowcast.placement import cache
 from rowcast.placement.forecast import Forecast
 from rowcast.placement.plan import Plan
 
-_CREDIBLE = (0.1, 10.0)
-"""A ratio beyond these tells of another machine, or of one that did something else."""
+_CREDIBLE = (0.25, 4.0)
+"""A ratio beyond these tells of another machine, or of one that did something else, such as other work on the same cores."""
 
 
 def remembered(spec: str, dtype: str, device: str, origin: str) -> dict[str, float]:

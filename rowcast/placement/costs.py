@@ -434,7 +434,7 @@ class CostModel:
         for i, site in enumerate(sites):
             for j, holder in enumerate(sites):
                 if self._may_hold(site, holder):
-                    allowed[(groups.site == i) & computed, PEER + j] = True
+                    allowed[(groups.site == i) & neurons, PEER + j] = True
         return allowed
 
     def _limits(self, mode: Mode, tiers: int) -> tuple[list[float], list[str], Floats]:
@@ -462,7 +462,7 @@ class CostModel:
                         away = len(site.ranks) * groups.bytes * (groups.site == i)
                         pinned[:, STREAMED] += away
                         pinned[:, ROWS] += away
-                        total[:, CPU] += away
+                        pinned[:, CPU] += away  # Passes over many tokens stream them.
                         total[:, HOST] += away
                 total += pinned
                 limits += [max(0.0, node.host.pin_bytes), max(0.0, node.host.memory_bytes - self.constants.host_margin_bytes)]

@@ -32,7 +32,7 @@ def not_yet(plan: Plan, world: int = 1) -> list[str]:
         told = f"{part} {_TIERS[tier]}"
         if tier not in _DONE.get(part, ()):
             found.append(told)
-        elif tier == "disk" and world > 1:
+        elif tier in ("disk", "peer") and world > 1:
             found.append(f"{told} by {world} ranks")
         elif why := _why_not(part, tier, plan.ladder):
             found.append(f"{told} under a rung that {why}")

@@ -343,7 +343,8 @@ def _nearest_change(work: Workload, machine: Machine, tensor_parallel: int | Non
     for kind, told in (("GPU", "more on each GPU"), ("host", "more host memory")):
         more = missing(work, kind) if kind == "host" or machine.num_gpus else math.inf
         if more < math.inf:
-            ways.append(f"{math.ceil(more / GIB * 10) / 10:.1f} GiB {told}")
+            amount = f"{math.ceil(more / GIB * 10) / 10:.1f} GiB" if more > GIB else f"{math.ceil(more / (1 << 20))} MiB"
+            ways.append(f"{amount} {told}")
 
     def fits(asked: Workload) -> bool:
         return missing(asked, "host") <= 0

@@ -14,6 +14,10 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}B": 1000**_power, f"{_letter}iB": 1024**_power}
 
 
+_LEAST_WITHOUT_UNIT = 1 << 20
+"""Bytes: smaller numbers without a unit are meant in one."""
+
+
 def parse_bytes(text: str | int, what: str) -> int:
     """Such as "24GiB" -> 25769803776. `what` names the argument in the error. KB, MB, ... are powers of 1000; K, KiB, ... of 1024."""
     if isinstance(text, int) and not isinstance(text, bool):
@@ -24,6 +28,10 @@ def parse_bytes(text: str | int, what: str) -> int:
         if match is None or unit is None:
             raise UserError(f"{what}={text!r:.60} is not an amount of memory: write a number and a unit, such as 24GiB or 512MiB")
         value = int(Fraction(match[1]) * _UNITS[unit])
+        if not match[2] and 0 < value < _LEAST_WITHOUT_UNIT:
+            raise UserError(
+                f"{what}={text!r:.60} has no unit, and {value} bytes hold nothing: write a unit, such as {match[1]}GiB"
+            )
     if value <= 0:
         raise UserError(f"{what}={text!r} has to be more than 0 bytes, such as 24GiB")
     if value > MAX_BYTES:

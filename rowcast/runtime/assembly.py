@@ -170,12 +170,16 @@ class _Assembly:
         self, lower: list[Runner | Lookup], top: ModelRunner, sampler: Sampler, rule: Rule, eager: bool
     ) -> DeviceRounds | None:
         """Rounds that the device runs by itself, where it can."""
-        if not gpu.serves(self._device) or not settings().gpu_rounds:
-            return None
-        from rowcast.runtime.device_round.rounds import DeviceRounds
-
         coupled, rates = (rule.rule, rule.rates) if isinstance(rule, Simulated) else (rule, None)
-        why = DeviceRounds.why_not(lower, top) if isinstance(coupled, Coupled) else "verification is maximal"
+        can = gpu.serves(self._device) and settings().gpu_rounds
+        if not can and self._comm.world == 1:
+            return None
+        why = None if can else "it has no GPU's kernels, or ROWCAST_GPU_ROUNDS is 0"
+        if can:
+            from rowcast.runtime.device_round.rounds import DeviceRounds
+
+            why = DeviceRounds.why_not(lower, top) if isinstance(coupled, Coupled) else "verification is maximal"
+        # All ranks ask: their environments may differ.
         if self._comm.world > 1 and self._comm.exchange(torch.tensor([int(why is not None)])).any():
             why = why or "another rank's rows are chosen by the host"
         if why is not None:

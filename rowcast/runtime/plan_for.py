@@ -13,6 +13,7 @@ from pathlib import Path
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement import corrections
 from rowcast.placement.constants import Constants
+from rowcast.placement.executable import not_yet
 from rowcast.placement.forecast import MEMORY_CLASSES, DeviceMemory, Forecast
 from rowcast.placement.hardware import Machine, machine_from
 from rowcast.placement.here import this_machine
@@ -146,7 +147,9 @@ def plan_for(
             break
         # The engine counts its work space to the byte and is short of some: less has to be next to the compute.
     plan = split_plan(work, forecast, needs, number, notes, "cuda" if forecast.gpus else "cpu")
-    return replace(plan, spec=digest, machine=chosen.machine.describe())
+    lacking = not_yet(plan, plan.world)
+    told = [f"no engine executes this plan yet: {'; '.join(lacking)}"] if lacking else []
+    return replace(plan, notes=[*plan.notes, *told], spec=digest, machine=chosen.machine.describe())
 
 
 def _with_more(device: DeviceMemory, held_back: int) -> DeviceMemory:
@@ -296,7 +299,7 @@ def split_plan(
     what is left keeps fetched rows.
     """
     outside = (Constants().context_bytes if context_bytes is None else context_bytes) if device.startswith("cuda") else 0
-    if any(share.tier == "rows" for share in forecast.shares):
+    if any(share.tier in ("rows", "peer") for share in forecast.shares):
         forecast = replace(forecast, memory=[_with_row_cache(each) for each in forecast.memory])
     ranks = [device for device in forecast.memory if device.card != "host"]
     fullest = max(ranks, key=lambda device: sum(device.classes.values()) - device.classes["margin"])

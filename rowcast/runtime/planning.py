@@ -109,7 +109,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     stand_in = device.type == "cpu" and wish.gpu_memory is not None and settings().cpu_as_gpu
     if device.type == "cpu" and wish.gpu_memory is not None and not stand_in:
         raise UserError(
-            f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory=, or set "
+            f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory instead, or set "
             "ROWCAST_CPU_AS_GPU=1 to let the CPU stand in for a card of that size"
         )
     limit = "gpu_memory" if device.type == "cuda" or stand_in else "host_memory"

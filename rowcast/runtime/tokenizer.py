@@ -140,7 +140,10 @@ def load_tokenizer(checkpoint: TokenizerSource) -> Tokenizer:
         found = read_vocabulary(checkpoint.path, checkpoint.gguf_metadata)
         return Tokenizer(found.backend, special_tokens=found.special_tokens, chat_template=found.chat_template)
     if checkpoint.format == "random":
-        raise UserError(f"{checkpoint.path} has random weights and no tokenizer: pass prompts as token ids")
+        raise UserError(
+            f"{checkpoint.path} has random weights and no tokenizer: pass prompts as token ids from Python, or time it by rowcast "
+            "bench latency --shape"
+        )
     return _from_directory(checkpoint.path)
 
 

@@ -63,10 +63,11 @@ class Summaries:
             step = max(1, FETCHED_BYTES // (size * len(full)))
             for first in range(layers.start, layers.stop, step):
                 some = slice(first, min(first + step, layers.stop))
-                entries = at[:, None] * self.kind.chunk + torch.arange(self.kind.chunk, device=at.device)
-                found = self._fetch(entries.flatten(), slice(some.start * heads, some.stop * heads))
-                found = found.view(some.stop - some.start, heads, len(full), self.kind.chunk, -1)
-                self._summarise(some, at, found.permute(0, 2, 3, 1, 4))
+                for part in torch.split(at, max(1, FETCHED_BYTES // size)):
+                    entries = part[:, None] * self.kind.chunk + torch.arange(self.kind.chunk, device=at.device)
+                    found = self._fetch(entries.flatten(), slice(some.start * heads, some.stop * heads))
+                    found = found.view(some.stop - some.start, heads, len(part), self.kind.chunk, -1)
+                    self._summarise(some, part, found.permute(0, 2, 3, 1, 4))
 
     def _summarise(self, layers: slice, at: Tensor, chunks: Tensor) -> None:
         # at [n]: where the summaries of chunks [layers, n, chunk, K, d] go

@@ -41,7 +41,11 @@ class UnchangedFile:
             self._file.read_into(buffer, offset)
         except (OSError, UserError) as error:
             failed = error
-        if self._now() != self._stamp:
+        try:
+            changed = self._now() != self._stamp
+        except OSError as error:
+            changed, failed = False, failed or error
+        if changed:
             raise UserError(
                 f"{self._file.path} was changed while the model reads its weights from it: start again, and leave the file as it is"
             ) from failed
