@@ -19,7 +19,7 @@ from rowcast.cluster.executor import GangExecutor
 from rowcast.cluster.gang import Limits
 from rowcast.errors import UserError
 
-LIMITS = Limits(start_s=60, step_s=20, silence_s=1.0)
+LIMITS = Limits(start_s=150, step_s=20, silence_s=1.0)
 BASE: dict[str, Any] = {"detokenize": False, "ignore_eos": True, "max_tokens": 14}
 PARAMS = [SamplingParams(temperature=0.9, n=1 + i % 2, **BASE) for i in range(6)]
 PROMPTS = [[(5 * i + j * j) % VOCAB for j in range(6 + 5 * i)] for i in range(6)]

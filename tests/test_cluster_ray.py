@@ -51,7 +51,7 @@ def gone(pids: list[int], within_s: float) -> bool:
 def test_actors_give_the_same_tokens_and_survive_a_death(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     [alone] = LLM(model, ladder="ngram / plain").generate([PROMPT], PARAMS)
     with LLM(
-        model, ladder="ngram / plain", tensor_parallel_size=2, launcher=RayLauncher(gpus=1), limits=Limits(start_s=60)
+        model, ladder="ngram / plain", tensor_parallel_size=2, launcher=RayLauncher(gpus=1), limits=Limits(start_s=150)
     ) as llm:
         executor = llm.engine._executor
         assert isinstance(executor, GangExecutor)
