@@ -184,3 +184,16 @@ def test_public_names() -> None:
     assert set(rowcast.__all__) <= set(dir(rowcast))
     with pytest.raises(AttributeError, match="LMM"):
         _ = rowcast.LMM
+
+
+def test_numbers_that_stand_twice_are_the_same() -> None:
+    """Each is wanted where torch or Triton may not be imported, too."""
+    pytest.importorskip("triton")
+    from rowcast.kernels.gpu import host_rows
+    from rowcast.kernels.gpu import row_cache as kernel
+    from rowcast.offload import disk, host_store, peer_memory, row_cache
+    from rowcast.runtime.offloaded import disk_plan
+
+    assert row_cache.OLDEST == kernel.OLDEST
+    assert disk.BUFFERS == disk_plan.BUFFERS
+    assert host_store._UNIT == peer_memory._UNIT == host_rows.UNIT
