@@ -60,8 +60,6 @@ def enable(device: torch.device, holder: torch.device) -> None:
 
 def peer_tensor(shape: tuple[int, ...], dtype: torch.dtype, holder: torch.device, device: torch.device) -> PeerTensor:
     """Zeros on `holder` for `device`. Raises UserError where it is out of reach, OutOfMemoryError where it has not enough memory."""
-    if device.type == "cuda":
-        enable(device, holder)
     try:
         return PeerTensor(torch.zeros(shape, dtype=dtype, device=holder), device)
     except torch.OutOfMemoryError as error:
