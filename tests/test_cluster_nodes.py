@@ -188,7 +188,8 @@ def test_two_nodes_and_one_of_them_dies(
     model: Path, nodes: Any, alone: list[list[list[int]]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ray: Any = pytest.importorskip("ray")
-    given: dict[str, Any] = {"tensor_parallel_size": 2, "limits": LIMITS, "retry_s": 1.0, "ladder": LADDER, "seed": 5}
+    limits = replace(LIMITS, silence_s=5.0)  # Ray tells of the dead; ranks that share two busy cores with two nodes may be slow to
+    given: dict[str, Any] = {"tensor_parallel_size": 2, "limits": limits, "retry_s": 1.0, "ladder": LADDER, "seed": 5}
     with Replicas(model, data_parallel_size=2, launcher="ray", **given) as two:
         groups = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
         on = [frozenset(group["bundles_to_node_id"].values()) for group in groups]
@@ -209,7 +210,7 @@ def test_two_nodes_and_one_of_them_dies(
         assert tokens(two, long) == expected
         assert len(two.up) == 1
         nodes.workers[1] = nodes.add_node(num_cpus=2, object_store_memory=100 << 20)
-        assert both_up(two, 40)
+        assert both_up(two, LIMITS.start_s)
         assert tokens(two, long) == expected
     assert "is lost, others take its" in caplog.text and "is back" in caplog.text
     assert gone_actors(ray)

@@ -84,8 +84,8 @@ class RayLauncher:
         return RayRanks(actors, runs, group)
 
     def _wait(self, group: PlacementGroup, bundle: dict[str, float], world: int) -> None:
-        ready, _ = ray.wait([group.ready()], timeout=self._place_s)
-        if ready:
+        # Not `group.ready()`, which is a task: it would need a process started in the bundle first.
+        if group.wait(self._place_s):
             return
         nodes = [_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         raise UserError(

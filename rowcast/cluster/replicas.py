@@ -29,7 +29,8 @@ from rowcast.runtime.prompts import Prompt, each_prompt
 MAX_REPLICAS = 1024
 
 RETRY_S = 10.0
-"""Between two attempts to start a replica that has no place, or fails."""
+"""Between two attempts to start a replica that has no place, or fails; and at least so long one waits for a place: an attempt that
+gives up sooner than the cluster can answer never succeeds."""
 
 
 _SHUT_DOWN = "the model's ranks are gone: it was shut down; make a new Replicas"
@@ -74,7 +75,7 @@ class Replicas:
             return ReplicaLLM(
                 number,
                 launcher,
-                retry_s if again else None,
+                max(retry_s, RETRY_S) if again else None,
                 model,
                 tensor_parallel_size=tensor_parallel_size,
                 limits=limits,
