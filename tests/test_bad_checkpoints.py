@@ -151,7 +151,7 @@ def test_a_hub_model_of_gguf_files_only(config: dict[str, str], hub: Hub) -> Non
 
 @pytest.mark.parametrize(("config", "word"), [
     ({"model_type": "t5"}, "model_type 't5' is not supported"),
-    ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
+    ({"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}, "quantised by 'hqq'"),
     ({"model_type": "llama", "num_local_experts": 8}, "mixture-of-experts"),
 ])  # fmt: skip
 def test_a_hub_model_is_refused_before_its_weights_are_fetched(config: dict[str, Any], word: str, hub: Hub) -> None:
@@ -232,7 +232,7 @@ def test_several_gguf_files(tmp_path: Path) -> None:
     ("{", ("not valid JSON", "fetch the file again")),
     ("[" * 100_000, ("not valid JSON",)),
     ("[1]", ("list where an object belongs",)),
-    ('{"quantization_config": {"quant_method": "gptq"}}', ("quantised by 'gptq'", "bfloat16", "GGUF")),
+    ('{"quantization_config": {"quant_method": "hqq"}}', ("quantised by 'hqq'", "bfloat16", "GGUF")),
 ])  # fmt: skip
 def test_bad_configs(text: str | None, words: tuple[str, ...], good: Path) -> None:
     (good / "config.json").unlink()

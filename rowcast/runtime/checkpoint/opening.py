@@ -17,6 +17,8 @@ from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import generation_config, hf_config, stored_dtype
 from rowcast.runtime.checkpoint.gguf_file import MAGIC, read_gguf
 from rowcast.runtime.checkpoint.gguf_source import GGUFSource
+from rowcast.runtime.checkpoint.packed_layer import Packing
+from rowcast.runtime.checkpoint.packed_source import PackedSource, packing_of
 from rowcast.runtime.checkpoint.ranged_file import RangedFile
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from rowcast.runtime.config import spec_from_config
@@ -55,7 +57,7 @@ class Checkpoint:
     """generation_config.json, or from the GGUF metadata the special token ids; may be empty."""
     source: Source
     stored_dtype: str
-    """The floating dtype of most weights: float64, float32, bfloat16, float16; float32 for quantised weights."""
+    """The floating dtype of most weights: float64, float32, bfloat16, float16; float32 for a GGUF file's quantised weights."""
     gguf_metadata: dict[str, Any] | None = None
     """All metadata of a GGUF file; `tokenizer.*` describes its tokenizer."""
 
@@ -152,10 +154,11 @@ def _open_directory(path: Path, hub_id: str | None = None) -> Checkpoint:
         raise _no_weights(path, files, ggufs) if hub_id is None else _no_hub_weights(hub_id)
     if "config.json" not in names:
         raise UserError(f"{path} has weights but no config.json, which says what model they are; add the model's config.json.")
-    config = _read_config(path / "config.json")
+    config, packing = _read_config(path / "config.json")
     generation = _read_json(path / "generation_config.json") if "generation_config.json" in names else {}
-    source = SafetensorsSource.open(path)
-    return Checkpoint(path, "safetensors", config, generation, source, source.stored_dtype())
+    stored = SafetensorsSource.open(path)
+    source = stored if packing is None else PackedSource(stored, packing)
+    return Checkpoint(path, "safetensors", config, generation, source, stored.stored_dtype())
 
 
 def _no_weights(path: Path, files: Iterable[Path], ggufs: list[Path]) -> UserError:
@@ -189,16 +192,12 @@ def _pickles(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if any(file.match(pattern) for pattern in PICKLES)]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.json. Raises UserError where it says that the weights are quantised."""
+def _read_config(path: Path) -> tuple[dict[str, Any], Packing | None]:
+    """config.json but for its `quantization_config`, and what that says of how weights are packed, if they are."""
     config = _read_json(path)
-    if quantisation := config.get("quantization_config"):
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise UserError(
-            f"{path.parent} holds weights quantised by {method!r}, which is not read; use its float32, float16 or bfloat16 "
-            "safetensors, or a GGUF file."
-        )
-    return config
+    packing = packing_of(config) if config.get("quantization_config") else None
+    config.pop("quantization_config", None)
+    return config, packing
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _fetch(hub_id: str) -> Path:
     """
     config = _download(hub_id, ["config.json"]) / "config.json"
     if config.is_file():
-        spec_from_config(_read_config(config))
+        spec_from_config(_read_config(config)[0])
     return _download(hub_id, list(HUB_FILES))
 
 
