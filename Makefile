@@ -1,5 +1,6 @@
 # make demo      install, then generate text with SmolLM2-135M-Instruct
-# make test      all tests that this machine can run
+# make test      the tests that this machine can run; without a GPU every third case of the kernels' tests, which its interpreter is slow at
+# make test-all  all of them
 # make test-gpu  the tests that need a GPU
 # make check     ruff and mypy
 #
@@ -14,7 +15,7 @@ RUN ?= .venv/bin/python
 JOBS ?= auto
 READY := $(if $(filter .venv/bin/python,$(RUN)),.venv/.ready)
 
-.PHONY: demo test test-gpu check env
+.PHONY: demo test test-all test-gpu check env
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -22,7 +23,10 @@ demo: $(READY)
 
 # Workers steal from each other, since few tests take most of the time. Without pytest-xdist one process runs all.
 test: $(READY)
-	$(RUN) -m pytest $$($(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS) --dist worksteal')
+	$(RUN) -m pytest $(CASES) $$($(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(JOBS) --dist worksteal')
+
+test-all: CASES := --every-case
+test-all: test
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu $(sort $(wildcard tests/test_gpu_*.py) $(shell grep -l 'mark\.gpu\|take_arrays_as_bounds' tests/test_*.py))

@@ -31,15 +31,43 @@ def pytest_xdist_auto_num_workers() -> int:
     return 1 if torch.cuda.is_available() else min(4, (os.cpu_count() or 1) + 1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-case", action="store_true", help="Without a GPU, all cases of the kernels' tests and not every third."
+    )
+
+
+def runs_kernels(item: pytest.Item) -> bool:
+    """Whether it does so in the interpreter, where there is no GPU."""
+    module = getattr(item, "module", None)
+    return hasattr(module, "take_arrays_as_bounds") or getattr(module, "__name__", "").startswith("test_gpu_")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:  # Tests of kernels, which run in the interpreter elsewhere, are GPU tests here.
-            module = getattr(item, "module", None)
-            if hasattr(module, "take_arrays_as_bounds") or getattr(module, "__name__", "").startswith("test_gpu_"):
+            if runs_kernels(item):
                 item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+    if not config.getoption("--every-case"):
+        left_out = _but_every_third(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _but_every_third(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The other cases of kernels' tests, by function: the interpreter takes seconds for what a GPU does at once."""
+    seen: dict[str, int] = {}
+    left_out = []
+    for item in items:
+        if "gpu" not in item.keywords and runs_kernels(item):
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % 3:
+                left_out.append(item)
+    return left_out
