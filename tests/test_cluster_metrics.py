@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from rowcast.cluster.launcher import LocalLauncher
 from rowcast.cluster.metrics import PrometheusExporter
 from rowcast.cluster.replicas import Replicas
 from rowcast.errors import UserError
-from rowcast.runtime.metrics import REPLICA, TABLE
+from rowcast.runtime.densities import Densities
+from rowcast.runtime.metrics import REPLICA, TABLE, EngineMetrics
+from rowcast.runtime.scheduler import Scheduler
+from rowcast.runtime.step import Moved, SeqResult
 
 LIMITS = Limits(start_s=60, step_s=20, silence_s=1.0)
 PARAMS = SamplingParams(temperature=0, max_tokens=12, detokenize=False, ignore_eos=True)
@@ -85,6 +89,8 @@ def test_what_is_counted(model: Path) -> None:
         assert found[name] == {labels: count for labels, count in by_position.items() if count}
     assert found["drafts_accepted"]
     assert found["read_bytes"] == {("0", "host"): sum(sum(output.metrics.bytes_read.values()) for output in outputs)}
+    assert found["dense_bytes"] == {("0", "host"): sum(output.metrics.dense_bytes for output in outputs)}
+    assert not found["moved_bytes"] and not found["layer_density"]
     stream = llm.stream(PROMPTS[0], PARAMS)
     next(stream)
     assert found["requests_running"] == {("0",): 1}
@@ -96,10 +102,22 @@ def test_what_is_counted(model: Path) -> None:
 def test_density(model: Path) -> None:
     kept = Kept()
     llm = LLM(model, ladder="self:mlp=0.5,gamma=2 / plain", metrics=kept)
-    [output] = llm.generate(PROMPTS[:1], PARAMS)
+    [output] = llm.generate(PROMPTS[:1], replace(PARAMS, max_tokens=60))
     used, dense = kept.found["neurons_used"]["0", "self"], kept.found["neurons_dense"]["0", "self"]
     assert used / dense == pytest.approx(output.metrics.density["self"])
     assert used / dense == pytest.approx(0.5, abs=0.05)
+    layers = kept.found["layer_density"]
+    assert layers == {("0", "self", f"{layer}"): pytest.approx(0.5, abs=0.05) for layer in range(2)}
+
+
+def test_what_came_over_a_link() -> None:
+    kept = Kept()
+    scheduler = Scheduler(num_blocks=1, block_size=4, max_num_seqs=1, max_batch_tokens=8)
+    moved = Moved(weight_bytes=100, rows_moved=2, row_bytes=20, kv_bytes=3, kv_out_bytes=4, disk_bytes=50, stalled_s=0.25)
+    results = [SeqResult(0, [1], moved=moved), SeqResult(1, [1], moved=moved), SeqResult(2, [1])]
+    EngineMetrics(kept, memory="gpu").step(scheduler, results, 3, 0, 7, Densities(2))
+    assert kept.found["moved_bytes"] == {("0", "bus"): 254, ("0", "disk"): 100}
+    assert kept.found["stalled_seconds"] == {("0",): 0.5} and kept.found["dense_bytes"] == {("0", "gpu"): 7}
 
 
 def test_off_by_default(model: Path) -> None:

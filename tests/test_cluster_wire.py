@@ -46,10 +46,12 @@ EVERYTHING = SamplingParams(
     prompt_logprobs=2,
     repetition_penalty=1.1,
 )
-SETUP = SeqSetup(4, EVERYTHING, 2**63 - 1, 1, [1, 2], [5], [[1], [2, 3]], output_ids=[9], group=2)
+SETUP = SeqSetup(
+    4, EVERYTHING, 2**63 - 1, 1, [1, 2], [5], [[1], [2, 3]], output_ids=[9], group=2, drafters=["ngram"], last="self"
+)
 STEP = SeqStep(4, [1, 2], 0, [7, 8], 2, True, prompt_logprobs=None, room=3, left=12)
 LOGPROBS = TokenLogprobs(5, -0.25, 1, [5, 6], [-0.25, float("-inf")])
-COUNTS = RungCounts([1, 2], [1, 1], [0], tokens=3, seconds=0.5, bytes_read=1 << 40)
+COUNTS = RungCounts([1, 2], [1, 1], [0], tokens=3, seconds=0.5, bytes_read=1 << 40, neurons_by_layer=[7, 8])
 MESSAGES: list[Message] = [
     Hello("token", 1, 2, "127.0.0.1"),
     Order(2, "/model", b"\x00plan", None, False, 1, 2.5),
@@ -104,8 +106,14 @@ def packed(*content: Any) -> bytes:
         (packed(wire.VERSION, "Progress", 1, True), "Progress.total is True"),
         (packed(wire.VERSION, "Hello", "token", 1, 2, b"h"), "Hello.host"),
         (packed(wire.VERSION, "Command", 1, [[1.5]], [], [], None), "Command.freed is no list of numbers"),
-        (packed(wire.VERSION, "Command", 1, [], [], [[1, [1], 0, [True], 1, True, None, 0, 1]], None), "SeqStep|steps.blocks"),
-        (packed(wire.VERSION, "Command", 1, [], [[0, {"n": 1}, 0, 0, [], [], [], [], 0]], [], None), "no list of pairs"),
+        (
+            packed(wire.VERSION, "Command", 1, [], [], [[1, [1], 0, [True], 1, True, None, 0, 1, False]], None),
+            "SeqStep|steps.blocks",
+        ),
+        (
+            packed(wire.VERSION, "Command", 1, [], [[0, {"n": 1}, 0, 0, [], [], [], [], 0, None, None]], [], None),
+            "no list of pairs",
+        ),
         (packed(wire.VERSION, "Done", 1, 2, [[1, [], None, None, [], None]]), "no map"),
         (packed(wire.VERSION, "Failed", 1, "user", msgpack.ExtType(5, b"x")), "no msgpack"),
     ],
@@ -116,7 +124,7 @@ def test_what_is_no_message_is_refused(data: bytes, words: str) -> None:
 
 
 def test_parameters_are_checked_again() -> None:
-    data = packed(wire.VERSION, "Command", 1, [], [[0, [["top_p", 7.0]], 0, 0, [], [], [], [], 0]], [], None)
+    data = packed(wire.VERSION, "Command", 1, [], [[0, [["top_p", 7.0]], 0, 0, [], [], [], [], 0, None, None]], [], None)
     with pytest.raises(UserError, match="top_p"):
         decode(data)
 

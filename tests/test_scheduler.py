@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from rowcast.errors import UserError
 from rowcast.runtime.outputs import RequestStats
 from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.prefill_limit import LEAST_TOKENS, PrefillLimit, prefill_limit
+from rowcast.runtime.prefix_cache import WrittenBy
 from rowcast.runtime.request import Request, Sequence
 from rowcast.runtime.scheduler import Scheduler
 
@@ -15,9 +22,9 @@ def sequence(seq_id: int, prompt: int) -> Sequence:
 
 
 def make(
-    prompts: list[int], *, blocks: int, max_num_seqs: int = 8, max_batch_tokens: int = 100
+    prompts: list[int], *, blocks: int, max_num_seqs: int = 8, max_batch_tokens: int = 100, **given: Any
 ) -> tuple[Scheduler, list[Sequence]]:
-    scheduler = Scheduler(num_blocks=blocks, block_size=4, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
+    scheduler = Scheduler(num_blocks=blocks, block_size=4, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, **given)
     sequences = [sequence(i, prompt) for i, prompt in enumerate(prompts)]
     for seq in sequences:
         scheduler.add(seq)
@@ -91,3 +98,105 @@ def test_prefill_waits_where_decoding_leaves_no_room() -> None:
     for seq in sequences[:3]:
         scheduler.remove(seq)
     assert step(scheduler) == ([(3, 2)], [])
+
+
+def test_a_limit_holds_while_others_decode_and_no_longer() -> None:
+    scheduler, sequences = make([4, 60], blocks=40, prefill_limit=PrefillLimit(6, None))
+    assert step(scheduler) == ([(0, 4), (1, 60)], [])
+    scheduler, sequences = make([4], blocks=40, prefill_limit=PrefillLimit(6, None))
+    step(scheduler)
+    scheduler.add(sequence(1, 60))
+    assert step(scheduler) == step(scheduler) == ([(0, 1), (1, 6)], [])
+    scheduler.remove(sequences[0])
+    assert step(scheduler) == ([(1, 48)], [])
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    """The oldest has half of the share, those with least left have the rest; what nobody needs goes on."""
+    scheduler, _ = make([4, 800], blocks=300, prefill_limit=PrefillLimit(16, None), max_batch_tokens=64)
+    assert step(scheduler) == ([(0, 4), (1, 60)], [])
+    assert step(scheduler) == ([(0, 1), (1, 16)], [])
+    for seq_id, prompt in ((2, 12), (3, 5), (4, 30)):
+        scheduler.add(sequence(seq_id, prompt))
+    assert step(scheduler) == ([(0, 1), (1, 8), (2, 3), (3, 5)], [])
+    assert step(scheduler) == ([(0, 1), (1, 8), (2, 8), (3, 1)], [])
+    assert step(scheduler) == ([(0, 1), (1, 8), (2, 1), (3, 1), (4, 8)], [])  # 2 has one token left, as if it decoded
+
+
+def test_a_long_prompt_is_through_whatever_comes_later() -> None:
+    scheduler, _ = make([4], blocks=4000, max_num_seqs=50, prefill_limit=PrefillLimit(8, None))
+    step(scheduler)
+    scheduler.add(long := sequence(1, 200))
+    for number in range(50):
+        scheduler.add(sequence(2 + number, 6))
+        step(scheduler)
+        if not long.pending > 1:
+            break
+    assert number == 48 or number == 49  # four tokens a step
+
+
+def test_without_a_limit_the_oldest_has_all_it_can_use() -> None:
+    scheduler, _ = make([30, 4], blocks=40, max_batch_tokens=16)
+    assert step(scheduler) == ([(0, 16)], [])
+    assert step(scheduler) == ([(0, 14), (1, 2)], [])
+
+
+def test_the_limit_follows_from_how_fast_prompts_were_run() -> None:
+    limit = PrefillLimit(None, 0.5)
+    first, alone = limit.tokens(3), limit.tokens(0)
+    assert first is not None and alone == 4 * first
+    for _ in range(20):
+        limit.observe(0.1, 0, 3)  # decoding alone
+    for _ in range(20):
+        tokens = limit.tokens(3)
+        assert tokens is not None
+        limit.observe(0.1 + tokens / 400, tokens, 3)  # 400 tokens a second beside it
+    assert limit.tokens(3) == pytest.approx(200, abs=2) and limit.tokens(0) == pytest.approx(800, abs=8)
+    for _ in range(20):
+        limit.observe(5.0, 1, 3)
+    assert limit.tokens(3) == LEAST_TOKENS
+    both = PrefillLimit(10, 0.5)
+    assert both.tokens(1) == 10 and both.tokens(0) == alone
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stall"), [(0, None), (1.5, None), (True, None), (None, 0), (None, -1.0), (None, float("inf"))]
+)
+def test_mistakes_are_one_sentence(tokens: Any, stall: Any) -> None:
+    with pytest.raises(UserError, match=r"(max_num_prefill_tokens|prefill_stall_s)=.* has to be"):
+        prefill_limit(tokens, stall)
+
+
+def test_who_begins_alike_waits_for_the_first_and_lets_others_pass() -> None:
+    """Prompts of zeroes: what one runs the others need not."""
+    scheduler, sequences = make([17, 17, 30], blocks=40, max_batch_tokens=12, written_by=WrittenBy("plain"))
+    scheduler.add(other := sequence(3, 9))
+    other.request.prompt_ids = [5] * 9
+
+    def ran() -> list[tuple[int, int]]:
+        chosen, _ = scheduler.schedule()
+        for seq, tokens in chosen:
+            seq.computed += tokens
+            scheduler.filled(seq)
+            if seq.pending == 0:
+                seq.output_ids.append(0)
+        scheduler.check()
+        return [(seq.seq_id, tokens) for seq, tokens in chosen]
+
+    assert ran() == [(0, 12)]
+    assert ran() == [(0, 5), (3, 7)]
+    assert ran() == [(0, 1), (3, 2), (1, 1), (2, 8)]
+    assert [seq.cached for seq in (*sequences, other)] == [0, 16, 16, 0]
+    assert sequences[0].blocks[:4] == sequences[1].blocks[:4] == sequences[2].blocks[:4]
+    assert scheduler.cache is not None and (scheduler.cache.asked_tokens, scheduler.cache.hit_tokens) == (73, 32)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_shared_blocks_save_memory_unless_they_are_copied(copied: bool) -> None:
+    scheduler, sequences = make([16, 17, 17], blocks=8, written_by=WrittenBy("plain"), blocks_are_copied=copied)
+    scheduler.schedule()
+    sequences[0].computed = 16
+    scheduler.remove(sequences[0])
+    scheduler.schedule()
+    scheduler.check()
+    assert len(scheduler.running) == (1 if copied else 2)

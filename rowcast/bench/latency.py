@@ -76,7 +76,9 @@ class Rowcast:
     """Ours, as a user calls it."""
 
     def __init__(self, model: str | Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"], eager: bool) -> None:
-        self.llm = LLM(model, ladder="plain", dtype=_name(dtype), device=device, eager=eager, progress=False)
+        self.llm = LLM(
+            model, ladder="plain", dtype=_name(dtype), device=device, eager=eager, prefix_cache=False, progress=False
+        )  # the peer runs each prompt, too
 
     def prefill(self, ids: list[int]) -> None:
         self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False))

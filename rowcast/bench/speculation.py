@@ -315,7 +315,7 @@ def _wish(settings: Settings, ladder: str, context: int) -> Wish:
 
 
 def _load(settings: Settings, ladder: str, context: int) -> LLM:
-    options: dict[str, Any] = {**asdict(_wish(settings, ladder, context)), "progress": False}
+    options: dict[str, Any] = {**asdict(_wish(settings, ladder, context)), "prefix_cache": False, "progress": False}
     if settings.shape is not None:
         assert settings.rates is not None
         return ShapeLLM(settings.shape, rates=settings.rates, **options)

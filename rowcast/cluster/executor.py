@@ -25,8 +25,6 @@ class _Sequence:
     setup: SeqSetup
     output_ids: list[int]
     """All that it has generated."""
-    life: int = -1
-    """The gang that holds its K/V."""
 
 
 class GangExecutor:
@@ -42,6 +40,8 @@ class GangExecutor:
         self._gang: Gang | None = None
         self._life = 0
         """The gang's number."""
+        self._counts_on: int | None = None
+        """The gang whose K/V the engine counts on, for sequences that run and for blocks that others may adopt; None: on none."""
         self.failures = 0
         """In all."""
         self.on_failure: Callable[[], None] | None = None
@@ -71,16 +71,17 @@ class GangExecutor:
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         try:
             self._ready()
-            if any(step.start and self._sequences[step.seq_id].life != self._life for step in steps):
+            if self._counts_on not in (None, self._life):
+                self._counts_on = None
                 raise StepLost("the gang that held the K/V is no more")
             results = self._call(Command(0, steps=list(steps)))
         except RankFailure as failure:
+            self._counts_on = None
             self._failed(failure)
             raise StepLost(str(failure)) from failure
+        self._counts_on = self._life
         for result in results:
-            sequence = self._sequences[result.seq_id]
-            sequence.life = self._life
-            sequence.output_ids += result.tokens
+            self._sequences[result.seq_id].output_ids += result.tokens
         self._calm_steps += 1
         if self._calm_steps >= self._limits.calm_steps:
             self._recent_failures = 0
@@ -89,7 +90,6 @@ class GangExecutor:
     def free_kv(self, seq_id: int, length: int) -> None:
         sequence = self._sequences[seq_id]
         del sequence.output_ids[length - len(sequence.setup.prompt_ids) :]
-        sequence.life = -1
         self._freed.append([seq_id, length])
 
     def remove(self, seq_id: int) -> None:
@@ -108,6 +108,10 @@ class GangExecutor:
                 self._gang.look()
             except RankFailure as failure:
                 self._failed(failure)
+
+    def revive(self) -> None:
+        """Start the ranks again now, where they have ended, and not with the next command. Raises GangError as that does."""
+        self._ready()
 
     def shutdown(self) -> None:
         """End the ranks. May be called twice; then there are no more steps."""

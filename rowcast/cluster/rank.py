@@ -248,7 +248,8 @@ def _failed(serial: int, error: BaseException) -> Failed:
 def main(argv: Sequence[str]) -> None:
     """ADDRESS RANK PARENT; the token comes on standard input. For `launcher.LocalLauncher`."""
     address, rank, parent = argv
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which then says stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a service manager's stop are the driver's, which then says stop
+        signal.signal(number, signal.SIG_IGN)
     run(address, sys.stdin.readline().strip(), int(rank), parent=int(parent))
     os._exit(0)  # nothing is left to do, and the interpreter takes its time
 

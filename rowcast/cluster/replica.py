@@ -33,6 +33,9 @@ class Work:
     number: int
     prompt: str | list[int]
     params: SamplingParams
+    ladder: str | None = None
+    """As in `Engine.add`, and so is `mode`."""
+    mode: str | None = None
     output: RequestOutput | None = None
     error: Exception | None = None
     losses: int = 0
@@ -101,9 +104,11 @@ class ReplicaLLM(LLM):
         gang = self.gang_executor.gang
         return gang is not None and gang.alive
 
-    def add(self, prompt: str | list[int], params: SamplingParams) -> Request:
-        """Queue a request. Raises UserError."""
-        return self._add(prompt, params)
+    def add(
+        self, prompt: str | list[int], params: SamplingParams, *, ladder: str | None = None, mode: str | None = None
+    ) -> Request:
+        """Queue a request; `ladder` and `mode` as in `Engine.add`. Raises UserError."""
+        return self._add(prompt, params, ladder=ladder, mode=mode)
 
     def _choose_launcher(self, *, on_gpu: bool) -> Launcher:
         chosen = super()._choose_launcher(on_gpu=on_gpu)
@@ -192,7 +197,7 @@ class Replica(threading.Thread):
 
     def _add(self, llm: ReplicaLLM, work: Work) -> None:
         try:
-            self._requests[work] = llm.add(work.prompt, work.params)
+            self._requests[work] = llm.add(work.prompt, work.params, ladder=work.ladder, mode=work.mode)
         except Exception as error:
             if not llm.alive:
                 self._lost(error)

@@ -17,7 +17,7 @@ import msgpack
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep
 
-VERSION = 2
+VERSION = 3
 """Raised when a message changes; the driver and its ranks have to be of the same."""
 
 MAX_MESSAGE_BYTES = 256 << 20

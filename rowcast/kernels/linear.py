@@ -8,6 +8,7 @@ Setting ROWCAST_CPU_PACK=0 turns the re-ordering off, and `backend` tells which 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Literal
 
@@ -20,12 +21,18 @@ from rowcast.settings import settings
 
 Backend = Literal["onednn-packed", "torch"]
 
+_KEPT_KERNELS = "64"
+"""oneDNN makes a kernel for each shape and number of tokens. Of so many, the last used are kept, by it and by torch's binding each;
+their own 1,024 take a gigabyte and more once a server has met hundreds of numbers of tokens (docs/experiments.md)."""
+
 
 @cache
 def _onednn_can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of torch re-orders weights of `dtype` and this CPU multiplies them natively."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when the first kernel is made
+        os.environ.setdefault(name, _KEPT_KERNELS)
     ops = torch.ops.mkldnn
     if not hasattr(ops, "_reorder_linear_weight") or not hasattr(ops, "_linear_pointwise"):
         return False

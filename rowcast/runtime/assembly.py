@@ -21,11 +21,12 @@ from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
-from rowcast.runtime.executor import LocalExecutor
+from rowcast.runtime.executor import LastRung, LocalExecutor
 from rowcast.runtime.gpu_ceiling import Ceiling
 from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
 from rowcast.runtime.kv.hosted import HostedKV
 from rowcast.runtime.kv.selection import policy
+from rowcast.runtime.ladder.by_request import Choices
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.memory import kept_queries, lazy, summaries
@@ -34,7 +35,7 @@ from rowcast.runtime.ladder.ngram import NgramLookup
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.ladder.simulated import Simulated
-from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.offloaded.elsewhere import Elsewhere
 from rowcast.runtime.offloaded.sizes import Buffers
@@ -132,6 +133,7 @@ class _Assembly:
         self._away: OffloadedBanks | None = None
         self._full = self._store()
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
+        self._others = Choices(planned.ladder).others
 
     def executor(
         self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None, eager: bool, report: Report | None
@@ -140,26 +142,39 @@ class _Assembly:
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
         decoders = self._decoders(checkpoint, progress, report)
         runners = [
-            self._runner(rung, name, decoders[_weights(rung)])
+            self._runner(rung, name, decoders[_weights(rung)], self._views[rung])
             for rung, name in zip(ladder.rungs, ladder.names, strict=True)
             if rung in self._views
         ]
         lower: list[Runner | Lookup] = [*([lookup] if lookup else []), *runners[:-1]]
         sampler = Sampler(self._spec.vocab_size, self._device)
-        controller = Controller(
-            ladder, adaptive=self._plan.adaptive, lookup=lookup, cost_ratios=[self._cost_ratio(rung) for rung in ladder.lower]
-        )
         rule = make_rule(sampler)
+        others = [
+            LastRung(
+                self._runner(last.rung, last.name, decoders[_weights(last.rung)], self._full),
+                last.below,
+                self._controller(Ladder((*ladder.rungs[: last.below], last.rung)), lookup),
+            )
+            for last in self._others
+        ]
         return LocalExecutor(
             runners[-1],
             sampler,
             lower=lower,
             rule=rule,
-            controller=controller if lower else None,
+            controller=self._controller(ladder, lookup),
             rounds=self._rounds(lower, runners[-1], sampler, rule, eager),
             decisions=self._decisions,
             elsewhere=self._elsewhere(),
+            others=others,
         )
+
+    def _controller(self, ladder: Ladder, lookup: NgramLookup | None) -> Controller | None:
+        """Chooses the gammas of a ladder's lower rungs, if it has any."""
+        if not ladder.lower:
+            return None
+        ratios = [self._cost_ratio(rung, ladder.rungs[-1]) for rung in ladder.lower]
+        return Controller(ladder, adaptive=self._plan.adaptive, lookup=lookup, cost_ratios=ratios)
 
     def _elsewhere(self) -> Elsewhere | None:
         """What the views have in host memory."""
@@ -228,6 +243,7 @@ class _Assembly:
                     continue
                 rounded = views[key] = LowBitWeights.load(self._spec, checkpoint.source, self._comm, bits, outer=outer, **how)
                 outer = rounded.outer
+        keys |= {_weights(last.rung) for last in self._others}  # whose weights are among those
         return {key: Decoder(views[key], solo if key in self._drafts else self._comm, self._device) for key in keys}
 
     def _banks(self, checkpoint: Checkpoint, outer: Outer | None, how: dict[str, Any]) -> BankWeights:
@@ -241,10 +257,10 @@ class _Assembly:
         )
         return self._away
 
-    def _runner(self, rung: Rung, name: str, decoder: Decoder) -> ModelRunner:
+    def _runner(self, rung: Rung, name: str, decoder: Decoder, view: KVView) -> ModelRunner:
         # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
         unbounded = rung.kind == "draft" and rung.kv is not None
-        view, tokens = self._views[rung], self._plan.max_batch_tokens
+        tokens = self._plan.max_batch_tokens
         if not (isinstance(view, HostedKV) and view.by_layer and isinstance(decoder.weights, RunsByLayer)):
             tokens = min(tokens, MAX_BATCH_TOKENS) if self._tiers is not None else tokens
         return ModelRunner(
@@ -255,12 +271,12 @@ class _Assembly:
             max_position=None if unbounded else decoder.spec.max_context,
         )
 
-    def _cost_ratio(self, rung: Rung) -> float:
-        """Bytes that a pass of the rung reads over those of the last rung's, halfway through the longest context."""
+    def _cost_ratio(self, rung: Rung, last: Rung) -> float:
+        """Bytes that a pass of the rung reads over those of a last rung's, halfway through the longest context."""
         if rung not in self._views:
             return 0.0
         entries = self._plan.max_context // 2
-        return self._bytes_read(rung, entries) / self._bytes_read(self._ladder.rungs[-1], entries)
+        return self._bytes_read(rung, entries) / self._bytes_read(last, entries)
 
     def _bytes_read(self, rung: Rung, entries: int) -> int:
         spec, width = self._spec_of(rung), self._dtype.itemsize

@@ -10,12 +10,18 @@ from collections.abc import Sequence as Seq
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.plan import Plan
 from rowcast.placement.units import format_bytes
+from rowcast.runtime.dense import DenseReads
+from rowcast.runtime.densities import Densities
 from rowcast.runtime.detokenizer import Detokenizer
+from rowcast.runtime.ladder.by_request import Choices, Chosen
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.metrics import EngineMetrics
+from rowcast.runtime.offloaded.tiers import Tiers
 from rowcast.runtime.outputs import FinishReason, Logprob, Logprobs, RequestStats
 from rowcast.runtime.pace import Pace
 from rowcast.runtime.params import SamplingParams
+from rowcast.runtime.prefill_limit import PrefillLimit
+from rowcast.runtime.prefix_cache import written_by
 from rowcast.runtime.request import Request, Sequence
 from rowcast.runtime.scheduler import Scheduler
 from rowcast.runtime.spec import ModelSpec
@@ -38,22 +44,38 @@ class Engine:
         seed: int = 0,
         make_detokenizer: MakeDetokenizer | None = None,
         token_text: Callable[[int], str] | None = None,
+        prefix_cache: bool = True,
+        prefill_limit: PrefillLimit | None = None,
     ) -> None:
-        """`eos_ids` end a text unless the request ignores them; `seed` derives the seeds of requests that bring none.
+        """`eos_ids` end a text unless the request ignores them; `seed` derives the seeds of requests that bring none. `prefix_cache`:
+        sequences that begin with the same tokens share their K/V. `prefill_limit`: bounds prompts' part of a step; None: nothing does,
+        so that all of them are through soonest.
 
         `make_detokenizer` is needed by requests that want text, `token_text` fills in logprobs' decoded tokens.
         """
         self.plan = plan
         self.spec = spec
+        self._ladder = Ladder.parse(plan.ladder_text)
+        self.choices = Choices(self._ladder)
+        """What requests may ask for by `ladder` and `mode`."""
         self.scheduler = Scheduler(
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
             max_num_seqs=plan.max_num_seqs,
             max_batch_tokens=plan.max_batch_tokens,
             lookahead=plan.lookahead,
+            written_by=written_by(self._ladder, spec) if prefix_cache else None,
+            prefill_limit=prefill_limit,
+            blocks_are_copied=any(
+                tiers is not None and tiers.kv_away
+                for tiers in (Tiers.of(plan, rank, spec.num_layers) for rank in range(plan.world))
+            ),
         )
-        self._ladder = Ladder.parse(plan.ladder_text)
+        self._prefill_limit = prefill_limit
         self.pace = Pace(self._ladder.names[-1])
+        self.densities = Densities(spec.num_layers)
+        """What the rungs used of each layer of late."""
+        self._dense = DenseReads(plan, spec)
         self.metrics: EngineMetrics | None = None
         """What passes on what happens here; None: nothing does."""
         self._executor = executor
@@ -77,18 +99,36 @@ class Engine:
         *,
         prompt: str | None = None,
         bad_word_ids: list[list[int]] | None = None,
+        ladder: str | None = None,
+        mode: str | None = None,
     ) -> Request:
-        """Queue a request. Raises UserError where the prompt or the parameters cannot be honoured, and changes nothing then."""
+        """Queue a request. Raises UserError where the prompt or the parameters cannot be honoured, and changes nothing then.
+
+        `ladder`: the rungs that may run for it, some of the engine's, in order, with a last one that decides; None: all. `mode`: exact
+        or approximate, as far as the engine has a last rung for it without memory of its own (`choices`); None: the engine's. Where
+        that is not the engine's own last rung, the host drives the rounds, on a GPU, too.
+
+        Under the rule coupled, what a request with a `params.seed` gets depends on prompt, parameters, seed and last rung alone: not on
+        the engine that runs it, nor on what else that runs.
+        """
+        chosen = self.choices.choose(ladder, mode)
         if params.truncate_prompt_tokens is not None:
             kept = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.plan.max_context - 1
             prompt_ids = prompt_ids[-kept:]
         max_length = self._max_length(prompt_ids, params)
         seed = params.seed if params.seed is not None else derived_seed(self._seed, self._requests)
-        stats = RequestStats(prompt_tokens=len(prompt_ids), seed=seed, ladder=self._ladder, verification=self.plan.verification)
+        stats = RequestStats(
+            prompt_tokens=len(prompt_ids),
+            seed=seed,
+            ladder=chosen.ladder,
+            names=chosen.names,
+            verification=self.plan.verification,
+        )
         request = Request(f"{self._requests}", prompt, prompt_ids, params, seed, max_length, stats)
+        request.cache_key = chosen.last or ""
         try:
             for sample_index in range(params.n):
-                self._add_sample(request, sample_index, bad_word_ids or [])
+                self._add_sample(request, sample_index, bad_word_ids or [], chosen)
         except UserError:
             self.abort(request)
             raise
@@ -97,7 +137,7 @@ class Engine:
             request.prompt_logprobs = [None]
         return request
 
-    def _add_sample(self, request: Request, sample_index: int, bad_word_ids: list[list[int]]) -> None:
+    def _add_sample(self, request: Request, sample_index: int, bad_word_ids: list[list[int]], chosen: Chosen) -> None:
         params = request.params
         detokenizer = None
         if params.detokenize and self._make_detokenizer is not None:
@@ -114,6 +154,8 @@ class Engine:
                 eos_ids,
                 bad_word_ids,
                 group=int(request.request_id),
+                drafters=chosen.drafters,
+                last=chosen.last,
             )
         )
         seq = Sequence(seq_id, sample_index, request, detokenizer)
@@ -131,10 +173,15 @@ class Engine:
             seq.request.stats.preemptions += 1
         steps = [self._command(seq, tokens) for seq, tokens in chosen]
         emitted: Counter[Request] = Counter()
+        dense_bytes = 0
         try:
             results = self._executor.step(steps)
             for (seq, _), step, result in zip(chosen, steps, results, strict=True):
-                emitted[seq.request] += self._commit(seq, step, result)
+                gained = self._commit(seq, step, result)
+                emitted[seq.request] += gained
+                dense = self._dense.bytes(step.start + len(step.tokens), max(1, gained), len(steps))
+                seq.request.stats.dense_bytes += dense
+                dense_bytes += dense
         except StepLost:
             self._preempt_all()
             if self.metrics is not None:
@@ -146,11 +193,17 @@ class Engine:
         for request, tokens in emitted.items():
             if tokens:
                 request.count(tokens)
-            if request.finished:
+            if request.finished and self._as_planned(request):
                 self.pace.finished(request)
-        self.pace.step(time.perf_counter() - started, steps, results, emitted.total())
+        seconds = time.perf_counter() - started
+        if all(self._as_planned(seq.request) for seq, _ in chosen):
+            self.pace.step(seconds, steps, results, emitted.total())
+        if self._prefill_limit is not None:
+            prompt_tokens = sum(len(step.tokens) for step in steps if not step.decodes)
+            self._prefill_limit.observe(seconds, prompt_tokens, sum(step.decodes for step in steps))
+        self.densities.step(results)
         if self.metrics is not None:
-            self.metrics.step(self.scheduler, results, emitted.total(), len(preempted))
+            self.metrics.step(self.scheduler, results, emitted.total(), len(preempted), dense_bytes, self.densities)
             for request in emitted:
                 if request.finished:
                     self.metrics.ended(request)
@@ -170,6 +223,10 @@ class Engine:
         self._executor.check(self._live.keys())
         if not self._live:
             assert self.scheduler.pool.free_blocks == self.scheduler.pool.total
+
+    def _as_planned(self, request: Request) -> bool:
+        """Whether the ladder's own last rung decides."""
+        return request.stats.ladder.rungs[-1] is self._ladder.rungs[-1]
 
     def _reap(self) -> None:
         """Abort requests that were dropped. Garbage collection may drop one at any moment, in mid-step too, so it only marks it."""
@@ -195,6 +252,7 @@ class Engine:
             prompt_logprobs=request.params.prompt_logprobs if wanted else None,
             room=self.scheduler.room(seq),
             left=request.max_length - seq.length,
+            adopts=bool(seq.cached) and seq.computed == seq.cached,
         )
 
     def _commit(self, seq: Sequence, step: SeqStep, result: SeqResult) -> int:
@@ -207,17 +265,20 @@ class Engine:
             request.prompt_logprobs += [self._logprobs(entry) for entry in result.prompt_logprobs[known:]]
         if not result.tokens:
             seq.computed += len(step.tokens)
+            self.scheduler.filled(seq)
             return 0
         emitted = 0
         for i, token in enumerate(result.tokens):
             seq.output_ids.append(token)
+            seq.computed = seq.length - 1  # all tokens but the newest have K/V
             emitted += 1
             if result.logprobs is not None:
                 seq.logprobs.append(self._logprobs(result.logprobs[i]))
                 seq.cumulative_logprob += result.logprobs[i].logprob
             if self._stops(seq, token):
                 break
-        seq.computed = seq.length - 1
+        else:
+            self.scheduler.filled(seq)
         if step.decodes:
             request.stats.rounds += 1
             request.stats.round_tokens += emitted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -32,16 +33,32 @@ if TYPE_CHECKING:
     from rowcast.runtime.offloaded.elsewhere import Elsewhere
 
 
+@dataclass(eq=False, slots=True)
+class LastRung:
+    """A rung that decides for some of the sequences, over all of the KV."""
+
+    runner: ModelRunner
+    below: int
+    """So many lower rungs, the cheapest ones, may draft for it."""
+    controller: Controller | None
+    """Chooses their gammas; None: there are none."""
+    asked: bool = False
+    """Whether the controller was, in this round."""
+
+
 @dataclass(slots=True)
 class _Sequence:
     ids: list[int]
     """Prompt and output."""
     prompt_length: int
     group: int
+    last: LastRung
+    drafts: list[bool]
+    """For each rung below the last: whether it may draft."""
 
 
 class LocalExecutor:
-    """Implements `Executor`. The last rung runs every step; rungs below it draft for sequences that decode."""
+    """Implements `Executor`. A sequence's last rung runs every step of it; rungs below draft where it decodes."""
 
     def __init__(
         self,
@@ -54,16 +71,21 @@ class LocalExecutor:
         rounds: DeviceRounds | None = None,
         decisions: Decisions | None = None,
         elsewhere: Elsewhere | None = None,
+        others: Sequence[LastRung] = (),
     ) -> None:
         """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled.
         `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round.
         `decisions`: by which several ranks choose the same gammas; None: this one is alone. `elsewhere`: what the rungs have in host
-        memory; None: nothing."""
+        memory; None: nothing. `others`: that decide for sequences which ask for them, over the KV that `top` has, in rounds that the
+        host drives."""
         assert not lower or controller is not None
+        assert all(other.runner.view is top.view for other in others)
         self._top = top
         self._lower = lower
         self._sampler = sampler
-        self._controller = controller
+        self._lasts = [LastRung(top, len(lower), controller), *others]
+        self._now = self._lasts[0]
+        """Whose sequences' round runs."""
         self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
         self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
         self._rounds = rounds
@@ -86,7 +108,10 @@ class LocalExecutor:
             bad_word_ids=setup.bad_word_ids,
         )
         self._sampler.commit(setup.seq_id, setup.output_ids)
-        self._sequences[setup.seq_id] = _Sequence(setup.prompt_ids + setup.output_ids, len(setup.prompt_ids), setup.group)
+        last = next(each for each in self._lasts if setup.last in (None, each.runner.name))
+        drafts = [setup.drafters is None or rung.name in setup.drafters for rung in self._lower[: last.below]]
+        ids = setup.prompt_ids + setup.output_ids
+        self._sequences[setup.seq_id] = _Sequence(ids, len(setup.prompt_ids), setup.group, last, drafts)
 
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
@@ -108,11 +133,11 @@ class LocalExecutor:
 
     def record(self, trace: Trace) -> None:
         """Note each pass in it from now on, those of a round on the device at its end."""
-        names = [*(rung.name for rung in self._lower), self._top.name]
 
         def note(ran: Pass) -> None:
+            runner = self._lower[ran.rung] if ran.rung < self._now.below else self._now.runner
             trace.span(
-                names[ran.rung],
+                runner.name,
                 time.perf_counter() - ran.seconds,
                 ran.seconds,
                 tokens=ran.tokens,
@@ -122,9 +147,26 @@ class LocalExecutor:
         self._climb.on_pass = note
 
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
+        for step in steps:
+            if step.adopts:
+                self._top.adopt(step)
+        climbers = self._climbers(steps)
+        results: dict[int, SeqResult] = {}
+        for last in self._lasts:
+            chosen = [i for i, step in enumerate(steps) if self._sequences[step.seq_id].last is last]
+            if chosen:
+                self._now = last
+                results |= zip(chosen, self._round_of([steps[i] for i in chosen], [climbers[i] for i in chosen]), strict=True)
+        found = [results[i] for i in range(len(steps))]
+        if self.elsewhere is None or not any(step.sample for step in steps):  # counting would wait for a prompt's part
+            return found
+        shares = self.elsewhere.moved().split(len(steps))
+        return [replace(result, moved=share) for result, share in zip(found, shares, strict=True)]
+
+    def _round_of(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
+        """A round over sequences that have their last rung in common."""
         self._climb.passes.clear()
         self._climb.outcomes.clear()
-        climbers = self._climbers(steps)
         mine = [self._serves(step) for step in steps]
         results: dict[int, SeqResult] = {}
         device_passes = 0
@@ -136,15 +178,14 @@ class LocalExecutor:
             if on_device:
                 device_passes = len(self._climb.passes)
         self._report([step for step, on in zip(steps, mine, strict=True) if not on], device_passes)
-        found = [results[i] for i in range(len(steps))]
-        if self.elsewhere is None or not any(step.sample for step in steps):  # counting would wait for a prompt's part
-            return found
-        shares = self.elsewhere.moved().split(len(steps))
-        return [replace(result, moved=share) for result, share in zip(found, shares, strict=True)]
+        return [results[i] for i in range(len(steps))]
 
     def _serves(self, step: SeqStep) -> bool:
-        """Whether the device runs the sequence's round: it decodes, and its pending token is none of the prompt's."""
-        return self._rounds is not None and step.decodes and step.start >= step.prompt_length and self._rounds.serves(step.seq_id)
+        """Whether the device runs the sequence's round: it decodes, and its pending token is none of the prompt's. It knows one last
+        rung, the ladder's."""
+        if self._rounds is None or self._now is not self._lasts[0]:
+            return False
+        return step.decodes and step.start >= step.prompt_length and self._rounds.serves(step.seq_id)
 
     def _device_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
         """One round over sequences that decode; the host waits once."""
@@ -162,7 +203,7 @@ class LocalExecutor:
 
     def _host_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
         """One round, prefills among it, driven from here."""
-        top = len(self._lower)
+        last, top = self._now.runner, self._now.below
         proposals = self._climb.propose(top, climbers, [step.room for step in steps])
 
         started = time.perf_counter()
@@ -170,13 +211,13 @@ class LocalExecutor:
             len(step.tokens) if step.prompt_logprobs is not None else step.sample + len(proposal.tokens)
             for step, proposal in zip(steps, proposals, strict=True)
         ]
-        ran = self._top.forward([climber.path for climber in climbers], wanted)
+        ran = last.forward([climber.path for climber in climbers], wanted)
         parts = torch.split(ran.hidden, wanted)
         prompts = [self._prompt_logprobs(step, part) for step, part in zip(steps, parts, strict=True)]
         verdicts = self._verdicts(steps, climbers, proposals, parts)
-        names = [self._top.name if step.decodes else PREFILL for step in steps]
+        names = [last.name if step.decodes else PREFILL for step in steps]
         counts = [climber.counts[name] for climber, name in zip(climbers, names, strict=True)]
-        self._climb.note(top, counts, ran, self._top.reads(), time.perf_counter() - started)
+        self._climb.note(top, counts, ran, last.reads(), time.perf_counter() - started)
 
         results = []
         for step, climber, prompt in zip(steps, climbers, prompts, strict=True):
@@ -193,8 +234,9 @@ class LocalExecutor:
         sequence = self._sequences[seq_id]
         del sequence.ids[length:]
         self._sampler.rewind(seq_id, length - sequence.prompt_length)
-        if self._controller is not None:
-            self._controller.forget_kv(seq_id)
+        for last in self._lasts:
+            if last.controller is not None:
+                last.controller.forget_kv(seq_id)
 
     def remove(self, seq_id: int) -> None:
         for rung in (self._top, *self._lower):
@@ -212,9 +254,9 @@ class LocalExecutor:
         """The sequences at the start of the round, with the gammas that they climb by."""
         paths = [self._path(step) for step in steps]
         if self._decisions is None or self._decisions.leads:
-            batch = sum(step.decodes for step in steps)
+            batch = Counter(id(self._sequences[step.seq_id].last) for step in steps if step.decodes)
             gammas = [
-                self._gammas(step, path, self._sequences[step.seq_id].group, batch)
+                self._gammas(step, path, batch[id(self._sequences[step.seq_id].last)])
                 for step, path in zip(steps, paths, strict=True)
             ]
         else:
@@ -248,16 +290,20 @@ class LocalExecutor:
             sequence.prompt_length,
         )
 
-    def _gammas(self, step: SeqStep, path: Path, group: int, batch: int) -> Sequence[int]:
-        allowed = [step.room > 0 and step.decodes] * len(self._lower)
-        if self._controller is None or not any(allowed):
+    def _gammas(self, step: SeqStep, path: Path, batch: int) -> Sequence[int]:
+        """`batch`: sequences that decode in this round and have the same last rung."""
+        sequence = self._sequences[step.seq_id]
+        last, group = sequence.last, sequence.group
+        allowed = [step.room > 0 and step.decodes and may for may in sequence.drafts]
+        if last.controller is None or not any(allowed):
             return [0] * len(self._lower)
+        last.asked = True
         while True:
-            gammas = self._controller.choose(group, batch=batch, path=path, room=step.room, left=step.left, allowed=allowed)
+            gammas = last.controller.choose(group, batch=batch, path=path, room=step.room, left=step.left, allowed=allowed)
             # A rung is asked for a place only once it is to be used, and then keeps it.
             refusing = [r for r, gamma in enumerate(gammas) if gamma and not self._lower[r].admit(path, step.room)]
             if not refusing:
-                return gammas
+                return [*gammas, *[0] * (len(self._lower) - last.below)]
             for rung in refusing:
                 allowed[rung] = False
 
@@ -269,9 +315,8 @@ class LocalExecutor:
         if not chosen:
             return {}
         rows = torch.cat([hidden[i][-len(proposals[i].tokens) - 1 :] for i in chosen])
-        judged = self._climb.verify(
-            len(self._lower), [climbers[i] for i in chosen], [proposals[i] for i in chosen], self._top, rows
-        )
+        last, own = self._now, ([climbers[i] for i in chosen], [proposals[i] for i in chosen])
+        judged = self._climb.verify(last.below, *own, last.runner, rows, decides=True)
         found: dict[int, tuple[list[int], list[TokenLogprobs] | None]] = {}
         for i, (_, logits) in zip(chosen, judged, strict=True):
             path = climbers[i].path
@@ -287,18 +332,19 @@ class LocalExecutor:
         self._sampler.commit(step.seq_id, tokens)
 
     def _report(self, steps: Sequence[SeqStep], device_passes: int) -> None:
-        """Tell the controller what the round's passes took and what became of its proposals.
+        """Tell the controller, if it chose anything, what the round's passes took and what became of its proposals.
 
         The first `device_passes` are of sequences that decode; `steps`: those that the host drove.
         """
-        if self._controller is not None:
-            top = len(self._lower)
+        top, controller = self._now.below, self._now.controller if self._now.asked else None
+        self._now.asked = False
+        if controller is not None:
             pure = all(step.decodes for step in steps)  # a prefill's chunk in the last rung's pass tells nothing about decoding
             for place, ran in enumerate(self._climb.passes):
                 if ran.rung < top or pure or place < device_passes:
-                    self._controller.observe_pass(ran)
+                    controller.observe_pass(ran)
             for outcome in self._climb.outcomes:
-                self._controller.observe_outcome(self._sequences[outcome.seq_id].group, outcome)
+                controller.observe_outcome(self._sequences[outcome.seq_id].group, outcome)
 
     def _prompt_logprobs(self, step: SeqStep, hidden: Tensor) -> list[TokenLogprobs] | None:
         # hidden [t, D]: row i predicts the prompt token at position start + i + 1, where there is one
@@ -310,5 +356,5 @@ class LocalExecutor:
         found: list[TokenLogprobs] = []
         for i in range(0, len(successors), self._logit_rows):
             ids = successors[i : i + self._logit_rows]
-            found += prompt_logprobs(whole(self._top.logits(hidden[i : i + len(ids)])), ids, step.prompt_logprobs)
+            found += prompt_logprobs(whole(self._now.runner.logits(hidden[i : i + len(ids)])), ids, step.prompt_logprobs)
         return found

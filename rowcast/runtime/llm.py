@@ -27,6 +27,7 @@ from rowcast.runtime.outputs import RequestOutput
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.plan_report import plan_report
 from rowcast.runtime.planning import Planned, Target, Wish, check_plan, make_plan
+from rowcast.runtime.prefill_limit import prefill_limit
 from rowcast.runtime.prompts import Prompt, each_prompt
 from rowcast.runtime.request import Request
 from rowcast.runtime.sampler import Sampler
@@ -69,6 +70,9 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         block_size: int | None = None,
+        prefix_cache: bool = True,
+        max_num_prefill_tokens: int | None = None,
+        prefill_stall_s: float | None = None,
         seed: int = 0,
         plan: Plan | str | Path | None = None,
         eager: bool = False,
@@ -94,8 +98,13 @@ class LLM:
         memory for one tensor at a time. `max_model_len`: longest sequence in
         tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
         `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
-        block (16). `seed` derives the seeds of requests that name none. `plan`: a plan or a plan file; it decides all of these but
-        the seed and where the calibration lies, so none of the others may be given with it. `eager`: launch a GPU's passes call by call
+        block (16). `prefix_cache`: requests that begin with the same tokens share their K/V, those that have ended included, as long
+        as no other needs the memory; a request that wants a prompt's log-probabilities runs it all. `max_num_prefill_tokens`: tokens of
+        prompts in a step in which others generate. `prefill_stall_s`: as many as prolong such a step by about so many seconds, by how
+        fast prompts were run lately. With either, a short prompt does not wait for a long one; without, prompts have whatever
+        `max_num_batched_tokens` leaves, so that all of them are through soonest, as suits a list that is given at once. `seed` derives
+        the seeds of requests that name none. `plan`: a plan or a plan file; it decides all that is named before these four but where
+        the calibration lies, so none of it may be given with a plan. `eager`: launch a GPU's passes call by call
         and not as captured graphs, with the same output. `progress`: show a bar on standard error
         while loading; None: if that is a terminal.
 
@@ -111,8 +120,10 @@ class LLM:
         texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
         _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
         self._check_ranks(tensor_parallel_size)
-        if not isinstance(eager, bool):
-            raise UserError(f"eager={eager!r:.60} has to be True or False")
+        for name, value in (("eager", eager), ("prefix_cache", prefix_cache)):
+            if not isinstance(value, bool):
+                raise UserError(f"{name}={value!r:.60} has to be True or False")
+        self._sharing = prefix_cache, prefill_limit(max_num_prefill_tokens, prefill_stall_s)
         if "ROWCAST_LOG" in os.environ:
             configure_logging()
         threads = settings().threads
@@ -236,6 +247,8 @@ class LLM:
             seed=seed,
             make_detokenizer=_detokenizers(self._tokenizer),
             token_text=None if isinstance(self._tokenizer, str) else self._tokenizer.token,
+            prefix_cache=self._sharing[0],
+            prefill_limit=self._sharing[1],
         )
 
     def _check_ranks(self, tensor_parallel_size: int) -> None:
@@ -269,10 +282,13 @@ class LLM:
             ids = [*ids, self._tokenizer.eos_token_id]
         return list(dict.fromkeys(ids))
 
-    def _add(self, prompt: str | list[int], params: SamplingParams) -> Request:
+    def _add(
+        self, prompt: str | list[int], params: SamplingParams, *, ladder: str | None = None, mode: str | None = None
+    ) -> Request:
+        """Queue a request; `ladder` and `mode` as in `Engine.add`. Raises UserError."""
         text, ids = (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
         bad_words = [ids for word in params.bad_words or () for ids in self._bad_word_ids(word)]
-        return self.engine.add(ids, params, prompt=text, bad_word_ids=bad_words)
+        return self.engine.add(ids, params, prompt=text, bad_word_ids=bad_words, ladder=ladder, mode=mode)
 
     def _bad_word_ids(self, word: str) -> list[list[int]]:
         """A bad word is forbidden at the start of a text and after a space."""

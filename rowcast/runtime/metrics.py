@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from rowcast.runtime.densities import Densities
 from rowcast.runtime.request import Request
 from rowcast.runtime.scheduler import Scheduler
 from rowcast.runtime.step import PREFILL, RungCounts, SeqResult
@@ -53,10 +54,21 @@ TABLE = (
     Metric("rowcast_neurons_used", "counter", "Neurons that generated tokens used, by rung that leaves any out.", ("rung",)),
     Metric("rowcast_neurons_dense", "counter", "Those that all weights would have used: the density is the ratio.", ("rung",)),
     Metric("rowcast_read_bytes", "counter", "Weights and KV read, by memory.", ("memory",)),
+    Metric("rowcast_dense_bytes", "counter", "What plain decoding would have read for the same tokens.", ("memory",)),
+    Metric("rowcast_moved_bytes", "counter", "Brought to the compute from elsewhere, and taken there, by link.", ("link",)),
+    Metric("rowcast_stalled_seconds", "counter", "That computing waited for it."),
+    Metric("rowcast_layer_density", "gauge", "Share of a layer's neurons that a rung used of late.", ("rung", "layer")),
+    Metric("rowcast_prefix_cache_queries", "counter", "Tokens that the prefix cache was asked for."),
+    Metric("rowcast_prefix_cache_hits", "counter", "Those of them whose K/V were there."),
+    Metric("rowcast_prefix_cache_blocks", "gauge", "KV blocks that can be found by their content, in use or free."),
     Metric("rowcast_steps", "counter", "Steps of the engine."),
     Metric("rowcast_lost_steps", "counter", "Steps that came to nothing, and were made again."),
     Metric("rowcast_rank_failures", "counter", "Times that ranks failed and were started anew."),
 )
+
+
+_DENSITY_STEPS = 16
+"""Steps between two looks at the densities."""
 
 
 class Exporter(Protocol):
@@ -82,14 +94,31 @@ class EngineMetrics:
         """`memory`: where weights and KV are read from, gpu or host."""
         self._exporter = exporter
         self._memory = memory
+        self._steps = 0
+        self._asked_tokens = self._hit_tokens = 0
+        """Of the prefix cache, as told last."""
         self._labels = {REPLICA: replica}
 
-    def step(self, scheduler: Scheduler, results: Sequence[SeqResult], emitted: int, preempted: int) -> None:
-        """After each step."""
+    def step(
+        self,
+        scheduler: Scheduler,
+        results: Sequence[SeqResult],
+        emitted: int,
+        preempted: int,
+        dense_bytes: int,
+        densities: Densities,
+    ) -> None:
+        """After each step. `dense_bytes`: what plain decoding would have read."""
         pool = scheduler.pool
         self._set("requests_running", len(scheduler.running))
         self._set("requests_waiting", len(scheduler.waiting))
         self._set("kv_usage", 1 - pool.free_blocks / pool.total)
+        if scheduler.cache is not None:
+            asked, hit = scheduler.cache.asked_tokens, scheduler.cache.hit_tokens
+            self._add("prefix_cache_queries", asked - self._asked_tokens)
+            self._add("prefix_cache_hits", hit - self._hit_tokens)
+            self._asked_tokens, self._hit_tokens = asked, hit
+            self._set("prefix_cache_blocks", pool.cached_blocks)
         self._add("steps", 1)
         self._add("generated_tokens", emitted)
         self._add("preemptions", preempted)
@@ -106,6 +135,16 @@ class EngineMetrics:
                 self._add("neurons_used", counts.neurons, rung=name)
                 self._add("neurons_dense", counts.neurons_of, rung=name)
         self._add("read_bytes", sum(counts.bytes_read for counts in by_rung.values()), memory=self._memory)
+        self._add("dense_bytes", dense_bytes, memory=self._memory)
+        for moved in (result.moved for result in results if result.moved is not None):
+            for link, count in moved.by_link.items():
+                self._add("moved_bytes", count, link=link)
+            self._add("stalled_seconds", moved.stalled_s)
+        if self._steps % _DENSITY_STEPS == 0:
+            for rung, shares in densities.neurons.items():
+                for layer, share in enumerate(shares):
+                    self._set("layer_density", share, rung=rung, layer=f"{layer}")
+        self._steps += 1
 
     def ended(self, request: Request, *, aborted: bool = False) -> None:
         """Once for each request. The reason is that of its first sample, unless it was `aborted`."""
@@ -130,8 +169,8 @@ class EngineMetrics:
         if amount > 0:
             self._exporter.add(f"rowcast_{name}", amount, self._labels | labels)
 
-    def _set(self, name: str, value: float) -> None:
-        self._exporter.set(f"rowcast_{name}", value, self._labels)
+    def _set(self, name: str, value: float, **labels: str) -> None:
+        self._exporter.set(f"rowcast_{name}", value, self._labels | labels)
 
     def _observe(self, name: str, value: float) -> None:
         self._exporter.observe(f"rowcast_{name}", value, self._labels)

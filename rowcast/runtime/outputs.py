@@ -71,11 +71,18 @@ class RequestStats:
     """What each rung proposed and ran: PREFILL, then the ladder's, cheapest first. Rungs that did nothing may be missing."""
     bytes_read: dict[str, int] = field(default_factory=dict)
     """By memory: weights and KV read for this request. A pass over the weights is shared evenly by the sequences in it."""
+    dense_bytes: int = 0
+    """What plain decoding in the same batches would have read for the same tokens, prompts included (`dense.DenseReads`)."""
     moved: Moved | None = None
     """What came from host memory and disk; None where nothing lies there."""
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Of the prompt: those whose K/V other requests had left, when its first sample was begun."""
     seed: int = 0
     ladder: Ladder = field(default_factory=lambda: Ladder.parse("plain"))
+    """The rungs that might run for it."""
+    names: tuple[str, ...] | None = None
+    """Their keys in `rungs`; None: `ladder.names`. Those of an engine with more rungs may say more."""
     verification: str = "coupled"
 
     def count(self, rungs: Mapping[str, RungCounts], memory: str) -> None:
@@ -83,7 +90,8 @@ class RequestStats:
         for name, counts in rungs.items():
             self.rungs.setdefault(name, RungCounts()).add(counts)
             self.bytes_read[memory] = self.bytes_read.get(memory, 0) + counts.bytes_read
-        self.rungs = {name: self.rungs[name] for name in (PREFILL, *self.ladder.names) if name in self.rungs}
+        names = self.ladder.names if self.names is None else self.names
+        self.rungs = {name: self.rungs[name] for name in (PREFILL, *names) if name in self.rungs}
 
     def count_moved(self, moved: Moved | None) -> None:
         """Add what one sequence's step brought from elsewhere."""
@@ -139,8 +147,10 @@ class RequestStats:
             "overflows": {name: counts.overflows for name, counts in self.rungs.items() if counts.overflows},
             "fallbacks": {name: counts.fallbacks for name, counts in self.rungs.items() if counts.fallbacks},
             "bytes_read": self.bytes_read,
+            "dense_bytes": self.dense_bytes,
             **({} if self.moved is None else {"offload": _moved_json(self.moved)}),
             "preemptions": self.preemptions,
+            "cached_tokens": self.cached_tokens,
             "seed": self.seed,
         }
 
@@ -208,3 +218,7 @@ class StreamChunk:
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
     """The whole result, on the last chunk only."""
+    logprobs: list[Logprobs] | None = None
+    """One for each of `token_ids`, where they were asked for."""
+    stop_reason: int | str | None = None
+    """As in `CompletionOutput`."""

@@ -40,7 +40,7 @@ class Pace:
     def finished(self, request: Request) -> None:
         """Note a request that ran to its end."""
         stats = request.stats
-        if stats.ttft_s is not None:
+        if stats.ttft_s is not None and not stats.cached_tokens:  # else it tells nothing of prompts of its length
             self._first_tokens.append((len(request.prompt_ids), stats.ttft_s))
         for name, counts in stats.rungs.items():
             self._rungs.setdefault(name, RungCounts()).add(counts)

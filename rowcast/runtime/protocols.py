@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -52,6 +52,38 @@ class Reads:
     """Choices that were larger than their buffer: everything was read instead."""
     fallbacks: int = 0
     """Rows of logits for which the certificate failed: the whole LM head was read."""
+    neurons_by_layer: list[int] = field(default_factory=list)
+    """`neurons`, layer by layer; layers behind the end have none. Empty for views that leave none out."""
+    heads_by_layer: list[int] = field(default_factory=list)
+    """Likewise, of `heads`."""
+
+    def use(self, what: Literal["neurons", "heads"], count: int, layer: int | None) -> None:
+        """Count what the tokens used of a layer. None: of a view that leaves none out."""
+        setattr(self, what, getattr(self, what) + count)
+        if layer is not None:
+            by_layer = self.neurons_by_layer if what == "neurons" else self.heads_by_layer
+            by_layer.extend([0] * (layer + 1 - len(by_layer)))
+            by_layer[layer] += count
+
+    def numbers(self, layers: int) -> list[int]:
+        """All of it, for `of`: the sums, then so many layers' neurons and heads."""
+        found = [getattr(self, name) for name in SUMS]
+        for by_layer in (self.neurons_by_layer, self.heads_by_layer):
+            found += by_layer + [0] * (layers - len(by_layer))
+        return found
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], layers: int) -> Reads:
+        """From `numbers`."""
+        neurons, heads = list(numbers[len(SUMS) : len(SUMS) + layers]), list(numbers[len(SUMS) + layers :])
+        found = cls(neurons_by_layer=neurons if any(neurons) else [], heads_by_layer=heads if any(heads) else [])
+        for name, number in zip(SUMS, numbers, strict=False):
+            setattr(found, name, number)
+        return found
+
+
+SUMS: Final = ("bytes", "neurons", "neurons_of", "heads", "heads_of", "overflows", "fallbacks")
+"""Fields of `Reads` that are sums over layers, in order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,12 @@ class Sequence:
     computed: int = 0
     """Tokens whose K/V are in the cache. All tokens but the newest, once the prefill is done."""
     blocks: list[int] = field(default_factory=list)
+    cached: int | None = None
+    """Tokens whose K/V were there when it was last admitted; None: it never was."""
+    named: int = 0
+    """Leading blocks that the prefix cache knows of."""
+    block_names: list[bytes] = field(default_factory=list)
+    """What the prefix cache calls them, as far as it has been asked."""
     logprobs: list[Logprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
@@ -39,6 +45,14 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that have yet to be run: 1 when decoding, more before or during a prefill."""
         return self.length - self.computed
+
+    @property
+    def skippable(self) -> int:
+        """Tokens at its beginning that nobody wants to see run, but for their K/V: log-probabilities of a prompt take its tokens."""
+        known = self.request.prompt_logprobs
+        if known is None or self.sample_index or len(known) >= len(self.request.prompt_ids):
+            return self.length
+        return len(known) - 1
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens at positions start .. stop - 1."""
@@ -73,6 +87,8 @@ class Request:
     stats: RequestStats
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] | None = None
+    cache_key: str | None = ""
+    """K/V are shared among requests with equal keys: what they depend on beside tokens and the engine's ladder. None: with none."""
     dropped: bool = False
     """Its owner has gone; the next step aborts it."""
     arrived_s: float = field(default_factory=time.perf_counter)

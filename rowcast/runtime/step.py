@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
+from operator import add
 from typing import Protocol
 
 from rowcast.runtime.params import SamplingParams
@@ -32,6 +33,9 @@ class SeqStep:
     """Tokens that the round may draft beyond `tokens`: the blocks hold that many more, and the request does not end before them."""
     left: int = 1
     """Most tokens that the request may still generate."""
+    adopts: bool = False
+    """The sequence begins with this step, at `start`: entries before it are in the blocks, whole ones, which other sequences filled and
+    may share. Nobody writes to them."""
 
     @property
     def decodes(self) -> bool:
@@ -55,6 +59,8 @@ _SUMS = (
     "tokens", "refreshes", "neurons", "neurons_of", "heads", "heads_of", "overflows", "fallbacks", "seconds", "bytes_read",
 )  # fmt: skip
 """Fields of `RungCounts` that add up."""
+_LISTS = ("proposed", "judged", "accepted", "neurons_by_layer", "heads_by_layer")
+"""Those that add up place by place."""
 
 PREFILL = "prefill"
 """Stands for the last rung where it runs a prompt, so that what a rung took to decode is not mixed with that."""
@@ -92,13 +98,19 @@ class RungCounts:
     """This sequence's share of the time of the rung's passes, by tokens."""
     bytes_read: int = 0
     """Weights (an even share) and KV."""
+    neurons_by_layer: list[int] = field(default_factory=list)
+    """`neurons`, layer by layer, each of an even part of `neurons_of`. Empty where the rung does not count."""
+    heads_by_layer: list[int] = field(default_factory=list)
+    """Likewise, of `heads`."""
 
     def add(self, other: RungCounts) -> None:
         """Add `other` to this, in place."""
-        for mine, theirs in ((self.proposed, other.proposed), (self.judged, other.judged), (self.accepted, other.accepted)):
-            mine.extend([0] * (len(theirs) - len(mine)))
-            for position, count in enumerate(theirs):
-                mine[position] += count
+        for name in _LISTS:
+            theirs: list[int] = getattr(other, name)
+            if theirs:
+                mine: list[int] = getattr(self, name)
+                mine += [0] * (len(theirs) - len(mine))
+                mine[: len(theirs)] = map(add, mine, theirs)
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -133,6 +145,11 @@ class Moved:
     """Weights read from the checkpoint's files; on their way they count among `weight_bytes`, too."""
     stalled_s: float = 0.0
     """Seconds that computing waited for copies of pieces and KV; on a CPU, all of theirs."""
+
+    @property
+    def by_link(self) -> dict[str, int]:
+        """Bytes by the link that they came over, or left over."""
+        return {"bus": self.weight_bytes + self.row_bytes + self.kv_bytes + self.kv_out_bytes, "disk": self.disk_bytes}
 
     @property
     def rows_hit(self) -> int:
@@ -188,12 +205,17 @@ class SeqSetup:
     """Tokens it has generated before, when it is announced to a new executor: noise and penalties go on from there."""
     group: int = 0
     """Sequences of one group (one request's samples) share their measured acceptance."""
+    drafters: list[str] | None = None
+    """Names of the rungs that may draft for it; None: all below its last one."""
+    last: str | None = None
+    """Name of the rung that decides; None: the ladder's last one."""
 
 
 class StepLost(Exception):
     """A step came to nothing, and so did all K/V: the executor has begun anew, and remembers its sequences.
 
-    Nothing of the step was committed. The caller frees all sequences' K/V and runs them again from their tokens.
+    Nothing of the step was committed. The caller frees all sequences' K/V, forgets what any block held and runs them again from their
+    tokens.
     """
 
 
@@ -208,8 +230,8 @@ class Executor(Protocol):
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         """Run one ladder round over `steps` and commit what it emitted to KV and sampler. Results come in the order of `steps`.
 
-        If it raises, the caller has to `free_kv` all sequences and may run them again; after StepLost it should, as no request is to
-        blame.
+        If it raises, the caller has to `free_kv` all sequences, may let none adopt blocks that were filled before, and may run them
+        again; after StepLost it should, as no request is to blame.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rowcast.runtime.engine import Engine
 from rowcast.runtime.outputs import StreamChunk
@@ -42,21 +43,30 @@ class Stream(Iterator[StreamChunk]):
 
     def _collect(self) -> None:
         """Make chunks of what was gained since the last time."""
-        chunks = [chunk for seq in self._request.sequences if (chunk := _chunk(seq)) is not None]
-        if chunks and self._request.finished:
-            last = chunks.pop()
-            chunks.append(StreamChunk(last.text, last.token_ids, last.index, last.finish_reason, self._request.output()))
-        self._ready.extend(chunks)
+        self._ready.extend(take_chunks(self._request))
 
 
-def _chunk(seq: Sequence) -> StreamChunk | None:
-    """What one sample gained and may be shown; None if there is nothing, or all of it is held back."""
+def take_chunks(request: Request) -> list[StreamChunk]:
+    """What the samples of a request gained since the last call, in order; the last one of all carries the whole `output`.
+
+    For whoever steps the engine: call it after each step. Samples that gained nothing to show, and those that have handed out their
+    last chunk, have none.
+    """
+    chunks = [chunk for seq in request.sequences if (chunk := take_chunk(seq)) is not None]
+    if chunks and request.finished:
+        chunks[-1] = replace(chunks[-1], output=request.output())
+    return chunks
+
+
+def take_chunk(seq: Sequence) -> StreamChunk | None:
+    """What one sample gained since the last call and may be shown; None if there is nothing, or all of it is held back."""
     if seq.streamed:
         return None
     text = "" if seq.detokenizer is None else seq.detokenizer.take_delta()
-    ids = seq.output_ids[seq.streamed_tokens :]
+    start, ids = seq.streamed_tokens, seq.output_ids[seq.streamed_tokens :]
     if seq.finish_reason is None and (not text if seq.detokenizer is not None else not ids):
         return None
     seq.streamed_tokens += len(ids)
     seq.streamed = seq.finish_reason is not None
-    return StreamChunk(text, ids, seq.sample_index, seq.finish_reason)
+    logprobs = None if seq.request.params.logprobs is None else seq.logprobs[start:]
+    return StreamChunk(text, ids, seq.sample_index, seq.finish_reason, logprobs=logprobs, stop_reason=seq.stop_reason)

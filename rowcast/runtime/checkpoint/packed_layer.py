@@ -83,6 +83,7 @@ class Layer:
         wanted = 1 if packing.group == -1 else -(-inputs // packing.group)
         if groups != wanted and f"{stem}.{packing.groups}" not in tensors:
             raise _unlike(stem, packing, codes, scales)
+        _check_zeros(tensors, stem, packing, outputs, groups)
         return Layer(tensors, stem, packing, (outputs, inputs), groups)
 
     def weight(self, outputs: range, inputs: range) -> Tensor:
@@ -175,10 +176,24 @@ def _unpadded(tensors: Tensors, stem: str, inputs: int) -> int:
     name = f"{stem}.weight_shape"
     if name not in tensors:
         return inputs
-    found = int(tensors.read(name)[1])
+    found = int(tensors.read(name)[1]) if tensors.shape(name) == (2,) else 0
     if not 0 < found <= inputs:
         raise UserError(f"{name} says {found} inputs, the codes hold {inputs}: fetch the checkpoint again")
     return found
+
+
+def _check_zeros(tensors: Tensors, stem: str, packing: Packing, outputs: int, groups: int) -> None:
+    """Raises UserError for zero points that lie otherwise: early files of compressed-tensors have a byte for each."""
+    name = f"{stem}.{packing.zeros}"
+    if name not in tensors:
+        return
+    words = -(-outputs * packing.bits // WORD) if packing.packed else outputs
+    wanted = (groups, words) if packing.inputs_first else (words, groups)
+    if tensors.shape(name) != wanted:
+        raise UserError(
+            f"{name} has the shape {list(tensors.shape(name))}, not {list(wanted)}: use a checkpoint whose zero points are packed as "
+            "its codes are"
+        )
 
 
 def _unlike(stem: str, packing: Packing, codes: tuple[int, ...], scales: tuple[int, ...]) -> UserError:

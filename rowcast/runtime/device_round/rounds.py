@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -436,8 +436,8 @@ def _seconds(start: Any, end: Any) -> float:
 
 def _shared_out(reads: Reads, parts: Sequence[int]) -> list[Reads]:
     """Them as the parts are to each other, in whole numbers; the sums stay."""
-    ends = list(accumulate(parts))
+    ends, layers = list(accumulate(parts)), max(len(reads.neurons_by_layer), len(reads.heads_by_layer))
     return [
-        Reads(*(n * end // ends[-1] - n * (end - part) // ends[-1] for n in astuple(reads)))
+        Reads.of([n * end // ends[-1] - n * (end - part) // ends[-1] for n in reads.numbers(layers)], layers)
         for end, part in zip(ends, parts, strict=True)
     ]

@@ -151,6 +151,13 @@ class PagedKV:
         found = self._sequences.get(seq_id)
         return found.rewinds if found else 0
 
+    def adopt(self, seq_id: int, length: int, blocks: Sequence[int]) -> None:
+        """The sequence begins with `length` committed tokens, whose entries and summaries `blocks` hold: others have filled whole ones
+        with the same tokens. Precondition: it is unknown."""
+        assert seq_id not in self._sequences, f"sequence {seq_id} has entries already"
+        assert length % self.block_size == 0, f"{length} tokens are not whole blocks of {self.block_size}"
+        self._sequences[seq_id] = _Sequence(length, length, blocks=list(blocks[: length // self.block_size]))
+
     def bind(self, steps: Sequence[SeqStep]) -> None:
         queries = []
         for step in steps:

@@ -109,12 +109,19 @@ class Climb:
         return [_proposal(want) for want in wants]
 
     def verify(
-        self, rung: int, climbers: Sequence[Climber], proposals: Sequence[Proposal], runner: Runner, hidden: Tensor
+        self,
+        rung: int,
+        climbers: Sequence[Climber],
+        proposals: Sequence[Proposal],
+        runner: Runner,
+        hidden: Tensor,
+        *,
+        decides: bool = False,
     ) -> Iterator[tuple[Verdict, Logits]]:
         """The rule's verdicts by the hidden states [sum(len(tokens) + 1), D] of the rung that verifies, each with its rows of logits.
 
         Each path is cut to what stands and gains the verifier's token before the next proposals are looked at; `lower` rungs up to
-        this one drop rejected K/V.
+        this one drop rejected K/V. `decides`: it is the last one of these sequences, be it the ladder's or not.
         """
         rows = [len(p.tokens) + 1 for p in proposals]
         ends = list(accumulate(rows))
@@ -123,7 +130,7 @@ class Climb:
             logits = runner.logits(hidden[first : ends[part.stop - 1]])
             verdicts = self._rule.verify(rung, proposals[part], logits)
             for i, verdict in zip(range(part.start, part.stop), verdicts, strict=True):
-                self._settle(rung, climbers[i], proposals[i], verdict)
+                self._settle(rung, climbers[i], proposals[i], verdict, decides)
                 yield verdict, logits[ends[i] - rows[i] - first : ends[i] - first]
 
     def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, seconds: float) -> None:
@@ -131,8 +138,12 @@ class Climb:
         logits, in it."""
         total, generated = sum(ran.tokens), max(1, sum(ran.generated))
         overflows, fallbacks = _split(reads.overflows, ran.generated), _split(reads.fallbacks, ran.wanted)
+        layers: dict[int, tuple[list[int], list[int]]] = {}  # mostly all sequences have as many tokens, and so the same shares
         for i, found in enumerate(counts):
             tokens, own = ran.tokens[i], ran.generated[i]
+            if own not in layers:
+                layers[own] = _share(reads.neurons_by_layer, own, generated), _share(reads.heads_by_layer, own, generated)
+            neurons, heads = layers[own]
             found.add(
                 RungCounts(
                     tokens=tokens,
@@ -145,6 +156,8 @@ class Climb:
                     fallbacks=fallbacks[i],
                     seconds=seconds * tokens / total,
                     bytes_read=reads.bytes // len(ran.tokens) + ran.kv_bytes[i],
+                    neurons_by_layer=neurons,
+                    heads_by_layer=heads,
                 )
             )
         self.passes.append(Pass(rung, total, len(ran.tokens), seconds))
@@ -176,9 +189,9 @@ class Climb:
                     want.count = len(want.climber.path.ids) - want.start
             self.note(rung, [c.counts[runner.name] for c in climbers], ran, runner.reads(), time.perf_counter() - started)
 
-    def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict) -> None:
+    def _settle(self, rung: int, climber: Climber, proposal: Proposal, verdict: Verdict, decides: bool) -> None:
         """Cut the path to what stands, append the verifier's token, drop K/V of what does not stand."""
-        if verdict.token < 0 and rung == len(self.lower):
+        if verdict.token < 0 and decides:
             raise UserError(NOT_NUMBERS)
         path = climber.path
         proposed = len(proposal.tokens)
@@ -195,6 +208,11 @@ class Climb:
 def _proposal(want: _Want) -> Proposal:
     path = want.climber.path
     return Proposal(path.seq_id, path.drafted(want.start), path.ids[want.start :], want.laws)
+
+
+def _share(by_layer: Sequence[int], own: int, generated: int) -> list[int]:
+    """A sequence's share of what a pass's generated tokens used of each layer. Empty where it had none among them."""
+    return [count * own // generated for count in by_layer] if own else []
 
 
 def _split(total: int, parts: Sequence[int]) -> list[int]:

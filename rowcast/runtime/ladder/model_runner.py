@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.runner import Ran
 from rowcast.runtime.protocols import KVView, Reads
@@ -83,6 +84,11 @@ class ModelRunner:
 
     def free(self, seq_id: int) -> None:
         self.view.free(seq_id)
+
+    def adopt(self, step: SeqStep) -> None:
+        """The step's sequence begins at its `start`. Precondition: the view is a paged store, whose blocks hold what lies before."""
+        assert isinstance(self.view, PagedKV)
+        self.view.adopt(step.seq_id, step.start, step.blocks)
 
     def catch_up(self, path: Path, end: int) -> None:
         """Run the path's tokens before `end`, in pieces."""

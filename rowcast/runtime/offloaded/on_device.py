@@ -25,10 +25,10 @@ from rowcast.runtime.sparse.selection import Selector
 class OffloadedPasses(DevicePasses):
     """As `DevicePasses`, over layers whose neurons are resident or fetched. What is chosen ahead is fetched while attention runs."""
 
-    def _of_layer(self, bank: Any, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
+    def _of_layer(self, layer: int, bank: Any, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
         if isinstance(bank, PlacedFfn):
-            return PlacedNeurons(bank, selector, self._counts)
-        return super()._of_layer(bank, selector, sparse_tokens)
+            return PlacedNeurons(layer, bank, selector, self._counts)
+        return super()._of_layer(layer, bank, selector, sparse_tokens)
 
 
 class DirectPasses:
@@ -37,8 +37,8 @@ class DirectPasses:
     def __init__(self, layers: Sequence[tuple[PlacedFfn, Selector] | None]) -> None:
         """None: a layer that is not asked."""
         [device, *_] = {each[0].up_down.device for each in layers if each is not None}
-        self._counts = DeviceCounts(device)
-        self._neurons = [None if each is None else PlacedNeurons(*each, self._counts) for each in layers]
+        self._counts = DeviceCounts(device, len(layers))
+        self._neurons = [None if each is None else PlacedNeurons(layer, *each, self._counts) for layer, each in enumerate(layers)]
         self._last = max(layer for layer, each in enumerate(layers) if each is not None)
         self._ahead: Choice | None = None
         self._unread: Any = None
@@ -93,10 +93,10 @@ class _Part:
 class PlacedNeurons(DeviceNeurons):
     """One layer's MLP by its selector. Up to 16 tokens the union of their rows is fetched, with more all of them pass through."""
 
-    def __init__(self, bank: PlacedFfn, selector: Selector, counts: DeviceCounts) -> None:
+    def __init__(self, layer: int, bank: PlacedFfn, selector: Selector, counts: DeviceCounts) -> None:
         """Precondition: `bank.on_device`."""
         assert bank.on_device and bank.cached is not None and bank.pool is not None
-        super().__init__(cast(FfnBank, bank), selector, gpu.MOST_TOKENS, counts)
+        super().__init__(layer, cast(FfnBank, bank), selector, gpu.MOST_TOKENS, counts)
         self._placed, self._cached, self._pool = bank, bank.cached, bank.pool
         self._found: Tensor | None = None
         """Where the rows lie that were chosen, where one call has reached them."""

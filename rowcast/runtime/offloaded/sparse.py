@@ -6,7 +6,6 @@ Passes over prompts, over many tokens, and layers whose rows do not go into the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -88,7 +87,8 @@ class OffloadedSparse(SparseWeights):
     def reads(self) -> Reads:
         reads = super().reads()
         if self._direct is not None:
-            reads = Reads(*map(sum, zip(astuple(reads), astuple(self._direct.reads()), strict=True)))
+            layers, direct = self.spec.num_layers, self._direct.reads()
+            reads = Reads.of([*map(sum, zip(reads.numbers(layers), direct.numbers(layers), strict=True))], layers)
         return reads
 
     def device_reads(self) -> Reads:
@@ -118,7 +118,7 @@ class OffloadedSparse(SparseWeights):
         if self._directly and self._reachable[layer]:
             return self._direct_passes().mlp(layer, x, residual)
         if selector is None or not generated:
-            self._count_placed(bank, neurons, neurons, neurons * generated)
+            self._count_placed(layer, neurons, neurons, neurons * generated)
             return bank.mlp(x, residual)
         self._reads.bytes += selector.scorer.bytes
         chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
@@ -138,7 +138,7 @@ class OffloadedSparse(SparseWeights):
             own = own | ~_column(self._generated, own)
         rows = neurons if ids is None else len(ids)
         used = rows if own is None else int(own.sum()) - neurons * (tokens - generated)
-        self._count_placed(bank, rows, rows, used)
+        self._count_placed(layer, rows, rows, used)
         if hidden is not None:
             y = bank.out(hidden if own is None else hidden * own, ids, residual)
         elif ids is None:
@@ -169,8 +169,9 @@ class OffloadedSparse(SparseWeights):
             )
         return self._direct
 
-    def _count_placed(self, bank: PlacedFfn, in_rows: int, out_rows: int, used: int) -> None:
-        self._reads.neurons += used
+    def _count_placed(self, layer: int, in_rows: int, out_rows: int, used: int) -> None:
+        bank = self._placed[layer]
+        self._reads.use("neurons", used, layer if self._chooses else None)
         self._reads.bytes += in_rows * bank.in_row_bytes + out_rows * bank.out_row_bytes
         if bank.down_bias is not None:
             self._reads.bytes += bank.down_bias.nbytes

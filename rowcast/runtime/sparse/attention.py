@@ -28,6 +28,7 @@ class SparseAttention:
         """`selectors`: by layer; None: all heads. `late`: where K/V can be lazy, they are."""
         self._banks = banks
         self._selectors = list(selectors)
+        self._chooses = any(selector is not None for selector in selectors)
         self._skips = late and banks.spec.group_size == 1 and any(isinstance(selector, HeadSelector) for selector in selectors)
         self._views: WeakKeyDictionary[KVView, LazyKV] = WeakKeyDictionary()
         self._lazy: LazyKV | None = None
@@ -101,7 +102,8 @@ class SparseAttention:
         if own is not None and self._generated is not None:
             own = own | ~self._generated
         self._reads.heads_of += count * self._banks.split.heads
-        self._reads.heads += count * computed if own is None else int(own.sum()) - (tokens - count) * computed
+        used = count * computed if own is None else int(own.sum()) - (tokens - count) * computed
+        self._reads.use("heads", used, layer if self._chooses else None)
         if own is not None:
             if self.observer is not None and computed == self._banks.split.heads:
                 self.observer(layer, heads, own)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, fields
 
 import torch
 from torch import Tensor
 
-from rowcast.runtime.protocols import Reads
-
-_NAMES = [field.name for field in fields(Reads)]
+from rowcast.runtime.protocols import SUMS, Reads
 
 
 class DeviceCounts:
     """Sums of `Reads` on a device. What is known beforehand is one addition a pass, and so is each kind of what is not."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._total = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
-        self._on_host = torch.zeros(len(_NAMES), dtype=torch.int64, pin_memory=device.type == "cuda")
+    def __init__(self, device: torch.device, layers: int) -> None:
+        size = len(SUMS) + 2 * layers
+        self._layers = layers
+        self._total = torch.zeros(size, dtype=torch.int64, device=device)
+        """As `Reads.numbers`."""
+        self._on_host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         """What a pass leaves at its end."""
-        self._seen = [0] * len(_NAMES)
+        self._seen = [0] * size
         self._known: dict[tuple[int, ...], Tensor] = {}
         """What passes add that is known, by its numbers: a pass that is captured has run before."""
         self._varying: dict[tuple[str, int], list[Tensor]] = {}
+        self._neurons: dict[int, Tensor] = {}
+        """By layer: those of the pass that are not known."""
+        self._at: dict[tuple[int, ...], Tensor] = {}
+        """Where the neurons of such layers are counted."""
         self.pass_reads = Reads()
         """What the pass reads whatever it chooses."""
 
@@ -31,26 +35,39 @@ class DeviceCounts:
         """The pass counts `each` for each of `count`, a whole number on the device."""
         self._varying.setdefault((name, each), []).append(count)
 
+    def add_neurons(self, layer: int, count: Tensor) -> None:
+        """Those that the pass's tokens use of a layer, a whole number on the device."""
+        self.add("neurons", count)
+        self._neurons[layer] = count
+
     def begin(self) -> None:
         self.pass_reads = Reads()
         self._varying.clear()
+        self._neurons.clear()
 
     def end(self) -> None:
         """The pass is over."""
-        numbers = astuple(self.pass_reads)
+        numbers = tuple(self.pass_reads.numbers(self._layers))
         known = self._known.get(numbers)
         if known is None:
             known = self._known[numbers] = torch.tensor(numbers, device=self._total.device)
         self._total.add_(known)
         for (name, each), counts in self._varying.items():
-            self._total[_NAMES.index(name)].add_(_sum(counts), alpha=each)
+            self._total[SUMS.index(name)].add_(_sum(counts), alpha=each)
         self._varying.clear()
+        if self._neurons:
+            layers = tuple(self._neurons)
+            at = self._at.get(layers)
+            if at is None:
+                at = self._at[layers] = torch.tensor([len(SUMS) + layer for layer in layers], device=self._total.device)
+            self._total.index_add_(0, at, torch.cat([count.view(1) for count in self._neurons.values()]).to(torch.int64))
+            self._neurons.clear()
         self._on_host.copy_(self._total, non_blocking=True)
 
     def read(self) -> Reads:
         """What was counted since the last call. Precondition: the passes are over."""
         total = self._on_host.tolist()
-        found = Reads(*(now - before for now, before in zip(total, self._seen, strict=True)))
+        found = Reads.of([now - before for now, before in zip(total, self._seen, strict=True)], self._layers)
         self._seen = total
         return found
 

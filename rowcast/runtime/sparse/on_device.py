@@ -44,10 +44,10 @@ class DevicePasses:
         self._banks = banks
         self._outer_bytes = outer_bytes
         self.device = banks.ffn[0].up_down.device
-        self._counts = counts = DeviceCounts(self.device)
+        self._counts = counts = DeviceCounts(self.device, banks.spec.num_layers)
         self._neurons = [
-            None if selector is None else self._of_layer(bank, selector, sparse_tokens)
-            for bank, selector in zip(banks.ffn, neurons, strict=True)
+            None if selector is None else self._of_layer(layer, bank, selector, sparse_tokens)
+            for layer, (bank, selector) in enumerate(zip(banks.ffn, neurons, strict=True))
         ]
         self._heads = [
             None if selector is None else DeviceHeads(banks, layer, selector, sparse_tokens, counts)
@@ -64,8 +64,8 @@ class DevicePasses:
         """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
         chooses."""
 
-    def _of_layer(self, bank: FfnBank, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
-        return DeviceNeurons(bank, selector, sparse_tokens, self._counts)
+    def _of_layer(self, layer: int, bank: FfnBank, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
+        return DeviceNeurons(layer, bank, selector, sparse_tokens, self._counts)
 
     def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
         """As `ChoosesOnDevice`."""
@@ -100,7 +100,7 @@ class DevicePasses:
         heads, bank = self._heads[layer], self._banks.attention[layer]
         if heads is not None:
             return heads.qkv(x, self._late)
-        self._counts.pass_reads.heads += x.shape[0] * self._banks.split.heads
+        self._counts.pass_reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
         self._counts.pass_reads.bytes += bank.qkv.nbytes + bank.o.nbytes
         return self._banks.qkv(layer, x)
 
@@ -117,7 +117,7 @@ class DevicePasses:
         neurons, bank = self._neurons[layer], self._banks.ffn[layer]
         if neurons is None:
             count_rows(self._counts.pass_reads, bank, len(bank.order), len(bank.order))
-            self._counts.pass_reads.neurons += x.shape[0] * len(bank.order)
+            self._counts.pass_reads.use("neurons", x.shape[0] * len(bank.order), layer if any(self._neurons) else None)
             y = self._banks.mlp(layer, x, residual)
         else:
             y = neurons.mlp(x, self._seen_ahead() if neurons.reads_ahead else neurons.choose(x), residual)
@@ -150,7 +150,8 @@ Choice = select.Chosen | Tensor
 class DeviceNeurons:
     """One layer's MLP by its selector, as `SparseWeights.mlp` for generated tokens."""
 
-    def __init__(self, bank: FfnBank, selector: Selector, sparse_tokens: int, counts: DeviceCounts) -> None:
+    def __init__(self, layer: int, bank: FfnBank, selector: Selector, sparse_tokens: int, counts: DeviceCounts) -> None:
+        self._layer = layer
         self._bank = bank
         self._selector = selector
         self._sparse_tokens = min(sparse_tokens, gpu.MOST_TOKENS)
@@ -176,14 +177,14 @@ class DeviceNeurons:
         capacity = self._selector.union_capacity(tokens)
         if threshold is None:
             assert self._first is not None
-            self._counts.pass_reads.neurons += tokens * self._selector.keep
+            self._counts.pass_reads.use("neurons", tokens * self._selector.keep, self._layer)
             return select.top_ids(scores, self._first, capacity) if few else top_mask(scores, self._first)
         if few and tokens == 1 and capacity is None:
             found = select.above_ids(scores, threshold)
-            self._counts.add("neurons", found.count)
+            self._counts.add_neurons(self._layer, found.count)
             return found
         own = scores > threshold
-        self._counts.add("neurons", own.sum())
+        self._counts.add_neurons(self._layer, own.sum())
         return select.above_ids(scores, threshold, capacity) if few else own
 
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:

@@ -45,7 +45,7 @@ class DeviceHeads:
         banks, layer, reads = self._banks, self._layer, self._counts.pass_reads
         bank, split, tokens, size = banks.attention[layer], banks.split, x.shape[0], banks.spec.head_dim
         scores = head_scores(x, self._weight, self._bias, None if late is None else late.ring(layer))
-        reads.heads += tokens * self._places.keep
+        reads.use("heads", tokens * self._places.keep, layer)
         reads.bytes += self._weight.nbytes + self._bias.nbytes
         chosen: select.Chosen | None = None
         if tokens > self._sparse_tokens:

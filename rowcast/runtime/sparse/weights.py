@@ -50,6 +50,8 @@ class SparseWeights:
         self._banks = banks
         self._neurons = list(neurons)
         self._one_call = [s is not None and s.in_one_call is not None for s in neurons]
+        self._chooses = any(s is not None for s in neurons)
+        """Whether any layer leaves neurons out."""
         self._heads = list(heads or [None] * banks.spec.num_layers)
         chosen = [*neurons, *self._heads]
         self.on_device = lm is None and all(s is None or (not isinstance(s, HeadOracle) and s.on_device) for s in chosen)
@@ -123,11 +125,11 @@ class SparseWeights:
         neurons, tokens = len(bank.order), x.shape[0]
         self._reads.neurons_of += neurons * generated
         if selector is None or not generated:
-            self._count(bank, neurons, neurons, neurons * generated)
+            self._count(layer, neurons, neurons, neurons * generated)
             return bank.out(bank.hidden(x), residual=residual)
         self._reads.bytes += selector.scorer.bytes
         if tokens == 1 and self._one_call[layer]:
-            self._count(bank, selector.keep, selector.keep, selector.keep)
+            self._count(layer, selector.keep, selector.keep, selector.keep)
             return plus(_in_one_call(bank, selector, x), residual)
         chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
         assert chosen is not None
@@ -135,7 +137,7 @@ class SparseWeights:
         ids, own = chosen.ids, chosen.own
         rows = neurons if ids is None else len(ids)
         if own is None and not selector.reranks and chosen.scored.proxy:
-            self._count(bank, rows, rows, rows)
+            self._count(layer, rows, rows, rows)
             return bank.ffn(x, ids, residual)
         hidden = _hidden(bank, x, ids, chosen.scored)
         if selector.reranks:
@@ -146,7 +148,7 @@ class SparseWeights:
             own = own | ~torch.tensor(self._generated, device=x.device)[:, None]
         used = rows if own is None else int(own.sum()) - neurons * (tokens - generated)
         out_rows = rows if own is None or not _skips(bank, hidden, ids) else int(own.any(0).sum())
-        self._count(bank, rows, out_rows, used, chosen.scored)
+        self._count(layer, rows, out_rows, used, chosen.scored)
         if self._observer is not None and ids is None and own is not None:
             self._observer(layer, selector, hidden, own)
         return bank.out(hidden if own is None else hidden * own, ids, residual)
@@ -180,12 +182,13 @@ class SparseWeights:
         """Whether the pass is one that reads unions."""
         return len(self._generated) <= self._sparse_tokens and all(self._generated)
 
-    def _count(self, bank: FfnBank, in_rows: int, out_rows: int, used: int, scored: Scored | None = None) -> None:
+    def _count(self, layer: int, in_rows: int, out_rows: int, used: int, scored: Scored | None = None) -> None:
         """What a scorer has found exactly it has read, and has counted among its own bytes."""
+        bank = self._banks.ffn[layer]
         row_bytes = bank.in_row_bytes
         if scored is not None and not scored.proxy:
             row_bytes = bank.up[0].nbytes + (0 if bank.up_bias is None else bank.up_bias.itemsize) if scored.hidden is None else 0
-        self._reads.neurons += used
+        self._reads.use("neurons", used, layer if self._chooses else None)
         self._reads.bytes += in_rows * row_bytes + out_rows * bank.out_row_bytes
         if bank.down_bias is not None:
             self._reads.bytes += bank.down_bias.nbytes
