@@ -174,6 +174,24 @@ def test_tensors_that_do_not_go_together(tmp_path: Path) -> None:
         PackedSource(SafetensorsSource.open(tmp_path), packing)
 
 
+def test_zero_points_that_are_not_packed(tmp_path: Path) -> None:
+    """A byte for each, of which a part would be taken for words."""
+    compressed(tmp_path, 4, symmetric=False)
+    stored = load_file(str(tmp_path / "model.safetensors"))
+    stored["a.weight_zero_point"] = torch.zeros(OUTPUTS, INPUTS // GROUP, dtype=torch.int8)
+    save_file(stored, str(tmp_path / "model.safetensors"))
+    scheme = {"weights": {"num_bits": 4, "type": "int", "group_size": GROUP}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": scheme}}
+    packing = packing_of({"quantization_config": config})
+    with pytest.raises(UserError, match=r"weight_zero_point has the shape \[96, 4\], not \[12, 4\]"):
+        PackedSource(SafetensorsSource.open(tmp_path), packing)
+    stored["a.weight_zero_point"] = torch.zeros(OUTPUTS * 4 // 32, INPUTS // GROUP, dtype=torch.int32)
+    stored["a.weight_shape"] = torch.tensor([OUTPUTS])
+    save_file(stored, str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="weight_shape says 0 inputs"):
+        PackedSource(SafetensorsSource.open(tmp_path), packing)
+
+
 @pytest.mark.parametrize("folder", sorted(path.name for path in MADE.iterdir() if path.is_dir()))
 def test_what_the_formats_own_libraries_wrote(folder: str, tmp_path: Path) -> None:
     """Log-probabilities are those that Transformers gives; with GPTQ it rounds unpacked weights to 16 bits."""

@@ -182,7 +182,7 @@ def test_fallbacks_are_counted_once(target: Path) -> None:
     def fallbacks(outputs: list[RequestOutput]) -> list[int]:
         return [output.metrics.rungs["self"].fallbacks + output.metrics.rungs["prefill"].fallbacks for output in outputs]
 
-    llm = approximate(target, "self:mlp=0.5,by=q4,lm=hire")
+    llm = approximate(target, "self:mlp=0.5,by=q4,lm=hire", prefix_cache=False)
     llm.engine._executor._top.decoder.weights._lm._capacity = 0  # type: ignore[attr-defined]
     params = replace(GREEDY, max_tokens=5)
     alone = [fallbacks(llm.generate([prompt], params))[0] for prompt in prompts(4)]

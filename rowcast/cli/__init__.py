@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe, submit
+from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe, serve, submit
 from rowcast.errors import GangError, UserError
 from rowcast.settings import configure_logging
 
 app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -139,3 +140,75 @@ def speculation(
     if not as_json:
         print_report(report)
     print_json(report)
+
+
+@app.command()
+def serve(
+    serve_options: Annotated[
+        list[str] | None, typer.Argument(help="After --: options of rowcast serve, for the server that is started.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="A server that runs, as in http://127.0.0.1:8000.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Without --url: start a server for it. With: what requests ask for. [its first]"),
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option("--api-key-file", help="A file with the key to send. [OPENAI_API_KEY's]")
+    ] = None,
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="Requests to send.")] = 100,
+    rate: Annotated[
+        float, typer.Option("--rate", help="Arrivals a second; inf: all at once, or --concurrency at a time.")
+    ] = float("inf"),
+    arrivals: Annotated[Literal["poisson", "fixed"], typer.Option("--arrivals", help="How they are spread.")] = "poisson",
+    concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Most requests in flight; others wait.")] = None,
+    prompt_tokens: Annotated[str, typer.Option("--prompt-tokens", help="A number, or a range as in 8-64.")] = "64",
+    max_tokens: Annotated[str, typer.Option("--max-tokens", help="Tokens to generate: a number, or a range.")] = "32",
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", help="Text that the prompts are cut from. [words at random]")
+    ] = None,
+    long_share: Annotated[float, typer.Option("--long-share", help="Share of the requests that have a long prompt.")] = 0.0,
+    long_tokens: Annotated[int, typer.Option("--long-tokens", min=1, help="Tokens of a long prompt.")] = 1024,
+    temperature: options.Temperature = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and prompts; the requests' own count on from it.")] = 0,
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let an output end before its --max-tokens.")] = False,
+    slo: Annotated[
+        str | None, typer.Option("--slo", help="What a good request keeps to, as in ttft=500ms,tpot=50ms; also itl, e2el.")
+    ] = None,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="How often to come again after a Retry-After.")] = 0,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Requests before the clock starts.")] = 1,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one request.")] = 600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="No table, only the JSON line.")] = False,
+) -> None:
+    """Load on a server: TTFT, TPOT, ITL and end-to-end latency, throughput, goodput. Exit code 1 if no request was finished."""
+    from rowcast.bench import serve as measure
+
+    report = measure.run(
+        measure.Settings(
+            url=url,
+            model=model,
+            serve_options=tuple(serve_options or ()),
+            api_key_file=api_key_file,
+            requests=requests,
+            rate=rate,
+            arrivals=arrivals,
+            concurrency=concurrency,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            prompt_file=prompt_file,
+            long_share=long_share,
+            long_tokens=long_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_at_eos=stop_at_eos,
+            slo=slo,
+            retries=retries,
+            warm_up=warm_up,
+            timeout_s=timeout,
+            progress=not as_json and sys.stderr.isatty(),
+        )
+    )
+    if not as_json:
+        measure.print_table(report)
+    print_json(report)
+    if not report["completed"]:
+        raise typer.Exit(1)

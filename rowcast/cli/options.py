@@ -93,9 +93,9 @@ _ARGUMENTS = {
     for name in (
         "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "device", "gpu_memory",
         "host_memory", "max_model_len", "plan", "gpus", "link", "inter_node", "context", "prompt", "batch", "acceptance", "hit_rate",
-        "groups", "picture",
+        "groups", "picture", "host", "port", "max_waiting", "deadline", "drain_timeout", "max_num_seqs",
     )
-} | {"tensor_parallel_size": "--tp", "tensor_parallel": "--tp"}  # fmt: skip
+} | {"tensor_parallel_size": "--tp", "tensor_parallel": "--tp", "prefill_stall_s": "--prefill-stall"}  # fmt: skip
 """Arguments of `LLM` and `plan_for`, and the options that they come from."""
 
 

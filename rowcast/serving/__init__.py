@@ -1,4 +1,4 @@
-"""HTTP in front of the engine: an OpenAI-compatible server.
+"""HTTP in front of the engine: an OpenAI-compatible server, on one machine or as a Ray Serve application.
 
-May import everything but `cli`; nothing else imports it. Under construction.
+May import everything but `cli`; nothing else imports it.
 """
