@@ -41,7 +41,14 @@ def main() -> None:
     report = {}
     for ladder in options.ladder or ["plain"]:
         gpu = LLM(
-            options.model, ladder=ladder, dtype="float32", device="cuda", max_model_len=1024, max_num_seqs=16, progress=False
+            options.model,
+            ladder=ladder,
+            dtype="float32",
+            device="cuda",
+            max_model_len=1024,
+            max_num_seqs=16,
+            prefix_cache=False,  # else the second time prompts are not run
+            progress=False,
         )
         for how, found in (
             ("alone", [gpu.generate(prompt, params)[0] for prompt in prompts]),

@@ -58,7 +58,7 @@ def run(
         started = time.perf_counter()
         draft = spec_from_config(open_checkpoint(DRAFT).config)
         plan = with_kv_away(spec, draft, cap_bytes, device.type, ladder, prompt + 512)
-        llm = SimulatedLLM(checkpoint, plan=plan, progress=False)
+        llm = SimulatedLLM(checkpoint, plan=plan, prefix_cache=False, progress=False)  # every time reads the prompt
         loaded_s = time.perf_counter() - started
         if not real_prompt:
             _skip_prompts(llm)
