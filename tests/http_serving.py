@@ -102,7 +102,7 @@ class Served:
         self, settings: AppSettings, limits: ConnectionLimits | None = None, *, send_buffer: int | None = None
     ) -> Iterator[Served]:
         """Another port of the same service. `send_buffer`: bytes that the system keeps for a client that does not read."""
-        bound = socket.socket()
+        bound = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio leaves Nagle on: 40 ms an answer
         if send_buffer is not None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         bound.bind(("127.0.0.1", 0))

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from rowcast.errors import UserError
+from rowcast.runtime.blocks import BlockPool
 from rowcast.runtime.outputs import RequestStats
 from rowcast.runtime.params import SamplingParams
 from rowcast.runtime.prefill_limit import LEAST_TOKENS, PrefillLimit, prefill_limit
-from rowcast.runtime.prefix_cache import WrittenBy
+from rowcast.runtime.prefix_cache import PrefixCache, WrittenBy
 from rowcast.runtime.request import Request, Sequence
 from rowcast.runtime.scheduler import Scheduler
 
@@ -200,3 +201,46 @@ def test_shared_blocks_save_memory_unless_they_are_copied(copied: bool) -> None:
     scheduler.schedule()
     scheduler.check()
     assert len(scheduler.running) == (1 if copied else 2)
+
+
+def test_who_waits_is_named_no_further_than_it_is_known() -> None:
+    """However many long prompts wait: a step looks at their first blocks."""
+    scheduler, _ = make([8], blocks=80, max_batch_tokens=12, written_by=WrittenBy("plain"), prefill_limit=PrefillLimit(8, None))
+    for number in range(1, 12):
+        scheduler.add(seq := sequence(number, 400))
+        seq.request.prompt_ids = [number] * 400
+    scheduler.schedule()
+    assert len(scheduler.waiting) > 8 and max(len(seq.block_names) for seq in scheduler.waiting) == 1
+
+
+def test_what_is_known_of_who_waits_is_counted_on() -> None:
+    pool = BlockPool(20)
+    cache, done, waits = PrefixCache(pool, 4, WrittenBy("plain")), sequence(0, 17), sequence(1, 30)
+    done.blocks = pool.take(5)
+    for computed, known in ((0, 0), (8, 2), (17, 4)):
+        done.computed = computed
+        cache.filled(done)
+        assert cache.known(waits) == len(cache.find(waits)) == known
+    pool.give_back(done.blocks)
+    assert cache.known(waits) == 4
+    pool.give_back(pool.take(18))  # the end of it is evicted
+    assert cache.known(waits) == len(cache.find(waits)) == 2
+    pool.forget_names()
+    assert cache.known(waits) == len(cache.find(waits)) == 0
+
+
+def test_what_is_coming() -> None:
+    """Blocks that others have yet to fill, as far as a sequence could begin with them."""
+    cache, runs, waits = PrefixCache(BlockPool(20), 4, WrittenBy("plain")), sequence(0, 17), sequence(1, 17)
+    like = [sequence(number, 17) for number in (2, 3)]
+    for seq in like:
+        seq.request.prompt_ids = [0] * 8 + [5] * 9
+    coming = cache.coming([runs])
+    assert [coming.awaits(waits, found) for found in range(5)] == [True, True, True, True, False]  # the newest token is run
+    assert [coming.awaits(like[0], found) for found in range(4)] == [True, True, False, False]
+    coming.add(like[0])
+    assert [coming.awaits(like[1], found) for found in range(4)] == [True] * 4
+    runs.computed = 9
+    assert [cache.coming([runs]).awaits(waits, found) for found in range(4)] == [False, False, True, True]
+    runs.request.cache_key = None
+    assert not cache.coming([runs]).awaits(waits, 2)

@@ -73,6 +73,16 @@ def test_models(client: OpenAI) -> None:
         client.models.retrieve("a/b")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_request_that_names_no_model(served: Served, path: str) -> None:
+    """Gets the one that there is, under its name."""
+    for given in ({}, {"model": None}):
+        body = {**given, "max_tokens": 1, **({"messages": MESSAGES} if "chat" in path else {"prompt": "a"})}
+        assert post(served, path, body).json()["model"] == NAME
+        first = post(served, path, {**body, "stream": True}).text.partition("\n")[0]
+        assert json.loads(first.removeprefix("data: "))["model"] == NAME
+
+
 @pytest.mark.parametrize(
     ("given", "params"),
     [
@@ -380,6 +390,7 @@ def test_other_routes(served: Served, llm: LLM) -> None:
     missing, wrong = HTTP.get(f"{served.url}/v2"), HTTP.put(f"{served.url}/health", json={})
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "unknown_route")
     assert (wrong.status_code, wrong.json()["error"]["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "GET")
+    assert HTTP.get(f"{served.url}/page/page.js").headers["cache-control"] == "no-cache"
     page = HTTP.get(served.url)
     assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
     assert HTTP.get(f"{served.url}/page/../app.py").status_code == 404
@@ -468,8 +479,9 @@ def test_key_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for host in ("0.0.0.0", "example.org", "::", "10.0.0.1"):
         with pytest.raises(UserError, match="API keys"):
             AppSettings(host=host)
-    with pytest.raises(UserError, match="origin"):
-        AppSettings(allowed_origins=("*",))
+    for origin in ("*", "https://Example.org", "https://example.org/"):
+        with pytest.raises(UserError, match="origin"):
+            AppSettings(allowed_origins=(origin,))
     assert is_loopback("127.1.2.3") and is_loopback("::1") and is_loopback("LOCALHOST") and not is_loopback("localhost.evil.org")
 
 
@@ -597,8 +609,12 @@ def test_the_log() -> None:
     log.close()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [line.get("request_id", line.get("lines")) for line in lines] == ["2", 3, "3"]
-    RequestLog(stream, enabled=False).request(Exchange("4", "GET", status=500))
-    assert len(stream.getvalue().splitlines()) == 3
+    off = RequestLog(stream, enabled=False)
+    off.request(Exchange("4", "GET", status=500))
+    off.failure(KeyError(SECRET), "5")
+    off.close()
+    [last] = stream.getvalue().splitlines()[3:]
+    assert json.loads(last)["request_id"] == "5" and SECRET not in last
 
 
 def test_a_log_that_is_not_read() -> None:

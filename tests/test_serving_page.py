@@ -290,15 +290,19 @@ def test_a_server_that_goes_and_comes_back(browser: Any, service: Served) -> Non
             until(page, "#said", "cannot be reached")
             until(page, "#live-title", "Last figures")
             assert page.evaluate(PALE) == []
-            ask(page, "Still there?")
+            ask(page, "Still")
             until(page, ".note.wrong", "cannot be reached")
+            ask(page, "there?")
+            until(page, ".turn:last-child .note.wrong", "cannot be reached")
             with listening(service, port):
                 ready(page)
                 until(page, "#live-title", "Live")
                 until(page, "#said", "is ready")
                 with page.expect_request("**/v1/chat/completions") as request:
                     page.get_by_role("button", name="Try again").click()
-                assert [message["role"] for message in sent(request.value)["messages"]] == ["user", "assistant", "user"]
+                said = sent(request.value)["messages"]
+                assert [message["role"] for message in said] == ["user", "assistant", "user"]
+                assert said[-1]["content"] == "Still\n\nthere?", "templates want turns to alternate"
                 page.locator(".turn:last-child .costs").wait_for()
 
 

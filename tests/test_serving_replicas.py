@@ -86,6 +86,19 @@ def test_another_stream_is_not_mixed_in() -> None:
     assert out.new(Piece(0, "a", [1])) is None
     with pytest.raises(Diverged):
         out.new(Piece(0, "c", [3]))
+    out.again()
+    with pytest.raises(Diverged):
+        out.new(Piece(0, "a", [1], finish_reason="stop"))
+
+
+def test_a_sample_ends_once() -> None:
+    out = HandedOut()
+    for index in (0, 1):
+        out.new(Piece(index, "a", [1], finish_reason="stop" if index == 0 else None, stop_reason=7))
+    out.again()
+    assert out.new(Piece(1, "ab", [1, 2], finish_reason="length")) == Piece(1, "b", [2], finish_reason="length")
+    last = Piece(0, "a", [1], finish_reason="stop", stop_reason=7, usage=Usage(1, 0, 3))
+    assert out.new(last) == Piece(0, "", [], usage=last.usage)
 
 
 def test_who_has_the_beginning_runs_it_unless_it_is_busy() -> None:
@@ -333,6 +346,28 @@ def test_without_any_replica_requests_wait() -> None:
                 await late
             two.handles[1].start()
             assert await waiting == expected(two.ask(3))
+
+    run(case)
+
+
+def test_a_call_that_ends_as_cancelled_is_made_anew() -> None:
+    """Ray raises CancelledError for what was cancelled elsewhere."""
+
+    async def case() -> None:
+        async with Case() as two:
+            link, attach = two.backend._links[0], two.handles[0]._stream_attach
+            cancelled = asyncio.Event()
+
+            async def end() -> AsyncIterator[Any]:
+                cancelled.set()
+                raise asyncio.CancelledError
+                yield
+
+            two.handles[0]._stream_attach = lambda name: attach(name) if cancelled.is_set() else Stream(end())  # type: ignore[method-assign]
+            two.handles[0].kill()
+            await two.until(cancelled.is_set)
+            two.handles[0].start()
+            await two.until(lambda: link.ready)
 
     run(case)
 

@@ -17,9 +17,11 @@ from typing import IO
 
 from rowcast.errors import UserError
 
-_ADDRESS = re.compile(r"http://[\w.\[\]:-]+:\d+")
+_ADDRESS = re.compile(r"listening at (http://[\w.\[\]:-]+:\d+)")
 _KEPT_LINES = 400
 _POLL_S = 0.05
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the environment's proxies: the server is on this machine."""
 
 
 class ServerProcess:
@@ -74,7 +76,7 @@ class ServerProcess:
     def ready(self) -> bool:
         """What its `/ready` says now."""
         try:
-            with urllib.request.urlopen(f"{self.url}/ready", timeout=10) as answer:
+            with _OPENER.open(f"{self.url}/ready", timeout=10) as answer:
                 return bool(answer.status == 200)
         except OSError:  # HTTPError and URLError among them
             return False
@@ -97,7 +99,7 @@ class ServerProcess:
         for line in stream:
             self._said.append(line.rstrip("\n"))
             if not self._address.is_set() and (found := _ADDRESS.search(line)):
-                self.url = found[0]
+                self.url = found[1]
                 self._address.set()
 
     def _wait(self) -> None:

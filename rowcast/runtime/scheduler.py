@@ -142,14 +142,19 @@ class Scheduler:
         """Who waits and may join, in order, with the tokens that each would have to run."""
         joining: list[tuple[Sequence, int]] = []
         places = self.max_num_seqs - len(self.running)
+        if not places or not self.waiting:
+            return joining
+        coming = None if self.cache is None else self.cache.coming(seq for seq, _ in prefilling)
         wanted = 0 if self._limit is not None else sum(pending for _, pending in prefilling)
         for seq in islice(self.waiting, 2 * self.max_num_seqs):
             if len(joining) >= places or wanted >= budget:
                 break
-            found = self._found(seq)
-            if self.cache is not None and self.cache.awaits(seq, len(found), [other for other, _ in (*prefilling, *joining)]):
-                continue
-            pending = seq.length - len(found) * self.block_size
+            known = 0 if self.cache is None else self.cache.known(seq)
+            if coming is not None:
+                if coming.awaits(seq, known):
+                    continue
+                coming.add(seq)
+            pending = seq.length - known * self.block_size
             joining.append((seq, pending))
             wanted += pending if self._limit is None else 0
         return joining

@@ -82,6 +82,11 @@ class Tokenizer:
             return self._wrapped
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, chat_template=self._chat_template, **self._special_tokens)
 
+    def bare(self) -> Tokenizer:
+        """The same without what Transformers made of it, which takes seconds to import and only chat templates need: for a process that
+        gets it pickled."""
+        return Tokenizer(self.backend, special_tokens=self._special_tokens, chat_template=self._chat_template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by default with the begin and end tokens that this vocabulary puts around a prompt.
 

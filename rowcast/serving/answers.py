@@ -103,6 +103,11 @@ class Answer:
             return DONE
         return f'{self._start}"choices":[],{self._cost()}}}\n\n{DONE}'
 
+    @property
+    def entries(self) -> int:
+        """Log-probabilities that `whole` would write."""
+        return sum(len(entry) for choice in self.choices for entry in choice.logprobs)
+
     def whole(self) -> str:
         """The object, all of whose pieces were kept."""
         wholes = [self._whole(choice) | ({"token_ids": choice.token_ids} if self._tells_ids else {}) for choice in self.choices]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rowcast.serving.stream import EventStream, Running, answer_events, unless_g
 _PAGE = Path(__file__).parent / "page"
 _LIVE_S = 0.25
 """Between two snapshots of /live/stream."""
+_ASK_FIRST = {"cache-control": "no-cache"}
 _CREATE = doc.errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 _READ = doc.errors(401, 403, 500, 503)
 
@@ -94,7 +95,7 @@ def _add_generation(app: FastAPI, backend: Backend, asker: Asker, log: RequestLo
         answer = make(
             completion_id,
             int(time.time()),
-            body.model,
+            body.model or asker.names[0],
             asker.card,
             len(asks),
             asks[0].params.n,
@@ -120,7 +121,7 @@ def _add_generation(app: FastAPI, backend: Backend, asker: Asker, log: RequestLo
         """Continue prompts: texts or lists of token ids."""
         exchange: Exchange = request.scope["exchange"]
         exchange.completion_id = new_id("cmpl")
-        asks = await asker.completion(body, exchange.completion_id, exchange.client)
+        asks = await unless_gone(request.receive, asker.completion(body, exchange.completion_id, exchange.client))
 
         def echo(prompt: int, ids: list[int]) -> str:
             given = body.prompt[prompt]
@@ -141,7 +142,7 @@ def _add_generation(app: FastAPI, backend: Backend, asker: Asker, log: RequestLo
         """Answer a conversation, through the model's own chat template."""
         exchange: Exchange = request.scope["exchange"]
         exchange.completion_id = new_id("chatcmpl")
-        ask = await asker.chat(body, exchange.completion_id, exchange.client)
+        ask = await unless_gone(request.receive, asker.chat(body, exchange.completion_id, exchange.client))
         return await respond(request, [ask], body, ChatAnswer, top_logprobs=body.top_logprobs or 0)
 
 
@@ -187,6 +188,16 @@ def _add_tokens(app: FastAPI, asker: Asker) -> None:
 
 def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: RequestLog) -> None:
     viewers = 0
+    latest: asyncio.Task[str] | None = None
+    latest_s = float("-inf")
+
+    async def snapshot() -> str:
+        """One for all who watch."""
+        nonlocal latest, latest_s
+        now = time.monotonic()
+        if latest is None or (latest.done() and now - latest_s > _LIVE_S / 2):
+            latest, latest_s = asyncio.ensure_future(_text_of(backend.live())), now
+        return await asyncio.shield(latest)
 
     @app.get("/health", response_model=doc.Health, responses=doc.errors(403, 503), tags=["watching"])
     async def health() -> Response:
@@ -222,7 +233,7 @@ def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: Re
     @app.get("/live", response_model=dict[str, Any], responses=_READ, tags=["watching"])
     async def live() -> Response:
         """What the page at / shows, once."""
-        return _json(json_text(await backend.live()))
+        return _json(await _text_of(backend.live()))
 
     @app.get(
         "/live/stream",
@@ -242,7 +253,7 @@ def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: Re
 
         async def events() -> AsyncIterator[str]:
             while True:
-                yield f"data: {json_text(await backend.live())}\n\n"
+                yield f"data: {await snapshot()}\n\n"
                 if backend.state()[0] in ("draining", "stopped"):
                     return
                 await asyncio.sleep(_LIVE_S)
@@ -254,12 +265,25 @@ def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: Re
         return EventStream(events, close=close, exchange=request.scope["exchange"], log=log)
 
 
+class _PageFiles(StaticFiles):
+    """Browsers ask whether they have changed: an old module would not know a new page."""
+
+    def file_response(self, *arguments: Any, **more: Any) -> Response:
+        response = super().file_response(*arguments, **more)
+        response.headers.update(_ASK_FIRST)
+        return response
+
+
 def _add_page(app: FastAPI) -> None:
-    app.mount(PAGE_PATH.rstrip("/"), StaticFiles(directory=_PAGE, check_dir=False), name="page")
+    app.mount(PAGE_PATH.rstrip("/"), _PageFiles(directory=_PAGE, check_dir=False), name="page")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(_PAGE / "index.html", headers={"cache-control": "no-cache"})
+        return FileResponse(_PAGE / "index.html", headers=_ASK_FIRST)
+
+
+async def _text_of(live: Coroutine[Any, Any, dict[str, Any]]) -> str:
+    return json_text(await live)
 
 
 async def _begun(backend: Backend, asks: list[Ask], exchange: Exchange) -> Running:

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _SHORT_CHARS = 4096
 """Texts up to this length are tokenised at once: the way to a thread and back would take longer."""
+_LONG_CHARS = 1 << 17
+"""Longer ones wait for each other, and nobody else for them."""
 _THREADS = 2
 
 
@@ -30,9 +32,11 @@ class Asker:
         self._backend = backend
         self._settings = settings
         self._threads = ThreadPoolExecutor(_THREADS, "rowcast-tokenise")
+        self._long = ThreadPoolExecutor(1, "rowcast-tokenise-long")
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._long):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def card(self) -> ModelCard:
@@ -54,9 +58,9 @@ class Asker:
         loaded = self._backend.state()[0] != "starting"
         return max(1 << 20, 32 * self._backend.card.max_context) if loaded else 1 << 20
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError for a model that is not served."""
-        if name not in self.names:
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a model that is not served; None is the one that is."""
+        if name is not None and name not in self.names:
             served = " and ".join(self.names)
             raise ApiError(404, f"the model {name[:80]!r} is not served here, {served} is", param="model", code="model_not_found")
 
@@ -99,8 +103,7 @@ class Asker:
 
     async def tokenize(self, request: TokenizeRequest) -> tuple[list[int], list[str] | None]:
         """Ids and, where they are asked for, the text of each."""
-        if request.model is not None:
-            self.check_model(request.model)
+        self.check_model(request.model)
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "prompt or messages has to be given, one of them", param="prompt", code="missing_field")
         if request.messages is not None:
@@ -114,8 +117,7 @@ class Asker:
         return ids, await self._encode(lambda tokenizer: [tokenizer.token(token) for token in ids], len(ids))
 
     async def detokenize(self, request: DetokenizeRequest) -> str:
-        if request.model is not None:
-            self.check_model(request.model)
+        self.check_model(request.model)
         vocabulary = self.card.vocab_size
         wrong = next((token for token in request.tokens if token >= vocabulary), None)
         if wrong is not None:
@@ -162,7 +164,8 @@ class Asker:
 
     async def _conversation(self, turns: Sequence[dict[str, str]], **options: bool) -> list[int]:
         # In a thread whatever its length: the first template that is applied imports Transformers.
-        return await self._encode(lambda tokenizer: tokenizer.chat(turns, **options), _SHORT_CHARS + 1)
+        size = sum(len(turn["content"]) for turn in turns)
+        return await self._encode(lambda tokenizer: tokenizer.chat(turns, **options), max(size, _SHORT_CHARS + 1))
 
     async def _encode(self, work: Callable[[Tokenizer], T], size: int) -> T:
         """Raises UserError where the model has no tokenizer."""
@@ -170,7 +173,8 @@ class Asker:
         tokenizer = self._backend.tokenizer
         if size <= _SHORT_CHARS:
             return work(tokenizer)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, tokenizer)
+        threads = self._threads if size <= _LONG_CHARS else self._long
+        return await asyncio.get_running_loop().run_in_executor(threads, work, tokenizer)
 
 
 def new_id(prefix: str) -> str:

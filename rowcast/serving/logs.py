@@ -88,14 +88,16 @@ class RequestLog:
             self.write(exchange.to_json())
 
     def failure(self, error: BaseException, request_id: str) -> None:
-        """An exception that is a mistake of ours. Its message is left out: it may hold what a client sent."""
+        """A mistake of ours, told also where the log is off. Its message is left out: it may hold what a client sent."""
         frames = [line for entry in traceback.format_tb(error.__traceback__) for line in entry.splitlines()]
-        self.write({"event": "error", "request_id": request_id, "exception": type(error).__name__, "traceback": frames})
+        self._put({"event": "error", "request_id": request_id, "exception": type(error).__name__, "traceback": frames})
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, with the time. Never waits; does nothing where the log is off."""
-        if not self._enabled:
-            return
+        if self._enabled:
+            self._put(record)
+
+    def _put(self, record: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         try:
             self._lines.put_nowait(json.dumps({"time": now, **record}))

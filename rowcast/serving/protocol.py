@@ -80,22 +80,23 @@ def _harmless(name: str, value: object) -> bool:
     )  # fmt: skip
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+def _are_ids(values: list[object]) -> bool:
+    """Whether they are token ids, as fast as Python tells: there may be a million, and all other requests wait."""
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= _MOST  # type: ignore[type-var, operator]
 
 
 def _prompts(given: object) -> list[str | list[int]]:
     """OpenAI's four forms, as a list of texts and lists of ids. By hand: pydantic would note an error for each wrong element."""
     if isinstance(given, str):
         given = [given]
-    if isinstance(given, list) and given and all(map(_is_id, given)):
-        given = [given]
+    if isinstance(given, list) and _are_ids(given):
+        return [given]
     if not isinstance(given, list) or not given:
         raise FieldError("should be a text, a list of token ids, or a list of those")
     for at, prompt in enumerate(given):
         if isinstance(prompt, str):
             _check_text(prompt)
-        elif not (isinstance(prompt, list) and all(map(_is_id, prompt))):
+        elif not (isinstance(prompt, list) and (not prompt or _are_ids(prompt))):
             raise FieldError(f"should be a text, a list of token ids, or a list of those; element {at} is neither")
         if not prompt:
             raise FieldError(
@@ -200,7 +201,7 @@ class StreamOptions(_Strict):
 class _Generation(_Strict):
     """What both kinds of requests may ask of sampling."""
 
-    model: str = Field(description="A name that GET /v1/models lists.")
+    model: str | None = Field(default=None, description="A name that GET /v1/models lists; left out: the served model.")
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Biases | None = Field(default=None, description="By token id, added to the logits.")

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from rowcast.cluster.launcher import Launcher, LocalLauncher
+from rowcast.cluster.metrics import choose_exporter
 from rowcast.errors import UserError
-from rowcast.runtime.metrics import REPLICA, Exporter
+from rowcast.runtime.metrics import REPLICA
 from rowcast.runtime.tokenizer import Tokenizer
 from rowcast.serving.ray_session import Batch, Command, Hello, Session
 from rowcast.serving.service import ServiceSettings, engine_service
@@ -31,11 +32,10 @@ class EngineReplica:
             settings=ServiceSettings(name=name, max_waiting=_UNBOUNDED),
             tensor_parallel_size=ranks,
             launcher=_launcher(number, ranks, gpus, cpus),
+            also=_Numbered(number),
             progress=False,
             **arguments,
         )
-        driver = self._service._driver
-        driver._exporter = Both(driver._exporter, number)
         self._sessions: dict[str, Session] = {}
         await self._service.start()
 
@@ -43,9 +43,7 @@ class EngineReplica:
         """Open a session: all that happens to its requests, until it is closed or nobody is heard of at the other end."""
         session = self._sessions[name] = Session(self._service)
         try:
-            llm = self._service._llm
-            assert llm is not None
-            yield Hello(self._service.card, llm.plan.max_num_seqs, os.getpid())
+            yield Hello(self._service.card, self._service.slots, os.getpid())
             while not session.lapsed:
                 yield await session.next()
             log.warning("an ingress with %s requests is not heard of any more", session.running)
@@ -63,11 +61,9 @@ class EngineReplica:
     async def describe(self) -> Tokenizer | str:
         """The model's tokenizer, or why there is none."""
         try:
-            found = self._service.tokenizer
+            return self._service.tokenizer.bare()
         except UserError as error:
             return str(error)
-        # Without what Transformers made of it, which takes seconds to import and only chat templates need.
-        return Tokenizer(found.backend, special_tokens=found._special_tokens, chat_template=found._chat_template)
 
     async def live(self) -> dict[str, Any]:
         """As `Backend.live`."""
@@ -86,26 +82,22 @@ class EngineReplica:
             await service.drain(0.0)
 
 
-class Both:
-    """An `Exporter` that passes on to another one and, under the replica's number, to Ray."""
+class _Numbered:
+    """An `Exporter` to Ray's metrics, under the replica's number."""
 
-    def __init__(self, first: Exporter, number: int) -> None:
-        from rowcast.cluster.metrics import choose_exporter
-
-        self._first, self._ray = first, choose_exporter("ray")
-        self._labels = {REPLICA: f"{number}"}
+    def __init__(self, number: int) -> None:
+        """Precondition: the process is connected to Ray."""
+        self._ray = choose_exporter("ray")
+        self._number = {REPLICA: f"{number}"}
 
     def add(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
-        self._first.add(name, amount, labels)
-        self._ray.add(name, amount, {**labels, **self._labels})
+        self._ray.add(name, amount, {**labels, **self._number})
 
     def set(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        self._first.set(name, value, labels)
-        self._ray.set(name, value, {**labels, **self._labels})
+        self._ray.set(name, value, {**labels, **self._number})
 
     def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        self._first.observe(name, value, labels)
-        self._ray.observe(name, value, {**labels, **self._labels})
+        self._ray.observe(name, value, {**labels, **self._number})
 
 
 def _launcher(number: int, ranks: int, gpus: int, cpus: float) -> Launcher:

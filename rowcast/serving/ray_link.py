@@ -47,6 +47,7 @@ class Link:
         self._outbox: list[Command] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def ready(self) -> bool:
@@ -56,6 +57,7 @@ class Link:
         self._task = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -88,6 +90,10 @@ class Link:
                 why = await self._both(stream, session)
             except asyncio.TimeoutError:
                 why = "it does not answer"
+            except asyncio.CancelledError:
+                if self._stopping:
+                    raise
+                why = "the call was cancelled at its other end"  # which is no reason to give the replica up
             except Exception as error:  # Ray has many ways to say that an actor is gone
                 why = str(error).strip().partition("\n")[0] or type(error).__name__
             finally:

@@ -47,7 +47,7 @@ class HandedOut:
     def new(self, piece: Piece) -> Piece | None:
         """The part of a run's piece that was not handed out yet, which thereby is; None if there is none. Raises Diverged.
 
-        The piece with `usage` always comes, if need be with nothing else but a reason that its sample had before.
+        The piece with `usage` always comes, if need be with nothing else.
         """
         sample = self._samples.setdefault(piece.index, _Sample())
         known = sample.token_ids[sample.run_tokens : sample.run_tokens + len(piece.token_ids)]
@@ -58,6 +58,8 @@ class HandedOut:
         text = piece.text[max(0, sample.characters - sample.run_characters) :]
         sample.run_characters += len(piece.text)
         ends = piece.finish_reason is not None and not sample.finished
+        if ends and sample.run_tokens < len(sample.token_ids):  # an earlier run went on where this one ended
+            raise Diverged
         if not (ids or text or ends or piece.usage is not None):
             return None
         sample.token_ids += ids
@@ -68,6 +70,8 @@ class HandedOut:
             piece,
             text=text,
             token_ids=ids,
+            finish_reason=piece.finish_reason if ends else None,
+            stop_reason=piece.stop_reason if ends else None,
             logprobs=None if piece.logprobs is None else piece.logprobs[len(known) :],
             prompt_token_ids=piece.prompt_token_ids if first else None,
         )

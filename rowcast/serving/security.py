@@ -126,8 +126,10 @@ class AppSettings:
         if not self.loopback and not self.api_keys:
             raise UserError(f"host={self.host} lets other machines call the server: give API keys, or bind it to 127.0.0.1")
         for origin in self.allowed_origins:
-            if not re.fullmatch(r"https?://[^/\s*]+", origin):
-                raise UserError(f"the allowed origin {origin!r:.60} is none: write it as https://example.org, without a path")
+            if not re.fullmatch(r"https?://[^/\s*A-Z]+", origin):
+                raise UserError(
+                    f"the allowed origin {origin!r:.60} is none: write it as https://example.org, in lower case and without a path"
+                )
         for name, value in (("max_body_bytes", self.max_body_bytes), ("max_choices", self.max_choices)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} has to be at least 1")
@@ -169,7 +171,7 @@ class Guard:
         self._on_answer = on_answer
         self._routes: frozenset[str] = frozenset()
         self._hosts = {name.lower() for name in settings.allowed_hosts}
-        self._origins = {origin.lower() for origin in settings.allowed_origins}
+        self._origins = frozenset(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

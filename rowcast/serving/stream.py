@@ -20,6 +20,9 @@ from rowcast.serving.security import Receive, Scope, Send
 
 T = TypeVar("T")
 
+_ENTRIES_AT_ONCE = 1000
+"""Log-probabilities of an answer that is written in the event loop; more of them take so long that other streams would pause."""
+
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -193,7 +196,9 @@ async def whole_answer(running: Running, answer: Answer) -> str:
     """The answer as one object, once it is complete."""
     async for prompt, piece in running:
         answer.take(prompt, piece, keep=True)
-    return answer.whole()
+    if answer.entries <= _ENTRIES_AT_ONCE:
+        return answer.whole()
+    return await asyncio.to_thread(answer.whole)
 
 
 async def _gone(receive: Receive) -> None:

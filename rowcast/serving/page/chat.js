@@ -109,8 +109,14 @@ export class Chat {
     this.toEnd();
   }
 
+  /** What was said. A message without an answer is joined with the next one: many templates want turns to alternate. */
   messages() {
-    const said = this.turns.filter((turn) => turn.text).map((turn) => ({ role: turn.role, content: turn.text }));
+    const said = [];
+    for (const { role, text } of this.turns.filter((turn) => turn.text)) {
+      const last = said.at(-1);
+      if (last?.role === role) last.content += `\n\n${text}`;
+      else said.push({ role, content: text });
+    }
     return this.settings.system ? [{ role: "system", content: this.settings.system }, ...said] : said;
   }
 
@@ -129,7 +135,7 @@ export class Chat {
     let reason = null;
     try {
       const response = await ask("v1/chat/completions", {
-        body: { model: this.model(), messages, ...fields, stream: true, stream_options: { include_usage: true } },
+        body: { model: this.model() || undefined, messages, ...fields, stream: true, stream_options: { include_usage: true } },
         signal: controller.signal,
       });
       for await (const event of events(response)) {

@@ -1,6 +1,6 @@
 // A message's text as nodes: fenced code apart, all else as it stands. Only text nodes are made of what a model or a user wrote.
 
-const FENCE = /^ {0,3}```+ *([^\s`]*)[^`]*$/;
+const FENCE = /^ {0,3}```+ *([^\s`]{0,64})[^`]*$/;
 
 /** [{kind: "text" | "code", text, language}], in order; an open fence is code up to the end. */
 export function blocks(text) {
