@@ -380,6 +380,7 @@ def test_other_routes(served: Served, llm: LLM) -> None:
     assert HTTP.get(f"{served.url}/version").json() == {"version": __version__}
     assert HTTP.get(f"{served.url}/ready").json() == {"state": "ready"}
     assert HTTP.get(f"{served.url}/health").json()["status"] == "alive"
+    assert post(served, "/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
     metrics = HTTP.get(f"{served.url}/metrics")
     assert 'rowcast_http_requests_total{route="/v1/completions",status="200"}' in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -436,6 +437,8 @@ def test_keys(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
             assert caught.value.code == "invalid_api_key" and caught.value.response.headers["www-authenticate"] == "Bearer"
             assert wrong not in str(caught.value)
         for path_ in ("/metrics", "/live", "/live/stream", "/version", "/openapi.json", "/v1/models", "/nothing", "/page"):
+            assert HTTP.get(f"{locked.url}{path_}").status_code == 401, path_
+        for path_ in ("/health/", "/HEALTH", "/PAGE/page.js", "/v1/models/"):
             assert HTTP.get(f"{locked.url}{path_}").status_code == 401, path_
         for path_ in ("/health", "/ready", "/", "/page/page.js"):
             assert HTTP.get(f"{locked.url}{path_}").status_code == 200, path_
@@ -497,6 +500,9 @@ def test_pages_of_elsewhere(served: Served) -> None:
     assert get(served.url, origin=served.url) == 200
     for origin in ("https://evil.org", "null", f"http://127.0.0.1:{port + 1}", f"http://evil.org:{port}"):
         assert get(served.url, origin=origin) == 403, origin
+    for site, mode, status in (("cross-site", "no-cors", 403), ("same-site", "no-cors", 403), ("cross-site", "navigate", 200)):
+        assert get(served.url, **{"sec-fetch-site": site, "sec-fetch-mode": mode}) == status
+    assert get(served.url, **{"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}) == 200
     preflight = {"origin": "https://friend.org", "access-control-request-method": "POST"}
     assert HTTP.options(f"{served.url}/v1/completions", headers=preflight).status_code == 403
     friendly = AppSettings(

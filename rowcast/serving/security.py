@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import stat
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +229,7 @@ class Guard:
         path = _path(scope)
         return path if path in self._routes else UNMATCHED
 
-    def _check_place(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def _check_place(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """A page of elsewhere must not reach a loopback server, neither by a name that it made point here nor as another origin."""
         if not self._settings.loopback:
             return
@@ -242,6 +242,10 @@ class Guard:
                     f"this server is not known as {name[:60]!r}: call it by 127.0.0.1, or allow that host",
                     code="host_refused",
                 )
+        given = dict(headers)
+        elsewhere = given.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and given.get(b"sec-fetch-mode") != b"navigate"
+        if elsewhere and b"origin" not in given:  # an image, say, whose address is one of the API's: browsers send no origin then
+            raise ApiError(403, "pages of other sites may not call this server", code="origin_refused")
         for header, value in headers:
             if header == b"origin":
                 origin = value.decode("latin-1").lower()
