@@ -199,6 +199,7 @@ def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: Re
             latest, latest_s = asyncio.ensure_future(_text_of(backend.live())), now
         return await asyncio.shield(latest)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=doc.Health, responses=doc.errors(403, 503), tags=["watching"])
     async def health() -> Response:
         """Whether the process is alive, whatever its model does."""
@@ -207,6 +208,7 @@ def _add_watching(app: FastAPI, backend: Backend, settings: AppSettings, log: Re
             raise ApiError(503, f"the server has stopped: {reason}", kind="service_unavailable", code="unavailable")
         return _json(json_text({"status": "alive", "state": state}))
 
+    @app.head("/ready", include_in_schema=False)
     @app.get(
         "/ready",
         response_model=doc.Ready,
