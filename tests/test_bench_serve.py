@@ -20,6 +20,7 @@ from http_serving import NAME, Served, character_model, engine
 from warm_ranks import WarmLauncher
 
 import rowcast.cli
+from rowcast.bench.serve import _api_key
 from rowcast.bench.server_process import ServerProcess
 from rowcast.bench.serving_client import Load, Outcome, Planned, Server, events
 from rowcast.bench.serving_load import INFINITE, Lengths, arrivals, plan, prompts
@@ -380,3 +381,14 @@ def test_a_server_that_does_not_start() -> None:
         ServerProcess("m", command=(sys.executable, "-c", script)).__enter__()
     with pytest.raises(UserError, match=r"was not ready after 0.2 s"):
         ServerProcess("m", command=(sys.executable, "-c", "import signal; signal.pause()"), start_s=0.2, stop_s=30).__enter__()
+
+
+@pytest.mark.parametrize(("text", "key"), [
+    ("# ours\n\nalice:alice-key-0123456789\n", "alice-key-0123456789"),
+    ("plain-key-0123456789\n", "plain-key-0123456789"),
+    ("bob:with:colons#and-more\n", "with:colons#and-more"),
+])  # fmt: skip
+def test_a_servers_file_of_keys(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    assert _api_key(str(path)) == key

@@ -158,16 +158,19 @@ def _text(path: str) -> str:
 
 
 def _api_key(path: str | None) -> str | None:
-    """The first line of a file, else of the environment."""
+    """The first key of a file as `rowcast serve` reads it (KEY or NAME:KEY a line, lines that begin with # are comments), else that of
+    the environment."""
     if path is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
-        lines = Path(path).read_text(encoding="utf-8").split()
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api-key-file {path} cannot be read ({error})") from error
-    if not lines:
+    first = next((line for line in lines if line and not line.startswith("#")), None)
+    if first is None:
         raise UserError(f"--api-key-file {path} is empty but has to hold a key")
-    return lines[0]
+    name, colon, key = first.partition(":")
+    return key.strip() if colon else name
 
 
 async def _tokenize(server: Server, model: str, text: str) -> list[int] | None:

@@ -189,7 +189,9 @@ async def served_model(server: Server) -> str:
     """The first that the server lists. Raises UserError."""
     status, found = await ask(server, "GET", "/v1/models")
     if status == 401:
-        raise UserError(f"{server.url} wants another API key (401)")
+        raise UserError(
+            f"{server.url} wants another API key than it was given (401): name a file with one by --api-key-file, or set OPENAI_API_KEY"
+        )
     try:
         return f"{found['data'][0]['id']}"
     except (TypeError, KeyError, IndexError):

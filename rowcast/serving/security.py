@@ -124,7 +124,9 @@ class AppSettings:
 
     def __post_init__(self) -> None:
         if not self.loopback and not self.api_keys:
-            raise UserError(f"host={self.host} lets other machines call the server: give API keys, or bind it to 127.0.0.1")
+            raise UserError(
+                f"host={self.host} lets other machines call the server: give API keys (--api-key-file), or bind it to 127.0.0.1"
+            )
         for origin in self.allowed_origins:
             if not re.fullmatch(r"https?://[^/\s*A-Z]+", origin):
                 raise UserError(
@@ -239,7 +241,7 @@ class Guard:
             if not (is_loopback(name) or name in self._hosts or host in self._hosts):
                 raise ApiError(
                     403,
-                    f"this server is not known as {name[:60]!r}: call it by 127.0.0.1, or allow that host",
+                    f"this server is not known as {name[:60]!r}: call it by 127.0.0.1, or start it with --allowed-host",
                     code="host_refused",
                 )
         given = dict(headers)
@@ -251,7 +253,8 @@ class Guard:
                 origin = value.decode("latin-1").lower()
                 own = [f"{scheme}://{host}" for scheme in ("http", "https") for host in hosts]
                 if origin not in own and origin not in self._origins:
-                    raise ApiError(403, f"pages of {origin[:60]!r} may not call this server", code="origin_refused")
+                    sentence = f"pages of {origin[:60]!r} may not call this server: start it with --allowed-origin"
+                    raise ApiError(403, sentence, code="origin_refused")
 
     def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         """Whose request it is. Raises ApiError without a key where one is needed."""

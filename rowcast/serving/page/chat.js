@@ -149,7 +149,7 @@ export class Chat {
         reason = choice?.finish_reason ?? reason;
       }
       if (reason === null) end.wrong = "The connection ended before the answer did.";
-      if (reason === "length") end.note = "Ended at the most tokens that were asked for.";
+      if (reason === "length") end.note = "Ended at the most tokens that were asked for, or at the end of the context: New chat begins anew.";
     } catch (error) {
       if (controller.signal.aborted) end.note = "Stopped.";
       else this.failed(error, end);
