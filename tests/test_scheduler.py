@@ -113,15 +113,24 @@ def test_a_limit_holds_while_others_decode_and_no_longer() -> None:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    """The oldest has half of the share, those with least left have the rest; what nobody needs goes on."""
+    """The oldest has half of the share, the others the rest, in turn; what nobody needs goes on."""
     scheduler, _ = make([4, 800], blocks=300, prefill_limit=PrefillLimit(16, None), max_batch_tokens=64)
     assert step(scheduler) == ([(0, 4), (1, 60)], [])
     assert step(scheduler) == ([(0, 1), (1, 16)], [])
-    for seq_id, prompt in ((2, 12), (3, 5), (4, 30)):
+    for seq_id, prompt in ((2, 300), (3, 12), (4, 6)):
         scheduler.add(sequence(seq_id, prompt))
-    assert step(scheduler) == ([(0, 1), (1, 8), (2, 3), (3, 5)], [])
-    assert step(scheduler) == ([(0, 1), (1, 8), (2, 8), (3, 1)], [])
-    assert step(scheduler) == ([(0, 1), (1, 8), (2, 1), (3, 1), (4, 8)], [])  # 2 has one token left, as if it decoded
+    assert step(scheduler) == ([(0, 1), (1, 8), (3, 8)], [])
+    assert step(scheduler) == ([(0, 1), (1, 8), (3, 4), (4, 4)], [])
+
+
+def test_short_prompts_that_keep_coming_hold_up_no_longer_one() -> None:
+    scheduler, _ = make([4, 800], blocks=400, max_num_seqs=40, prefill_limit=PrefillLimit(16, None), max_batch_tokens=64)
+    step(scheduler)
+    scheduler.add(middling := sequence(2, 40))
+    for number in range(6):
+        scheduler.add(sequence(3 + number, 8))
+        step(scheduler)
+    assert middling.pending == 1
 
 
 def test_a_long_prompt_is_through_whatever_comes_later() -> None:

@@ -11,6 +11,10 @@ from rowcast.runtime.prefill_limit import PrefillLimit
 from rowcast.runtime.prefix_cache import PrefixCache, WrittenBy
 from rowcast.runtime.request import Sequence
 
+_LONG_STEPS = 8
+"""Under a limit, a prompt that takes more steps than that lets all others pass until it is the oldest. Shorter ones keep their turn:
+with the shortest first, those of middling length waited for minutes while short ones came."""
+
 
 class Scheduler:
     """First come, first served. A sequence holds blocks for all positions it has run; the youngest gives way first.
@@ -161,14 +165,15 @@ class Scheduler:
 
     def _shares(self, prefills: Seq[tuple[Sequence, int]], budget: int) -> dict[int, int]:
         """Of the budget, by sequence id: first come, first served, or, under a limit, half to the oldest, so that it comes to an end,
-        and the rest to those that have least left, so that these do not wait for it. `prefills`: with what they have left."""
+        and the rest to the others in turn, long prompts last, so that nobody waits for these. `prefills`: with what they have left."""
         shares: dict[int, int] = {}
         order = list(prefills)
         if self._limit is not None and order:
             (oldest, pending), *others = order
             shares[oldest.seq_id] = min(pending, -(-budget // 2))
             budget -= shares[oldest.seq_id]
-            order = [*sorted(others, key=lambda each: each[1]), (oldest, pending - shares[oldest.seq_id])]
+            long = _LONG_STEPS * budget
+            order = [*sorted(others, key=lambda each: each[1] > long), (oldest, pending - shares[oldest.seq_id])]
         for seq, pending in order:
             tokens = min(pending, budget)
             shares[seq.seq_id] = shares.get(seq.seq_id, 0) + tokens
