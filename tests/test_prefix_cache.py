@@ -97,7 +97,7 @@ class Watch:
             if isinstance(view, HostedKV):
                 two, layers, heads, _, width = view._entries.shape
                 parts.append(view._entries.view(two, layers, heads, -1, SIZE, width)[:, :, :, block])
-            now[name] = block, torch.cat([part.flatten().clone() for part in parts])
+            now[name] = block, torch.cat([part.flatten().cpu() for part in parts])
             before = self._seen.get(name)
             if before is not None and before[0] == block:
                 assert torch.equal(before[1], now[name][1]), f"block {block} is shared and was written to"
