@@ -194,12 +194,14 @@ def test_a_second_signal_ends_it_at_once(fake: Callable[[float, float], subproce
     line_of(process.stderr, "listening at http://127.0.0.1:")
     process.send_signal(signal.SIGTERM)
     assert line_of(process.stdout, "draining") == "draining 7\n"
+    line_of(process.stderr, "finishing what runs, within 7 s; another signal")
     process.send_signal(signal.SIGINT)
     assert process.wait(WAIT_S) == 130
 
 
 def test_a_signal_while_loading_ends_it_at_once(fake: Callable[[float, float], subprocess.Popen[str]]) -> None:
     process = fake(600, 0)
+    line_of(process.stderr, "rowcast: loading the model")
     line_of(process.stdout, "starting")
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 143

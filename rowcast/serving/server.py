@@ -76,6 +76,7 @@ def run(service: Service, make_app: Callable[[], Any], bound: socket.socket, *, 
 async def _serve(service: Service, make_app: Callable[[], Any], bound: socket.socket, drain_s: float) -> int:
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     with _signals(stop) as started:
+        _say("loading the model")
         await service.start()
         started()
         listening = asyncio.Event()
@@ -84,7 +85,7 @@ async def _serve(service: Service, make_app: Callable[[], Any], bound: socket.so
         told = asyncio.ensure_future(listening.wait())
         await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
         if listening.is_set():
-            print(f"rowcast: listening at {url_of(bound)}", file=sys.stderr, flush=True)
+            _say(f"listening at {url_of(bound)}")
             await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if not listening.is_set():
@@ -94,7 +95,7 @@ async def _serve(service: Service, make_app: Callable[[], Any], bound: socket.so
                 host, port = bound.getsockname()[:2]
                 raise _cannot_listen(host, port, error) from None
             raise error or RuntimeError("the HTTP application did not start")
-        log.info("draining for %g s at most", drain_s)
+        _say(f"finishing what runs, within {drain_s:g} s; another signal ends it at once")
         if not await service.drain(drain_s):
             log.warning("not all requests were finished within %g s", drain_s)
         server.should_exit = True
@@ -124,6 +125,10 @@ def _signals(stop: asyncio.Future[int]) -> Iterator[Callable[[], None]]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+def _say(sentence: str) -> None:
+    print(f"rowcast: {sentence}", file=sys.stderr, flush=True)
 
 
 def _end(code: int) -> NoReturn:
