@@ -1,0 +1,169 @@
+"""docs/benchmarks.md and its pictures, from the JSON lines that benchmarks printed and that are kept in docs/results.
+
+    python benchmarks/report.py --keep OUTPUT --command "rowcast bench kernels" --date 2026-11-27 --as kernels-h100    # add a result
+    python benchmarks/report.py                                                                                       # write the page
+
+`--keep` takes the last line of a benchmark's output, which is JSON, and keeps it with the command and the date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results"
+PAGE = ROOT / "docs/benchmarks.md"
+IMAGES = ROOT / "docs/images"
+
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/report.py` from the JSON lines in [results](results), which the commands beside them printed. Times on a
+GPU are medians over warm runs with fresh random inputs. The floor of a time is the bytes that have to be read over the rate of a copy
+that was measured in the same run, counting bytes read and written. Shapes have random weights, unless a model is named: they show time
+and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md).
+"""
+
+Result = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def kernels(result: Result) -> Iterator[str]:
+    report = result["report"]
+    yield f"A copy reaches {report['copy_bytes_per_s'] / 1e12:.2f} TB/s. A ratio is a peer's time over ours, in the same run."
+    yield ""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for case in next(value for value in report.values() if isinstance(value, list)):
+            if "error" in case:
+                yield case["name"], case["shape"], case["error"], "", "", ""
+                continue
+            peers = [f"{name} {peer['time_s'] * 1e6:.1f} ({peer['ratio']:.2f}x)" for name, peer in case["peers"].items()]
+            note = f". {case['note']}" if case["note"] else ""
+            yield (
+                case["name"],
+                case["shape"] + note,
+                f"{case['time_s'] * 1e6:.1f}",
+                f"{case['floor_s'] * 1e6:.1f}",
+                f"{case['share_of_floor']:.2f}",
+                ", ".join(peers),
+            )
+
+    yield from table(("kernel", "shape", "us", "floor, us", "share", "peers, us"), rows())
+    yield ""
+    yield f"![Kernels beside their floors](images/{result['name']}.svg)"
+
+
+def draw_kernels(result: Result) -> None:
+    """Each kernel whose floor is at least 5 us: the share of the floor, ours and the first peer's."""
+    from matplotlib.figure import Figure
+
+    cases = [case for case in _cases(result) if case.get("floor_s", 0) >= 5e-6 and case["family"] != "host"]
+    figure = Figure(figsize=(9, 0.3 * len(cases) + 1), layout="constrained")
+    axes = figure.subplots()
+    for place, case in enumerate(reversed(cases)):
+        axes.barh(place + 0.2, case["share_of_floor"], 0.38, color="#0072B2", label="Rowcast" if not place else None)
+        for peer in list(case["peers"].values())[:1]:
+            axes.barh(place - 0.2, case["floor_s"] / peer["time_s"], 0.38, color="#E69F00", label="_")
+    axes.barh(0, 0, color="#E69F00", label="cuBLAS or torch, as in the table")
+    axes.set_yticks(range(len(cases)), [f"{case['name']} {case['shape']}" for case in reversed(cases)], fontsize=7)
+    axes.set_ylim(-1, len(cases))
+    axes.axvline(1, color="#5A5A5A", linewidth=0.8)
+    axes.set_xlabel("share of the floor of its own bytes (peers: of the same); 1 is the rate of a copy")
+    axes.set_title(f"{result['report']['device']}, bfloat16")
+    axes.legend(loc="upper right", fontsize=7)
+    save(figure, result["name"])
+
+
+def _cases(result: Result) -> list[dict[str, Any]]:
+    return next(value for value in result["report"].values() if isinstance(value, list))
+
+
+def anything(result: Result) -> Iterator[str]:
+    """Of a benchmark without a table of its own: its figures, a line each."""
+
+    def rows(found: Any, name: str = "") -> Iterator[Sequence[str]]:
+        if isinstance(found, dict):
+            for key, value in found.items():
+                yield from rows(value, f"{name} {key}".strip())
+        elif isinstance(found, list) and any(isinstance(value, (dict, list)) for value in found):
+            for place, value in enumerate(found):
+                yield from rows(value, f"{name} {place}".strip())
+        else:
+            yield name.replace("_", " "), f"{found:.4g}" if isinstance(found, float) else str(found)
+
+    yield from table(("figure", ""), rows(result["report"]))
+
+
+TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels}
+PICTURES: dict[str, Callable[[Result], None]] = {"kernels": draw_kernels}
+"""By the first part of a result's name, before a dash."""
+
+
+def save(figure: Any, name: str) -> None:
+    """The same figure gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rowcast"}):
+        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def page(results: Sequence[Result]) -> str:
+    lines = [HEAD]
+    for result in results:
+        report = result["report"]
+        device = report.get("device") or report.get("model") or ""
+        versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
+        lines += [f"## {result['title']}", ""]
+        lines += [
+            ", ".join(part for part in (result["date"], device, versions) if part) + ":",
+            "",
+            f"    {result['command']}",
+            "",
+        ]
+        lines += [*TABLES.get(result["name"].partition("-")[0], anything)(result), ""]
+    return "\n".join(lines)
+
+
+def kept() -> list[Result]:
+    return [{**json.loads(path.read_text()), "name": path.stem} for path in sorted(RESULTS.glob("*.json"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="a benchmark's output; its last line is JSON")
+    parser.add_argument("--as", dest="name", help="the result's name: KIND-WHERE")
+    parser.add_argument("--title", help="of its section")
+    parser.add_argument("--command", help="what printed it")
+    parser.add_argument("--date", help="when, as 2026-11-27")
+    given = parser.parse_args()
+    if given.keep:
+        missing = [
+            f"--{name}" for name in ("as", "title", "command", "date") if not vars(given)["name" if name == "as" else name]
+        ]
+        if missing:
+            parser.error(f"--keep needs {', '.join(missing)}, too")
+        report = json.loads(given.keep.read_text().strip().splitlines()[-1])
+        result = {"title": given.title, "date": given.date, "command": given.command, "report": report}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    results = kept()
+    for result in results:
+        if draw := PICTURES.get(result["name"].partition("-")[0]):
+            draw(result)
+    PAGE.write_text(page(results))
+    print(f"{PAGE.relative_to(ROOT)}: {len(results)} results", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
