@@ -89,6 +89,35 @@ def _cases(result: Result) -> list[dict[str, Any]]:
     return next(value for value in result["report"].values() if isinstance(value, list))
 
 
+def serving(result: Result) -> Iterator[str]:
+    """A case of benchmarks/serving.py: what happened to the requests, then the latencies of each of its loads."""
+    report = result["report"]
+    judged = report.get("accepted", report)
+    if "equal" in judged:
+        counts = ", ".join(f"{judged[name]} {name}" for name in ("requests", "lost", "equal", "excused", "different"))
+        yield f"Against `LLM.generate` of the same requests: {counts} (excused: parted at a tie below 1e-4)."
+        yield ""
+    loads = {name: load for name, load in {"": report, **report}.items() if isinstance(load, dict) and "p99_ttft_ms" in load}
+    if loads:
+        head = ("", "requests/s", "tokens/s", "ms to the first token: median", "p99", "ms between tokens: median", "p99")
+        yield from table(head, (_latencies(name or "all", load) for name, load in loads.items()))
+        yield ""
+    known = {"case", "model", "seconds", "accepted", *_JUDGED, *loads}
+    if "" in loads:
+        known |= set(report) - _BESIDE_A_LOAD
+    yield from anything({"report": {name: value for name, value in report.items() if name not in known}})
+
+
+_JUDGED = ("requests", "lost", "equal", "excused", "different", "near_ties", "differences", "lost_as")
+_BESIDE_A_LOAD = {"resident_mib", "grown_mib", "exit_code", "streams", "share_of_offline"}
+
+
+def _latencies(name: str, load: dict[str, Any]) -> Sequence[str]:
+    rates = (f"{load[rate]:.2f}" if load.get(rate) else "" for rate in ("request_throughput", "output_throughput"))
+    times = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")
+    return name, *rates, *(f"{load[time]:,.0f}" for time in times)
+
+
 def anything(result: Result) -> Iterator[str]:
     """Of a benchmark without a table of its own: its figures, a line each."""
 
@@ -105,7 +134,7 @@ def anything(result: Result) -> Iterator[str]:
     yield from table(("figure", ""), rows(result["report"]))
 
 
-TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels}
+TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels, "serving": serving}
 PICTURES: dict[str, Callable[[Result], None]] = {"kernels": draw_kernels}
 """By the first part of a result's name, before a dash."""
 
@@ -122,7 +151,7 @@ def page(results: Sequence[Result]) -> str:
     lines = [HEAD]
     for result in results:
         report = result["report"]
-        device = report.get("device") or report.get("model") or ""
+        device = ", ".join(part for part in (report.get("model"), report.get("device"), result.get("where")) if part)
         versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
         lines += [f"## {result['title']}", ""]
         lines += [
@@ -146,6 +175,7 @@ def main() -> None:
     parser.add_argument("--title", help="of its section")
     parser.add_argument("--command", help="what printed it")
     parser.add_argument("--date", help="when, as 2026-11-27")
+    parser.add_argument("--where", help="on what, if the line itself does not say so")
     given = parser.parse_args()
     if given.keep:
         missing = [
@@ -154,7 +184,7 @@ def main() -> None:
         if missing:
             parser.error(f"--keep needs {', '.join(missing)}, too")
         report = json.loads(given.keep.read_text().strip().splitlines()[-1])
-        result = {"title": given.title, "date": given.date, "command": given.command, "report": report}
+        result = {"title": given.title, "date": given.date, "where": given.where, "command": given.command, "report": report}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = kept()
