@@ -170,8 +170,8 @@ def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Messag
     target = Target(checkpoint, spec, checkpoint.source.fingerprint(), None)  # the driver has compared vocabularies
     planned = check_plan(plan, target, Wish(calibration=order.calibration, tensor_parallel_size=order.world), {})
     join(store, rank, order.world, timeout_s=order.timeout_s, device=torch.device(plan.device))
-    comm = DistributedComm()
-    if plan.device != "cpu":
+    comm = DistributedComm() if order.world > 1 else None  # alone, nothing is sent, not even to itself
+    if comm is not None and plan.device != "cpu":
         most = BATCHES[-1] * max(spec.hidden_size, spec.embed_size)
         comm.sum_in_one_shot(most, devices.DTYPES[plan.dtype], torch.device(plan.device))
 
