@@ -18,6 +18,9 @@ from rowcast.serving.backend import Backend
 
 log = logging.getLogger("rowcast")
 
+_SILENT_S = 1.0
+"""A start that takes longer says what it does; one that fails sooner says only why."""
+
 _MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers."""
 _KEEP_ALIVE_S = 30.0
@@ -76,8 +79,11 @@ def run(service: Service, make_app: Callable[[], Any], bound: socket.socket, *, 
 async def _serve(service: Service, make_app: Callable[[], Any], bound: socket.socket, drain_s: float) -> int:
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     with _signals(stop) as started:
-        _say("loading the model")
-        await service.start()
+        soon = asyncio.get_running_loop().call_later(_SILENT_S, _say, "loading the model")
+        try:
+            await service.start()
+        finally:
+            soon.cancel()
         started()
         listening = asyncio.Event()
         server = _uvicorn(make_app(), listening)
