@@ -131,7 +131,8 @@ def anything(result: Result) -> Iterator[str]:
         else:
             yield name.replace("_", " "), f"{found:.4g}" if isinstance(found, float) else str(found)
 
-    yield from table(("figure", ""), rows(result["report"]))
+    report = {name: value for name, value in result["report"].items() if name not in ("benchmark", "device", "model", "versions")}
+    yield from table(("figure", ""), rows(report))
 
 
 TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels, "serving": serving}
