@@ -208,7 +208,9 @@ def _choose_heads(
     if OVERLAP:
         gdc_wait()
     score = tl.load(scores_ptr + at, mask=there, other=float("-inf"))
-    score = tl.where(score != score, float("-inf"), score)  # No more than `keep` are chosen of scores that are no numbers, either.
+    score = tl.where(
+        score != score, float("-inf"), score
+    )  # No more than `keep` are chosen of scores that are no numbers, either.
     other, one = score[None, :], score[:, None]
     better = (other > one) | ((other == one) & (at[None, :] < at[:, None]))
     better = better & (shard[None, :] == shard[:, None])

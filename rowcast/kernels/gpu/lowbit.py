@@ -30,6 +30,8 @@ class Tiles(NamedTuple):
     splits: int
     ahead: int = 1
     """Steps whose weights are on their way while one is multiplied: 1 or 2."""
+    early: bool = False
+    """Whether a program of the next kernel may take the place of one that has ended, rather than wait until all have read."""
 
 
 def product(
@@ -95,7 +97,7 @@ def _run(
         x = x.clone()
     blocks, block_bytes = q.padded // BLOCK, BLOCK * q.bits // 8
     assert q.codes.stride(0) % block_bytes == 0 and q.codes.data_ptr() % 16 == 0
-    tiles = tiles or tiles_for(places, blocks, gated, multiprocessors(x.device))
+    tiles = tiles or tiles_for(places, blocks, q.bits, gated, multiprocessors(x.device))
     step = tiles.warps * tiles.unroll
     splits = min(tiles.splits, triton.cdiv(blocks, step))
     out = torch.empty(tokens, places, dtype=dtype, device=x.device)
@@ -130,6 +132,7 @@ def _run(
         WARPS=tiles.warps,
         UNROLL=tiles.unroll,
         AHEAD=tiles.ahead,
+        EARLY=tiles.early,
         ROWS=tiles.rows,
         TOKENS=8 if tokens <= 8 and x.is_cuda else MOST_TOKENS,
         ASM=x.is_cuda,
@@ -140,21 +143,23 @@ def _run(
     return out
 
 
-def tiles_for(places: int, blocks: int, gated: bool, units: int) -> Tiles:
+def tiles_for(places: int, blocks: int, bits: int, gated: bool, units: int) -> Tiles:
     """For a product with `places` rows of `blocks` blocks; units: the GPU's multiprocessors. As measured on an H100.
 
     What decides: all programs in one wave, with 15 to 25 warps a multiprocessor. Fewer rows make inputs dear where tokens are many.
+    The next kernel's weights may come early where the wave leaves no room: elsewhere its programs crowd on some multiprocessors.
     """
     narrow, wide = triton.cdiv(places, 16), triton.cdiv(places, 32)
     if gated:
-        return Tiles(16, 1, 4, 1) if narrow > 6 * units else Tiles(16, 2, 2, 1)
+        return Tiles(16, 1, 4, 1) if narrow > 6 * units and bits in (3, 8) else Tiles(16, 2, 2, 1)
     if blocks <= 8:
         return Tiles(16, 2, 2, 1)
     if 3 * units < narrow <= 8 * units:
         return Tiles(16, 4, 2, 1)
     if wide < units // 2:
         return Tiles(16, 4, 2, max(1, min(16, 3 * units // narrow, blocks // 16)))
-    return Tiles(32, 2, 2, max(1, min(round(8 * units / wide), blocks // 16)))
+    splits = max(1, min(round(8 * units / wide), blocks // 16))
+    return Tiles(32, 2, 2, splits, early=splits > 1 and splits * wide > 7 * units)
 
 
 def _word(q: LowBit, unroll: int) -> int:

@@ -1,8 +1,10 @@
 """The kernel of `lowbit.py`: weights of 2, 3, 4 or 8 bits times up to 16 tokens.
 
 Tokens are the columns of the tile that the matrix units take, y^T [rows, 16] = W [rows, K] x^T [K, 16]. Codes become levels in
-registers: code - (2^bits - 1) / 2 has at most 8 significant bits, which bfloat16 and float16 hold exactly. Each block of 64 columns
-is one product of exact numbers in float32, times its scale. float32 inputs are two bfloat16 parts, whose sum is within 2^-17 of them.
+registers: code - (2^bits - 1) / 2 has at most 8 significant bits, which bfloat16 and float16 hold exactly. Of 2 and 4 bits they
+may be raised, code + 2^e: taking that off every number costs more than to begin a block's sum with what it adds, negative (`_start`).
+Each block of 64 columns is one product of exact numbers in float32, times its scale. float32 inputs are two bfloat16 parts, whose sum
+is within 2^-17 of them.
 
 Codes go from memory straight to the registers that the matrix units read, and no warp waits for another: each has blocks of its own,
 and sums are added at the end. For lane 4 g + q of a warp those units (mma.sync.m16n8k16) want some columns of the rows g and g + 8, and
@@ -21,11 +23,17 @@ from rowcast.kernels.gpu.product_kernels import _activate, _arrive, _sum_partial
 
 
 @triton.constexpr_function
-def _unpack(bits, part, half):
+def _raised(bits, half, shared):
+    """2^e where levels are code + 2^e, else 0: of 2 or 4 bits, and `shared`, where what is taken off a sum serves two tiles of rows."""
+    return 0 if bits not in (2, 4) or not shared else 1 << (bits + 2 if half else bits)
+
+
+@triton.constexpr_function
+def _unpack(bits, part, half, raised):
     """PTX that makes of a word, 4 packed bytes, the four 16-bit levels of one part: 2 or 4 bits, at bit `bits * part`.
 
     A code goes into the mantissa of 2^e: of bfloat16 the upper of 7 bits, of float16 bits 4 to 7 or 6 to 7, so that one permutation of
-    bytes with the constant upper byte makes two numbers. 2^e and the middle level are then taken off.
+    bytes with the constant upper byte makes two numbers. Unless they are to be raised, 2^e and the middle level are then taken off.
     """
     top = 8 if half else 7
     left = top - bits - bits * part
@@ -36,6 +44,7 @@ def _unpack(bits, part, half):
     low, high = number & 255, number >> 8
     off = number + (((1 << bits) - 1 << (10 if half else 7)) >> exponent + 1)
     kind = "f16x2" if half else "bf16x2"
+    lower = "" if raised else f"mov.b32 c, {off * 0x00010001}; sub.rn.{kind} a, a, c; sub.rn.{kind} b, b, c;"
     return f"""{{
         .reg .b32 v, c, a, b;
         {shift}
@@ -43,9 +52,7 @@ def _unpack(bits, part, half):
         mov.b32 c, {high * 0x01010101};
         prmt.b32 a, v, c, 0x4140;
         prmt.b32 b, v, c, 0x4342;
-        mov.b32 c, {off * 0x00010001};
-        sub.rn.{kind} a, a, c;
-        sub.rn.{kind} b, b, c;
+        {lower}
         mov.b32 {{$0, $1}}, a;
         mov.b32 {{$2, $3}}, b;
     }}"""
@@ -91,7 +98,8 @@ _EIGHT_FLOAT16 = tl.constexpr("""{
 
 
 @triton.jit
-def _levels(word, high, here, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def _levels(word, high, here, part: tl.constexpr, BITS: tl.constexpr, RAISED: tl.constexpr, DTYPE: tl.constexpr,
+            ASM: tl.constexpr):  # fmt: skip
     """Levels of one part of the words [4, 8, W, H, J] of a block: [4, 8, W, H, J, 2, 2], that of byte c + 2 b at [..., c, b].
 
     `high` points at the two words of the 3-bit codes' high bits, which are read of blocks that are `here`. They are not read as bytes,
@@ -104,17 +112,17 @@ def _levels(word, high, here, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.
         if BITS == 3:
             quarter = tl.arange(0, 4)[:, None, None, None, None]
             more = tl.load(high + part // 2, mask=here, other=0) >> (2 * part % 4 + quarter // 2) * 8 + quarter % 2 * 4
-        a = _level(bits, more, 0, WIDTH, BITS, DTYPE)
-        b = _level(bits, more, 1, WIDTH, BITS, DTYPE)
-        c = _level(bits, more, 2, WIDTH, BITS, DTYPE)
-        d = _level(bits, more, 3, WIDTH, BITS, DTYPE)
+        a = _level(bits, more, 0, WIDTH, BITS, RAISED, DTYPE)
+        b = _level(bits, more, 1, WIDTH, BITS, RAISED, DTYPE)
+        c = _level(bits, more, 2, WIDTH, BITS, RAISED, DTYPE)
+        d = _level(bits, more, 3, WIDTH, BITS, RAISED, DTYPE)
     elif tl.float16 == DTYPE:
-        half: tl.constexpr = _EIGHT_FLOAT16 if BITS == 8 else _unpack(BITS, part, True)
+        half: tl.constexpr = _EIGHT_FLOAT16 if BITS == 8 else _unpack(BITS, part, True, RAISED)
         a, b, c, d = tl.inline_asm_elementwise(
             half, "=h,=h,=h,=h,r", [word], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
         )
     else:
-        ptx: tl.constexpr = _EIGHT_BFLOAT16 if BITS == 8 else _unpack(BITS, part, False)
+        ptx: tl.constexpr = _EIGHT_BFLOAT16 if BITS == 8 else _unpack(BITS, part, False, RAISED)
         a, b, c, d = tl.inline_asm_elementwise(
             ptx, "=h,=h,=h,=h,r", [word], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
         )
@@ -122,12 +130,12 @@ def _levels(word, high, here, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.
 
 
 @triton.jit
-def _level(bits, more, byte: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+def _level(bits, more, byte: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, RAISED: tl.constexpr, DTYPE: tl.constexpr):
     """That of a byte of a word, of whose codes `more` has the third bits."""
     code = (bits >> (8 * byte)) & ((1 << WIDTH) - 1)
     if BITS == 3:
         code = code | (more >> byte & 1) << 2
-    return (code.to(tl.float32) - ((1 << BITS) - 1) / 2).to(DTYPE)
+    return (code.to(tl.float32) + (RAISED or -((1 << BITS) - 1) / 2)).to(DTYPE)
 
 
 @triton.jit
@@ -220,23 +228,34 @@ def _inputs(x, within, present, block, width,
 
 
 @triton.jit
-def _products(acc, weights, FIRST: tl.constexpr, inputs, high, block, blocks, BITS: tl.constexpr, PARTS: tl.constexpr,
-              UNROLL: tl.constexpr, WORD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """acc [W, R, T] and the products of UNROLL blocks from `block` [W] on, whose words and scales are weights[FIRST:]."""
-    for u in tl.static_range(UNROLL):
-        here = (block + u < blocks)[None, None, :, None, None]
-        third = high + ((block + u) * (2 * BITS) + 4)[None, None, :, None, None]
-        y = tl.zeros(acc.shape, tl.float32)
+def _products(acc, weights, FIRST: tl.constexpr, u: tl.constexpr, inputs, y, high, block, blocks, BITS: tl.constexpr,
+              RAISED: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr, WORD: tl.constexpr, DTYPE: tl.constexpr,
+              ASM: tl.constexpr):  # fmt: skip
+    """acc [W, R, T] and the products, from y on, of the u-th block from `block` [W] on, its words and scales from weights[FIRST:]."""
+    here = (block + u < blocks)[None, None, :, None, None]
+    third = high + ((block + u) * (2 * BITS) + 4)[None, None, :, None, None]
+    for part in tl.static_range(PARTS):
+        levels = _levels(weights[FIRST + u], third, here, part, BITS, RAISED, DTYPE, ASM)
+        y = _add_product(y, levels, inputs[u * PARTS + part], DTYPE, ASM)
+    scale = weights[FIRST + UNROLL + u // WORD]
+    if WORD > 1:
+        scale = (scale >> 16 * (u % WORD)).to(tl.int16).to(tl.float16, bitcast=True)
+    wide = scale.to(tl.float32)[:, :, :, :, None, None]  # for each token 8 n + 2 q + c of the tile, as lanes have it
+    wide = tl.broadcast_to(wide, [4, 8, scale.shape[2], scale.shape[3], acc.shape[2] // 8, 2])
+    return acc + y * tl.reshape(tl.permute(wide, (2, 3, 1, 4, 0, 5)), acc.shape)
+
+
+@triton.jit
+def _start(acc, u: tl.constexpr, inputs, BITS: tl.constexpr, RAISED: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+           ASM: tl.constexpr):  # fmt: skip
+    """Where a block's sum [W, R, T] begins: below 0 by what raised levels add."""
+    y = tl.zeros(acc.shape, tl.float32)
+    if RAISED:
+        level = -RAISED - ((1 << BITS) - 1) / 2
+        level = tl.full([4, 8, acc.shape[0], acc.shape[1] // 8, 4 // PARTS, 2, 2], level, tl.float32).to(DTYPE)
         for part in tl.static_range(PARTS):
-            levels = _levels(weights[FIRST + u], third, here, part, BITS, DTYPE, ASM)
-            y = _add_product(y, levels, inputs[u * PARTS + part], DTYPE, ASM)
-        scale = weights[FIRST + UNROLL + u // WORD]
-        if WORD > 1:
-            scale = (scale >> 16 * (u % WORD)).to(tl.int16).to(tl.float16, bitcast=True)
-        wide = scale.to(tl.float32)[:, :, :, :, None, None]  # for each token 8 n + 2 q + c of the tile, as lanes have it
-        wide = tl.broadcast_to(wide, [4, 8, scale.shape[2], scale.shape[3], acc.shape[2] // 8, 2])
-        acc += y * tl.reshape(tl.permute(wide, (2, 3, 1, 4, 0, 5)), acc.shape)
-    return acc
+            y = _add_product(y, level, inputs[u * PARTS + part], DTYPE, ASM)
+    return y
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -272,11 +291,13 @@ def lowbit_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,  # columns of the tile
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,  # programs of the next kernel may start as soon as one of these ends
     ASM: tl.constexpr,
 ):
     """y = act(g) * u, or act(u), or |y| * norms; + bias before, + residual after."""
     DTYPE: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
+    RAISED: tl.constexpr = _raised(BITS, tl.float16 == DTYPE, GATED or ROWS > 16)
     PACKED: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2  # inputs of a word
     OWN: tl.constexpr = 16 // PARTS // PACKED  # words of a part that a lane reads
     VECTOR: tl.constexpr = min(OWN, 4)
@@ -322,7 +343,10 @@ def lowbit_kernel(
         later = _both(words, scales, code_up, scale_up, block, blocks, BITS, GROUP, GATED, UNROLL, WORD, WHOLE)
     if OVERLAP:
         gdc_wait()
+    if OVERLAP and EARLY:
+        gdc_launch_dependents()
     xs_coming = _inputs(x, within, token < tokens, begin + warp * UNROLL, width, STRIDE, PARTS, UNROLL, WHOLE)
+    UP: tl.constexpr = len(coming) // 2
     for at in tl.range(begin, end, STEP):
         now, xs = coming, xs_coming  # The next steps' are on their way while this one's products run.
         block = tl.minimum(at + AHEAD * STEP, last) + warp * UNROLL
@@ -334,11 +358,13 @@ def lowbit_kernel(
         block = tl.minimum(at + STEP, last) + warp * UNROLL
         xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
         block = at + warp * UNROLL
-        acc = _products(acc, now, 0, xs, high, block, blocks, BITS, PARTS, UNROLL, WORD, DTYPE, ASM)
-        if GATED:
-            UP: tl.constexpr = len(now) // 2
-            acc_up = _products(acc_up, now, UP, xs, high + code_up, block, blocks, BITS, PARTS, UNROLL, WORD, DTYPE, ASM)
-    if OVERLAP:
+        for u in tl.static_range(UNROLL):
+            y = _start(acc, u, xs, BITS, RAISED, PARTS, DTYPE, ASM)
+            acc = _products(acc, now, 0, u, xs, y, high, block, blocks, BITS, RAISED, PARTS, UNROLL, WORD, DTYPE, ASM)
+            if GATED:
+                third = high + code_up
+                acc_up = _products(acc_up, now, UP, u, xs, y, third, block, blocks, BITS, RAISED, PARTS, UNROLL, WORD, DTYPE, ASM)
+    if OVERLAP and not EARLY:
         gdc_launch_dependents()
     acc, acc_up = tl.sum(acc, 0), tl.sum(acc_up, 0)
     places = tile * ROWS + tl.arange(0, ROWS)
@@ -359,26 +385,11 @@ def lowbit_kernel(
             acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
             if GATED:
                 acc_up = _sum_partials(partial_ptr + size, at, mask, step, SPLITS)
-            _finish(
-                acc,
-                acc_up,
-                bias_ptr,
-                norms_ptr,
-                residual_ptr,
-                out_ptr,
-                rows,
-                valid,
-                capacity,
-                at,
-                mask,
-                GATED,
-                ACTIVATION,
-                SIGNED,
-            )
+            _finish(acc, acc_up, bias_ptr, norms_ptr, residual_ptr, out_ptr, rows, valid, capacity, at, mask,
+                    GATED, ACTIVATION, SIGNED)  # fmt: skip
     else:
-        _finish(
-            acc, acc_up, bias_ptr, norms_ptr, residual_ptr, out_ptr, rows, valid, capacity, at, mask, GATED, ACTIVATION, SIGNED
-        )
+        _finish(acc, acc_up, bias_ptr, norms_ptr, residual_ptr, out_ptr, rows, valid, capacity, at, mask,
+                GATED, ACTIVATION, SIGNED)  # fmt: skip
 
 
 @triton.jit
