@@ -135,7 +135,71 @@ def anything(result: Result) -> Iterator[str]:
     yield from table(("figure", ""), rows(report))
 
 
-TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels, "serving": serving}
+def opt_175b(result: Result) -> Iterator[str]:
+    """Of benchmarks/opt_175b.py: decoding of one sequence, memory, a token's time by part, batches, a lost rank."""
+    report = result["report"]
+    yield f"{report['ranks']} ranks; a copy reaches {report['bandwidth'] / 1e12:.2f} TB/s. Bytes are of a rank."
+    yield ""
+    planned = {name.partition("_")[2]: each for name, each in report.items() if name.startswith("plan_")}
+    runs = [each for name, each in report.items() if each and (name == "dense" or name.startswith("sparse"))]
+
+    def decoding() -> Iterator[Sequence[str]]:
+        for run in runs:
+            plan = planned.get("dense" if run["ladder"] == "plain" else "sparse")
+            numbers = run["ms_per_token"], run["floor_ms"], run["share_of_floor"], run["on_device_ms"], run["read_bytes"] / 1e9
+            plan_ms = "" if plan is None else f"{plan['ms_per_token']:.2f}"
+            starts = f"{run['load_s']:.1f}", f"{run['warm_s']:.1f}", f"{run['ttft_s']:.2f}"
+            yield run["ladder"], *(f"{number:.2f}" for number in numbers), plan_ms, *starts
+
+    if runs:
+        head = ("ladder", "ms a token", "floor, ms", "share", "on the device, ms", "GB", "planned, ms")
+        yield from table((*head, "loaded after, s", "warm after, s", "first token, s"), decoding())
+        yield ""
+    for name, each in report.items():
+        if name.startswith("memory"):
+            parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in each["planned"].items())
+            taken = ", ".join(f"{rank['allocated'] / 1e9:.2f} ({rank['device'] / 1e9:.2f})" for rank in each["ranks"])
+            what = "sparse" if "sparse" in name else "dense"
+            yield f"Memory, {what}: planned {each['planned_bytes'] / 1e9:.2f} GB ({parts}); allocated, and taken of the GPU: {taken}."
+            yield ""
+    for name, each in report.items():
+        if name.startswith("token") and each:
+            what = name.partition(", ")[2] or "dense"
+            yield f"A token by part, {what}, on rank 0, {each['token_ms']:.2f} ms under the profiler:"
+            yield ""
+            rows = ((part, f"{ms:.2f}", f"{each['floor_ms'][part]:.2f}") for part, ms in each["ms"].items())
+            yield from table(("part", "ms", "floor, ms"), rows)
+            yield ""
+            if note := each.get("note"):
+                yield f"Note: {note}."
+                yield ""
+    batches = {name.partition("_")[2]: {one["batch"]: one for one in each} for name, each in report.items() if "batch_" in name}
+    if batches:
+        sizes = sorted({size for each in batches.values() for size in each})
+        steps = (
+            (f"{size}", *(f"{each[size]['step_ms']:.2f}, {each[size]['read_bytes'] / 1e9:.1f}" for each in batches.values()))
+            for size in sizes
+        )
+        yield from table(("sequences", *(f"{name}: ms a step, GB" for name in batches)), steps)
+        yield ""
+    if killed := report.get("kill"):
+        same = "equal to an undisturbed run's"
+        if (where := killed["differs_at"]) is not None:
+            same = f"as undisturbed up to number {where}, a tie within {killed['gap']}"
+        yield (
+            f"A rank killed after {killed['killed_after']} of {killed['tokens']} tokens: the next one after {killed['seconds']:.1f} s, "
+            f"the output {same}."
+        )
+        yield ""
+    if eager := report.get("transformers"):
+        yield f"Transformers, eager, one GPU: {eager['layer_ms']:.2f} ms a layer, 96 times that {eager['of_96_layers_ms']:.0f} ms."
+        yield ""
+    for why in report.get("failed", []):
+        yield f"Not measured: {why}."
+        yield ""
+
+
+TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels, "opt175b": opt_175b, "serving": serving}
 PICTURES: dict[str, Callable[[Result], None]] = {"kernels": draw_kernels}
 """By the first part of a result's name, before a dash."""
 

@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -39,23 +39,27 @@ GRID = [0.05, 1.0]
 """Densities of the written calibration, at all of which layers are alike."""
 
 
-def write_calibration(folder: Path, model: str, by: str) -> Path:
-    """A calibration of random predictors: `by`'s for neurons, and those for heads. One layer's stand for all."""
+def write_calibration(
+    folder: Path, model: str, *by: str, densities: Mapping[float, Sequence[float]] | None = None, rank: int | None = None
+) -> Path:
+    """A calibration of random predictors: those of each of `by` for neurons, and those for heads. One layer's stand for all.
+
+    `densities`: by mean density, ascending, the last 1, what each layer keeps; None: layers are alike. `rank`: of the predictors of
+    neurons; None: what `rowcast calibrate` takes.
+    """
     checkpoint = open_checkpoint(model)
     spec = spec_from_config(checkpoint.config)
-    rank, rows = default_rank(spec.hidden_size, spec.activation == "relu"), spec.intermediate_size * (1 + spec.gated)
-    shapes = {
-        f"{by}.a": (rank, spec.hidden_size),
-        f"{by}.b": (rows, rank),
-        f"{by}.bias": (rows,),
-        "heads.own.weight": (spec.num_heads, spec.hidden_size),
-        "heads.own.bias": (spec.num_heads,),
-    }
+    rank = rank or default_rank(spec.hidden_size, spec.activation == "relu")
+    rows, grid = spec.intermediate_size * (1 + spec.gated), {share: [share] * spec.num_layers for share in GRID}
+    grid = grid if densities is None else {mean: list(shares) for mean, shares in densities.items()}
+    shapes = {"heads.own.weight": (spec.num_heads, spec.hidden_size), "heads.own.bias": (spec.num_heads,)}
+    for each in by:
+        shapes |= {f"{each}.a": (rank, spec.hidden_size), f"{each}.b": (rows, rank), f"{each}.bias": (rows,)}
     data = {name: (torch.randn(shape) * shape[-1] ** -0.5).half().numpy().tobytes() for name, shape in shapes.items()}
-    densities = torch.tensor([[share] * spec.num_layers for share in GRID]).numpy().tobytes()
+    table = torch.tensor(list(grid.values())).numpy().tobytes()
     header: dict[str, Any] = {"__metadata__": {"fingerprint": checkpoint.source.fingerprint()}}
-    header["densities"] = {"dtype": "F32", "shape": [len(GRID), spec.num_layers], "data_offsets": [0, len(densities)]}
-    end = len(densities)
+    header["densities"] = {"dtype": "F32", "shape": [len(grid), spec.num_layers], "data_offsets": [0, len(table)]}
+    end = len(table)
     for layer in range(spec.num_layers):
         for name, shape in shapes.items():
             span = [end, end + len(data[name])]
@@ -64,10 +68,10 @@ def write_calibration(folder: Path, model: str, by: str) -> Path:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / TENSORS).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + densities)
+        file.write(len(text).to_bytes(8, "little") + text + table)
         for _ in range(spec.num_layers):
             file.writelines(data.values())
-    fields = {"format": FORMAT, "fingerprint": checkpoint.source.fingerprint(), "densities": GRID, "density": 0.1}
+    fields = {"format": FORMAT, "fingerprint": checkpoint.source.fingerprint(), "densities": list(grid), "density": 0.1}
     (folder / DESCRIPTION).write_text(json.dumps({**fields, "quality": {}, "scorers": {}}))
     return folder
 

@@ -19,7 +19,7 @@ from rowcast.errors import UserError
 
 ray: Any = pytest.importorskip("ray")
 
-from rowcast.cluster.ray_launcher import RayLauncher, RayRanks  # noqa: E402
+from rowcast.cluster.ray_launcher import RayLauncher, RayRanks, _device  # noqa: E402
 
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=20, detokenize=False, ignore_eos=True)
 PROMPT = [5, 9, 5, 9, 5, 9, 2, 7]
@@ -48,6 +48,14 @@ def gone(pids: list[int], within_s: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+@pytest.mark.parametrize(
+    ("gpu", "visible", "number"), [("1", None, 1), ("1", "", 1), ("3", "2,3", 1), ("2", "2,3", 0), ("0", "0", 0)]
+)
+def test_a_rank_names_its_gpu_as_its_process_sees_it(gpu: str, visible: str | None, number: int) -> None:
+    """Ray calls it as the machine does, in a cluster that was given some of the GPUs only, too."""
+    assert _device(gpu, visible) == number
 
 
 def test_actors_give_the_same_tokens_and_survive_a_death(model: Path, caplog: pytest.LogCaptureFixture) -> None:

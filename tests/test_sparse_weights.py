@@ -27,6 +27,7 @@ from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.model import load_decoder
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse import build
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons, layer_threshold
 from rowcast.runtime.sparse.scorers import FewBits, Gate, Oracle, Proxy, Reads, Scored, Scorer
@@ -329,6 +330,25 @@ def test_ranks_of_a_model_add_up_to_one(tmp_path: Path) -> None:
             view._generated = [True] * 4
             parts.append(view.mlp(0, x))
         torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_keeps_all_neurons_beside_others_asks_nobody(any_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = any_model.spec.num_layers
+    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, calibration: [0.5] * (layers - 1) + [1.0])
+    rung = Rung(kind="self", mlp=0.75, by="q8")
+    view = build.build_view(any_model.banks, rung, None)
+    assert [selector is None for selector in view._neurons] == [False] * (layers - 1) + [True]
+    asked = SparseWeights(any_model.banks, build_neurons(any_model.banks, mlp=0.75, by="q8"))
+
+    def hidden(weights: SparseWeights) -> torch.Tensor:
+        kv = PagedKV(any_model.spec, Shard(), num_blocks=8, block_size=4, dtype=torch.float32, device=CPU)
+        return Decoder(weights, SoloComm(), CPU).run([SeqStep(0, [3], 0, list(range(8)), 0, sample=True)], kv)
+
+    torch.testing.assert_close(hidden(view), hidden(asked), atol=1e-4, rtol=1e-4)
+    banks = BankWeights(any_model.spec, any_model.source, Rank(1), dtype=torch.float32, device=CPU)
+    assert [selector is None for selector in build.build_view(banks, rung, None)._neurons] == [False] * (layers - 1) + [True]
+    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, calibration: [1.0] * layers)
+    assert None not in build.build_view(any_model.banks, rung, None)._neurons
 
 
 def test_what_is_read_is_counted_with_its_biases(any_model: Model) -> None:

@@ -40,20 +40,30 @@ class RankActor:
     """Made by `ray.remote`; light until `run`."""
 
     def run(self, address: str, token: str, rank: int) -> None:
-        """As `rank.run`, until the driver says stop."""
-        from rowcast.cluster.rank import run
+        """As `rank.run`, until the driver says stop. The process lives a little longer: what it held of a GPU is free before."""
+        from rowcast.cluster.rank import free, run
 
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        run(address, token, rank, host=ray.util.get_node_ip_address(), gpu=int(gpus[0]) if gpus else None)
+        gpu = _device(str(gpus[0]), os.environ.get("CUDA_VISIBLE_DEVICES")) if gpus else None
+        run(address, token, rank, host=ray.util.get_node_ip_address(), gpu=gpu)
+        free()
 
 
 class RayLauncher:
     """Uses the cluster that the process is connected to or finds, else starts one on this machine."""
 
-    def __init__(self, *, gpus: int = 0, cpus: float = 1, place_s: float = PLACE_S, replica: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        gpus: int = 0,
+        cpus: float = 1,
+        place_s: float = PLACE_S,
+        replica: int | None = None,
+        actor: type[RankActor] = RankActor,
+    ) -> None:
         """`gpus` and `cpus` of each rank. `place_s`: how long to wait for a place. `replica`: its number among gangs that are to be on
-        nodes of their own, as far as there are enough."""
-        self._gpus, self._cpus, self._place_s, self._replica = gpus, cpus, place_s, replica
+        nodes of their own, as far as there are enough. `actor`: what each rank is, for who wants to look into it."""
+        self._gpus, self._cpus, self._place_s, self._replica, self._actor = gpus, cpus, place_s, replica, actor
 
     def addresses(self, world: int) -> list[str]:
         connect(world)
@@ -65,7 +75,7 @@ class RayLauncher:
         group = placement_group([bundle] * len(addresses), strategy="STRICT_PACK", _soft_target_node_id=near)
         try:
             self._wait(group, bundle, len(addresses))
-            actor: Any = ray.remote(RankActor)
+            actor: Any = ray.remote(self._actor)
             actors, runs = [], []
             for rank, address in enumerate(addresses):
                 strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
@@ -141,6 +151,12 @@ def connect(world: int) -> None:
         cpus = max(world, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
         log.info("ranks are placed by a Ray cluster of this machine's own")
+
+
+def _device(gpu: str, visible: str | None) -> int:
+    """The number by which a process that sees the GPUs `visible` knows the one that Ray calls `gpu`."""
+    seen = [each.strip() for each in visible.split(",")] if visible else []
+    return seen.index(gpu) if gpu in seen else int(gpu)
 
 
 def _settings() -> dict[str, str]:

@@ -40,6 +40,9 @@ def build_view(
             group=rung.group,
             calibration=calibration,
         )
+        whole = [found is not None and found.keep == len(bank.order) for found, bank in zip(neurons, banks.ffn, strict=True)]
+        if view is SparseWeights and not all(whole):  # beside others, a layer that keeps all neurons asks nobody for them
+            neurons = [None if keeps_all else found for keeps_all, found in zip(whole, neurons, strict=True)]
     lm = None
     if rung.lm == "hire":
         if banks.outer.head_rows is None:
