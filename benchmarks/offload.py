@@ -2,7 +2,8 @@
 
     python benchmarks/offload.py                                          # all cases of a Llama-2-7B and an OPT-6.7B shape
     python benchmarks/offload.py --case streamed --model llama-2-7b
-    python benchmarks/offload.py --case rows --model opt-66b --gpu-memory 40GiB --density 0.08 --rank 256
+    python benchmarks/offload.py --case rows --model opt-66b --gpu-memory 66GiB --density 0.08 --rank 256
+    python benchmarks/offload.py --case kv --ranks 2 --gpu-memory 24GiB --gammas 2,20
 
 Cases, each in a process of its own:
 
@@ -32,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offload_bus import bus_rate
 from offload_places import Budget, filled, rows, streamed
 from offload_profile import Varied, write_profile
 
 from rowcast import LLM, SamplingParams
 from rowcast.bench.shapes import open_shape
-from rowcast.offload.host_store import HostStore
 from rowcast.placement.units import parse_bytes
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.sparse.artefact import Calibration
@@ -63,6 +64,7 @@ def main() -> int:
     parser.add_argument(
         "--real-prompt", action="store_true", help="of kv: run all of it; else its last tokens only, the KV is zeros"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="of kv: GPUs, each with --gpu-memory and its own part of the KV")
     parser.add_argument("--kv-budget", type=int, default=4096, help="of kv: entries of the retrieval cache")
     parser.add_argument("--gammas", default="2,14", help="of kv: of the draft and of the retrieval rung")
     parser.add_argument("--eager", action="store_true", help="no captured graphs")
@@ -85,34 +87,19 @@ def main() -> int:
     return int(failed)
 
 
-def bus_rate(device: torch.device) -> float:
-    """Bytes a second of one large copy from pinned memory; on a CPU, which has no bus, of one within its memory."""
-    store = HostStore(device)
-    source, out = store.bank((1 << 28,), torch.uint8).tensor, torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(8):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        out.copy_(source, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    store.close()
-    return source.nbytes / min(times)
-
-
 def _case(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = bus_rate(device)
     model = options.model or MODELS[name]
     if name == "kv":
         import offload_kv
 
         inner, outer = map(int, options.gammas.split(","))
         cap = parse_bytes(options.gpu_memory, "gpu_memory")
-        found = offload_kv.run(model, device, options.kv_prompt, options.real_prompt, cap, (inner, outer), options.kv_budget)
-        return {"bus_gb_s": rate / 1e9, **found}
+        wish = offload_kv.Wish(
+            model, options.kv_prompt, options.real_prompt, cap, (inner, outer), options.kv_budget, options.ranks
+        )
+        return offload_kv.run(wish)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = bus_rate(device)
     checkpoint = open_shape(model, device=device)
     spec = spec_from_config(checkpoint.config)
     budget = Budget(
@@ -169,7 +156,8 @@ def _timed(llm: LLM, options: argparse.Namespace) -> dict[str, Any]:
         return output.metrics, elsewhere.counts()
 
     started = time.perf_counter()
-    run(0, 4), run(1, 4)
+    warm = 4 if elsewhere.weights.pool is not None else 2  # a pass that streams all has nothing more to warm
+    run(0, warm), run(1, warm)
     warm_s = time.perf_counter() - started
     first, prefill = run(2, 1)
     timed, counts = run(3, 1 + options.tokens)
@@ -229,25 +217,30 @@ def _print(name: str, found: dict[str, Any]) -> None:
 
 
 def _print_kv(name: str, found: dict[str, Any]) -> None:
-    whole, rate = found["kv_bytes"], found["bus_gb_s"] * 1e9
+    """Floors are of the slowest rank: its part of the KV over its bus."""
+    floor = found["floor_s"]
     plain = found["plain"]["s_per_token"]
     prompt = "run" if found["prompt_was_run"] else "not run but for its last tokens: the KV is zeros"
-    print(f"{name} {found['model']}: {found['prompt']} tokens ({prompt}), {whole / 1e9:.1f} GB of KV", file=sys.stderr)
+    print(
+        f"{name} {found['model']} ({found['ranks']} x {found['gpu']}): {found['prompt']} tokens ({prompt}), "
+        f"{found['kv_bytes'] / 1e9:.1f} GB of KV a rank, at the same time "
+        f"{', '.join(f'{rate / 1e9:.1f}' for rate in found['bus_rates'])} GB/s over the bus of each",
+        file=sys.stderr,
+    )
     for way, each in found.items():
         if not isinstance(each, dict):
             continue
-        took, rung_s = (
-            each["s_per_token"],
-            {rung: f"{c['s']:.2f} s for {c['tokens']} tokens" for rung, c in each["rungs"].items()},
-        )
-        mean = each["expected_tokens_per_round"]
-        floor = "" if way != "plain" else f", floor {whole / rate * 1e3:.0f} ms ({whole / rate / took:.1%})"
+        took, mean = each["s_per_token"], each["expected_tokens_per_round"]
+        rungs = {rung: f"{c['s']:.2f} s for {c['tokens']} tokens" for rung, c in each["rungs"].items()}
+        share = f" ({floor / took:.1%})" if way == "plain" else ""
         print(
-            f"  {way}: {took * 1e3:.1f} ms a token{floor}, {plain / took:.2f}x plain; rounds of {each['s_per_round']:.3f} s and "
-            f"{each['tokens_per_round']:.2f} tokens, {mean:.2f} on average: {plain * mean / each['s_per_round']:.2f}x plain; "
-            f"loaded in {each['load_s']:.1f} s, first token {each['first_token_s']:.1f} s, first round {each['first_round_s']:.1f} s, "
-            f"{each['kv_bytes_per_round'] / 1e9:.1f} GB of KV a round; {rung_s}; "
-            f"GPU {each['gpu_bytes'] / 1e9:.1f} GB, pinned {each['host_bytes'] / 1e9:.1f} GB",
+            f"  {way}: {took * 1e3:.1f} ms a token, a pass's floor {floor * 1e3:.0f} ms{share}, {plain / took:.2f}x plain; rounds of "
+            f"{each['s_per_round']:.3f} s and {each['tokens_per_round']:.2f} tokens, {mean:.2f} on average: "
+            f"{plain * mean / each['s_per_round']:.2f}x plain; loaded in {each['load_s']:.1f} s, first token "
+            f"{each['first_token_s']:.1f} s, first round {each['first_round_s']:.1f} s, "
+            f"{each['kv_bytes_per_round'] / 1e9:.1f} GB of KV a round; {rungs}; "
+            f"GPU {each['gpu_bytes'] / 1e9:.1f} GB, by the driver {each['driver_bytes'] / 1e9:.1f} GB of "
+            f"{each['cap_bytes'] / 1e9:.1f}, pinned {each['host_bytes'] / 1e9:.1f} GB",
             file=sys.stderr,
         )
     sys.stderr.flush()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rowcast.placement.constants import STREAM_BYTES, Constants
 from rowcast.placement.forecast import Forecast, Share
 from rowcast.placement.plan import Plan
-from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, resident_plan
+from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, rank_share, resident_plan
 from rowcast.runtime.forecast import spec_digest
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
@@ -56,19 +56,22 @@ def rows(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration 
     return _plan(spec, budget, ladder, calibration, "resident", "rows", _groups(spec, _free(plan, budget) * (1 - budget.cache)))
 
 
-def with_kv_away(spec: ModelSpec, draft: ModelSpec, cap_bytes: int, device: str, ladder: str, context: int) -> Plan:
-    """All weights stay, all KV lies in host memory; `draft`: of every draft in the ladder."""
+def with_kv_away(
+    spec: ModelSpec, draft: ModelSpec, cap_bytes: int, device: str, ladder: str, context: int, world: int = 1
+) -> Plan:
+    """All weights stay, all KV lies in host memory; `draft`: of every draft in the ladder. `cap_bytes`: of each of `world` ranks."""
     budget, parsed = Budget(cap_bytes, 0.0, context, device), Ladder.parse(ladder)
     drafts = {rung.model: _Draft(draft, spec_digest(draft)) for rung in parsed.lower if rung.model is not None}
-    whole = _whole(spec, budget, ladder, None, drafts)
-    shares = [Share([0], "KV", layer, "streamed", 0, 1, 1, whole.kv_bytes // spec.num_layers) for layer in range(spec.num_layers)]
+    whole = _whole(spec, budget, ladder, None, drafts, world)
+    ranks, each = list(range(world)), whole.kv_bytes // spec.num_layers
+    shares = [Share(ranks, "KV", layer, "streamed", 0, 1, 1, each) for layer in range(spec.num_layers)]
     return replace(
         whole,
         spec=spec_digest(spec),
         budget_bytes=cap_bytes,
         kv_bytes=0,
         work_bytes=whole.work_bytes + 2 * STREAM_BYTES,
-        forecast=_forecast(shares, budget, ladder),
+        forecast=replace(_forecast(shares, budget, ladder), gpus=["a GPU"] * world, tensor_parallel=world),
     )
 
 
@@ -143,11 +146,13 @@ def _plan(
     )
 
 
-def _whole(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None, drafts: Mapping[str, _Draft]) -> Plan:
-    """With everything on a device that has room for it."""
+def _whole(
+    spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None, drafts: Mapping[str, _Draft], world: int = 1
+) -> Plan:
+    """With everything on devices that have room for it."""
     needs = ladder_needs(
         Ladder.parse(ladder),
-        spec,
+        rank_share(spec, world),
         drafts,
         adaptive=False,
         verification="coupled",
@@ -168,6 +173,7 @@ def _whole(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibratio
         max_model_len=budget.context,
         max_num_seqs=1,
         max_num_batched_tokens=MAX_BATCH_TOKENS,
+        world=world,
         needs=replace(needs, mode="exact" if ladder.endswith("plain") else "approximate"),
     )
 

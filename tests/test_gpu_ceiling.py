@@ -200,6 +200,30 @@ def test_earlier_models_are_not_counted(gpu: Gpu) -> None:
     assert gpu.limit == 50 * GIB
 
 
+def test_models_of_one_process_have_their_sum(gpu: Gpu) -> None:
+    """A second one, with a lower ceiling or none, takes nothing from the first; when one goes, so does its share."""
+    gpu.take(GIB)
+    first = Ceiling(CUDA, plan())
+    gpu.take(20 * GIB)
+    small = resident(budget_bytes=2 * GIB)
+    second = Ceiling(CUDA, replace(small, ceiling_bytes=3 * GIB))
+    assert gpu.limit == (1 + 23 + 2) * GIB
+    gpu.context = 4 * GIB
+    gpu.take(2 * GIB)
+    for held in (first, second):
+        held.check()
+        assert gpu.limit == (1 + 24 + 3 - 4) * GIB
+    third = Ceiling(CUDA, replace(small, ceiling_bytes=0))
+    first.check()
+    assert gpu.limit == (1 + 24 + 3 + 2 - 4) * GIB
+    gpu.allocated -= 20 * GIB
+    gpu.context = GIB
+    gpu.count()
+    del first, third, held
+    second.check()
+    assert gpu.limit == (1 + 2) * GIB and gpu.reserved == 3 * GIB
+
+
 def test_a_plan_that_the_ceiling_has_no_room_for(gpu: Gpu) -> None:
     gpu.context = 3 * GIB
     gpu.count()

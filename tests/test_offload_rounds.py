@@ -82,6 +82,49 @@ def test_rounds_fetch_what_they_need(
         there.engine.check()
 
 
+@pytest.mark.parametrize(
+    ("ladder", "where", "batch"),
+    [
+        ("ngram:gamma=2 / self:kv=16,chunk=4,sinks=4,recent=4,score=mean,gamma=3 / plain", "KV", 1),
+        ("self:bits=4,gamma=3 / plain", "neurons", 1),
+        ("self:kv=16,chunk=4,sinks=4,recent=4,gamma=2 / plain", "KV", 2),
+    ],
+)
+def test_the_host_drives_the_last_pass_alone(
+    ladder: str, where: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what the last rung reads is away, rounds of the rungs below are the device's; no token changes."""
+    tiny_model("llama-gqa", tmp_path, num_hidden_layers=2 if ON_GPU else 1)
+    some = prompts(batch, 18, 20)
+    how: dict[str, Any] = {
+        "device": "cuda" if ON_GPU else "cpu",
+        "dtype": "float32",
+        "block_size": 4,
+        "max_num_seqs": 2,
+        "progress": False,
+    }
+    seeded = replace(PARAMS, temperature=0.8, seed=3, max_tokens=24 if ON_GPU else 4)
+    mixed = [seeded, replace(seeded, repetition_penalty=1.3)][:batch]
+    with monkeypatch.context() as plainly:
+        plainly.setattr(gpu, "interpreted", False)
+        reference = LLM(tmp_path, ladder="plain", **how)
+        expected = [ids(reference.generate(some, params)) for params in (seeded, mixed)]
+        plan = LLM(tmp_path, ladder=ladder, **how).plan
+    given = shares(None, reference.spec.num_layers, **{where: ("streamed",)})
+    there = LLM(tmp_path, plan=away(plan, given), progress=False)
+    rounds = there.engine._executor._rounds  # type: ignore[attr-defined]
+    assert rounds is not None and rounds.driven
+    found = there.generate(some, seeded)
+    assert ids(found) == expected[0]
+    assert any(each.metrics.acceptance for each in found)
+    assert rounds._reads, "the device ran no round"
+    if batch > 1:  # the host drives rounds with a sequence that it has to: a pass streams once for both
+        rounds._reads.clear()
+        assert ids(there.generate(some, mixed)) == expected[1]
+        assert all(together == 1 for together, _ in rounds._reads)
+    there.engine.check()
+
+
 RESIDENT = {"attention": ("resident",), "LM_head": ("resident",), "KV": ("resident",), "embeddings": ("host",)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.program import BATCHES
-from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber, Pass
+from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber, Pass, Relay
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.model_runner import ModelRunner
@@ -72,12 +72,13 @@ class LocalExecutor:
         decisions: Decisions | None = None,
         elsewhere: Elsewhere | None = None,
         others: Sequence[LastRung] = (),
+        relays: Mapping[int, Relay] | None = None,
     ) -> None:
         """`top`: the last rung, over all of the KV. `lower`: the others, cheapest first; they need a `controller`. `rule`: coupled.
         `rounds`: over the same rungs, for sequences that decode under the rule coupled; None: the host drives every round.
         `decisions`: by which several ranks choose the same gammas; None: this one is alone. `elsewhere`: what the rungs have in host
         memory; None: nothing. `others`: that decide for sequences which ask for them, over the KV that `top` has, in rounds that the
-        host drives."""
+        host drives. `relays`: see `Climb`."""
         assert not lower or controller is not None
         assert all(other.runner.view is top.view for other in others)
         self._top = top
@@ -87,7 +88,7 @@ class LocalExecutor:
         self._now = self._lasts[0]
         """Whose sequences' round runs."""
         self._logit_rows = max(1, LOGIT_ELEMENTS // sampler.vocab_size)
-        self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows)
+        self._climb = Climb(lower, rule or Coupled(sampler), logit_rows=self._logit_rows, relays=relays)
         self._rounds = rounds
         self._decisions = decisions
         self.elsewhere = elsewhere
@@ -168,6 +169,8 @@ class LocalExecutor:
         self._climb.passes.clear()
         self._climb.outcomes.clear()
         mine = [self._serves(step) for step in steps]
+        if self._rounds is not None and self._rounds.driven and not all(mine):
+            mine = [False] * len(steps)  # a last pass streams what it needs once for all of them
         results: dict[int, SeqResult] = {}
         device_passes = 0
         for on_device, run in ((True, self._device_round), (False, self._host_round)):

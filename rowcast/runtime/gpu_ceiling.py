@@ -6,7 +6,9 @@ it is counted, and the allocator gets what it leaves.
 
 from __future__ import annotations
 
+import gc
 import logging
+from weakref import WeakSet
 
 import torch
 
@@ -57,8 +59,15 @@ def peak_bytes(device: torch.device) -> OwnBytes | None:
     return OwnBytes(most, counted.whole_card)
 
 
+_models: WeakSet[Ceiling] = WeakSet()
+"""Of this process, those that are there: the allocator's limit is one for all of them."""
+
+
 class Ceiling:
-    """Holds this process to a plan's memory, beyond what it held before. On a CPU nothing is held."""
+    """Holds this process to a plan's memory, beyond what it held before. On a CPU nothing is held.
+
+    Several models of a process have their ceilings' sum: none is held to less because another came later, or had a lower one.
+    """
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
         """Limits the allocator. Raises OutOfMemoryError where the ceiling leaves less than the plan takes."""
@@ -71,9 +80,11 @@ class Ceiling:
         if self._bytes is not None:
             process_memory.stay_open()
         torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
-        self._before = torch.cuda.memory_allocated(device)
-        self._most = self._before + plan.budget_bytes
-        """That the allocator may take in any case."""
+        gc.collect()  # an earlier model that nobody has any more
+        others = self._together()
+        self._before: int = others[0]._before if others else torch.cuda.memory_allocated(device)
+        """What is no model's."""
+        self._budget_bytes = plan.budget_bytes
         needed = plan.budget_bytes - plan.margin_bytes
         outside = 0 if self._bytes is None else self._outside()
         if self._bytes is not None and outside + needed > self._bytes:
@@ -82,6 +93,7 @@ class Ceiling:
                 f"gpu_memory={format_bytes(self._bytes)} leaves {left} beside the {beside} that the GPU's context and libraries take, "
                 f"but the plan needs {format_bytes(needed)}: ask for more, or make the plan again"
             )
+        _models.add(self)
         self._limit(outside)
 
     def check(self) -> None:
@@ -94,10 +106,10 @@ class Ceiling:
             torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
         if reserved > limit:
-            taken = format_bytes(outside + reserved - self._before)
+            taken, allowed = format_bytes(outside + reserved - self._before), sum(each._bytes or 0 for each in self._together())
             raise OutOfMemoryError(
                 f"this process takes {taken} of {self._device} by the driver's count, {format_bytes(outside)} of it for context, "
-                f"libraries and graphs, more than gpu_memory={format_bytes(self._bytes)}: ask for more, or lower max_model_len"
+                f"libraries and graphs, more than gpu_memory={format_bytes(allowed)}: ask for more, or lower max_model_len"
             )
 
     def stepped(self) -> None:
@@ -122,9 +134,17 @@ class Ceiling:
             )
         return assumed
 
+    def _together(self) -> list[Ceiling]:
+        """Those of this device."""
+        return [each for each in _models if each._device == self._device]
+
     def _limit(self, outside: int) -> int:
         """Set the allocator's limit; in bytes."""
-        most = self._most if self._bytes is None else min(self._most, max(0, self._before + self._bytes - outside))
+        models = self._together()
+        most = budgets = sum(each._budget_bytes for each in models)
+        if any(each._bytes is not None for each in models):
+            most = sum(each._budget_bytes if each._bytes is None else each._bytes for each in models) - outside
+        most = self._before + max(0, min(budgets, most))
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / _total(self._device)), self._device)
         return most
 

@@ -7,6 +7,8 @@ used for the second time. Without capture the same calls are made one by one: th
 
 Several ranks run the same passes in the same order, each over its share of the model: what they are depends on tokens and on shared
 decisions alone, never on a rank's clock. Sums and draws across ranks are part of a pass, and of its graph.
+
+Where the last rung's KV or weights lie in host memory, the host drives its pass (`driven`), and the device those of the rungs below.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from rowcast.kernels import rounds
 from rowcast.kernels.gpu import MOST_TOKENS
 from rowcast.kernels.rounds import FAILED, HISTORY
 from rowcast.placement.resident import LOGIT_ELEMENTS
+from rowcast.runtime.device_round.driven import driven_pass, needs_host
 from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
 from rowcast.runtime.device_round.sampling import Sampling, draw, fill, is_served, simulated
 from rowcast.runtime.device_round.state import RoundState
@@ -82,6 +85,8 @@ class DeviceRounds:
         self._lookahead = lookahead
         self._capture = capture
         self._rates = rates or {}
+        self.driven = bool(lower) and needs_host(top) is not None
+        """Whether the host drives the last rung's pass."""
         self._device = sampler.device
         self._lookup = bool(lower) and isinstance(lower[0], Lookup)
         self._stores = [cast(DeviceStore, rung.view) if isinstance(rung, ModelRunner) else None for rung in self._rungs]
@@ -104,15 +109,15 @@ class DeviceRounds:
     @staticmethod
     def why_not(lower: Sequence[Runner | Lookup], top: ModelRunner) -> str | None:
         """Why these rungs' rounds need the host; None if the device can run them."""
-        for rung in (*lower, top):
-            if isinstance(rung, Lookup):
-                continue
+        runners = [rung for rung in lower if not isinstance(rung, Lookup)]
+        for rung in runners:
             assert isinstance(rung, ModelRunner)
-            if not isinstance(rung.view, DeviceStore) or not rung.view.serves_device:
-                return f"the KV view of {rung.name} needs true positions"
-            if not rung.decoder.weights.on_device:
-                return f"the weights of {rung.name} are chosen by the host"
-        return None
+            if why := needs_host(rung):
+                return why
+        # The host may drive the last rung's pass, where that leaves passes to the device.
+        why = needs_host(top)
+        can = bool(runners) and isinstance(top.view, PagedKV) and not isinstance(top.decoder.weights, ChoosesOnDevice)
+        return None if can else why
 
     def serves(self, seq_id: int) -> bool:
         """Whether the sequence's sampling parameters are numbers in device tensors: no penalties, biases, log-probabilities."""
@@ -149,7 +154,7 @@ class DeviceRounds:
                 self._reserve(len(self._rungs) - 1, climber, 0)
         else:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
-            clocks = [self._run(state, p, most, self._sampling, number) for number, p in enumerate(program)]
+            clocks = [self._run(state, p, most, self._sampling, number, climbers) for number, p in enumerate(program)]
         report, stats, have = state.read()
         reads = self._reads_of(program, batch)
         gained = []
@@ -159,7 +164,7 @@ class DeviceRounds:
             gained.append([*tokens, -1] if report[row, 1] & FAILED else tokens)
         if alone and self._may_go_ahead(climbers, steps, most):
             lengths = [(c.path.seq_id, len(c.path.ids)) for c in climbers]
-            self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0)])
+            self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0, climbers)])
         self._keep_queries(program[-1].tokens, batch, climbers)
         self._tell(work, program, reads, climbers, stats, clocks)
         self._settle(climbers, used, have)
@@ -246,10 +251,13 @@ class DeviceRounds:
 
     # The passes.
 
-    def _run(self, state: RoundState, p: Pass, most: int, sampling: Sampling, number: int) -> Callable[[], float]:
+    def _run(
+        self, state: RoundState, p: Pass, most: int, sampling: Sampling, number: int, climbers: Sequence[Climber]
+    ) -> Callable[[], float]:
         """Run the round's pass `number`; returns its seconds, to be asked for after the round."""
         key = (state.batch, most, p, sampling)
-        if self._capture and key in self._graphs and self._graphs[key] is None:
+        driven = self.driven and self._rungs[p.rung] is self._top
+        if self._capture and not driven and key in self._graphs and self._graphs[key] is None:
             self._graphs[key] = self._captured(state, p, most, sampling)
         graph = self._graphs.get(key)
         start = self._clock()
@@ -259,7 +267,7 @@ class DeviceRounds:
         else:
             runner = cast(ModelRunner, self._rungs[p.rung])
             runner.reads()
-            self._pass(state, p, most, sampling)
+            self._pass(state, p, most, sampling, climbers if driven else None)
             self._reads[state.batch, p] = runner.reads()
             if len(self._graphs) >= _GRAPHS:
                 self._graphs.pop(next(iter(self._graphs)))
@@ -268,22 +276,13 @@ class DeviceRounds:
         end = self._clock()
         return lambda: _seconds(start, end)
 
-    def _pass(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> None:
-        """From the tokens of a pass to its verdict. Asks the device nothing."""
+    def _pass(self, state: RoundState, p: Pass, most: int, sampling: Sampling, driven: Sequence[Climber] | None = None) -> None:
+        """From the tokens of a pass to its verdict. Asks the device nothing, but what a pass of `driven` sequences is to run."""
         runner, store = cast(ModelRunner, self._rungs[p.rung]), self._stores[p.rung]
         assert store is not None
         at = state.inputs(p.rung, p.tokens, store.block_size)
         rounds.prepare(state.round, at)
-        rope = runner.decoder.spec.rope
-        dynamic = rope is not None and rope.scaling == "dynamic"
-        lengths = state["prompt_lengths"].repeat_interleave(p.tokens, output_size=len(at.ids)) if dynamic else at.positions
-        bound = BoundStore(
-            store,
-            Placement(at.tables, at.starts, at.counts, at.slots, most, state["recents"][p.rung]),
-            self._kept(state.batch, p.tokens) if runner is self._top else None,
-            self._late(p.rung, state),
-        )
-        hidden = runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
+        hidden = self._forward(state, p, at, most) if driven is None else driven_pass(runner, at, state.batch, driven)
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
         drawn = [
             draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling) for first in range(0, len(hidden), rows)
@@ -296,6 +295,21 @@ class DeviceRounds:
             rounds.commit(state.round, at, own, state.newest, self._shared)
         else:
             rounds.verdict(state.round, at, own, state.newest)
+
+    def _forward(self, state: RoundState, p: Pass, at: rounds.Pass, most: int) -> Tensor:
+        """Hidden states of a pass over tokens that the device finds by itself, [B * T, D]."""
+        runner, store = cast(ModelRunner, self._rungs[p.rung]), self._stores[p.rung]
+        assert store is not None
+        rope = runner.decoder.spec.rope
+        dynamic = rope is not None and rope.scaling == "dynamic"
+        lengths = state["prompt_lengths"].repeat_interleave(p.tokens, output_size=len(at.ids)) if dynamic else at.positions
+        bound = BoundStore(
+            store,
+            Placement(at.tables, at.starts, at.counts, at.slots, most, state["recents"][p.rung]),
+            self._kept(state.batch, p.tokens) if runner is self._top else None,
+            self._late(p.rung, state),
+        )
+        return runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
 
     def _late(self, rung: int, state: RoundState) -> Tensor | int | None:
         """Whether a pass may leave entries of a lone sequence to later ones, as `BoundStore` takes it: to those of the round, as the
@@ -378,7 +392,7 @@ class DeviceRounds:
     def _kept(self, batch: int, tokens: int) -> Tensor | None:
         """Where a last pass leaves its queries, [layers, B * T, H, d]; None where nobody wants them."""
         view = self._top.view
-        if not isinstance(view, PagedKV) or not view.keep_queries:
+        if self.driven or not isinstance(view, PagedKV) or not view.keep_queries:  # a pass that the host drives keeps them itself
             return None
         found = self._queries.get((batch, tokens))
         if found is None:

@@ -7,16 +7,18 @@ through a ring of buffers, a layer ahead, some KV heads at a time; views that sh
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from rowcast.kernels import gpu
 from rowcast.kernels.attention import attend
 from rowcast.offload.host_store import HostStore
 from rowcast.offload.outbox import Outbox
 from rowcast.offload.streamer import Order, StreamCounts, Streamer
+from rowcast.runtime.kv.host_entries import KvPiece, Run, runs_of, together, write
 from rowcast.runtime.kv.paged import PagedKV, _Queries
 from rowcast.runtime.kv.sizes import Summary
 from rowcast.runtime.kv.summaries import Fetch
@@ -33,53 +35,12 @@ SLOTS = 2
 
 PART_TOKENS = 2048
 
+MOST_KERNEL_TOKENS = 4 * gpu.MOST_TOKENS
+"""Of a verification, up to which the decode kernel reads what is in a buffer, once for every `gpu.MOST_TOKENS` tokens: a library's
+kernel has a single program for each head."""
+
 OUTBOX_BYTES = 64 << 20
 """New entries on their way to the host."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring entries of the host that a pass reads, and where they stand among those in a buffer."""
-
-    source: slice
-    target: slice
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
-    """Entries of some KV heads of one layer, for the bound pass: [2, heads, entries, d] in a buffer, keys and values."""
-
-    key: tuple[int, int]
-    """Layer, group of heads."""
-    host: Tensor
-    """[2, heads, entries, d]."""
-    runs: Sequence[_Run]
-    entries: int
-    """That the buffer holds, those of the pass itself included."""
-
-    @property
-    def nbytes(self) -> int:
-        two, heads, _, size = self.host.shape
-        return two * heads * self.entries * size * self.host.element_size()
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """A buffer as these entries."""
-        two, heads, _, size = self.host.shape
-        return buffer.view(self.host.dtype).view(two, heads, self.entries, size)
-
-    def load(self, out: Tensor) -> int:
-        target = self.view(out)
-        for run in self.runs:
-            if out.device.type == "cpu":
-                target[:, :, run.target].copy_(self.host[:, :, run.source])
-                continue
-            # One transfer for each head: torch would gather strided ones on the CPU first.
-            for to_heads, from_heads in zip(target, self.host, strict=True):
-                for to, source in zip(to_heads, from_heads, strict=True):
-                    to[run.target].copy_(source[run.source], non_blocking=True)
-        two, heads, _, size = self.host.shape
-        entries = sum(int(run.source.stop - run.source.start) for run in self.runs)
-        return two * heads * size * self.host.element_size() * entries
 
 
 class HostedKV(PagedKV):
@@ -132,14 +93,14 @@ class HostedKV(PagedKV):
         self._outbox = Outbox(store, OUTBOX_BYTES)
         self._gathered = 0
         """Bytes of single entries that were copied."""
-        self._pieces: dict[tuple[int, int], _Piece] = {}
+        self._pieces: dict[tuple[int, int], KvPiece] = {}
         self._own = torch.empty(0, dtype=torch.int64, device=device)
         """Of the bound tokens, their places among the entries in a buffer."""
         self._firsts: dict[int, int] = {}
         """By sequence, where its entries begin there."""
         self._seats: list[int] = []
         """The same, in the order of what is bound."""
-        self._slots_there = torch.empty(0, dtype=torch.int64)
+        self._writes: Sequence[Run] = ()
         """Of the bound tokens, where their entries go in host memory."""
         self._new: tuple[Tensor, Tensor] | None = None
         """Keys and values of the layer that runs, [T, K, d] each."""
@@ -199,8 +160,8 @@ class HostedKV(PagedKV):
             super().append(layer, k, v)
             return
         self._new = k, v
-        host, slots = self._entries[:, self._away[layer]], self._slots_there  # [2, K, entries, d]
-        self._outbox.post(torch.stack((k, v)).transpose(1, 2).contiguous(), lambda new: _write(host, slots, new))
+        host, runs = self._entries[:, self._away[layer]], self._writes  # [2, K, entries, d]
+        self._outbox.post(torch.stack((k, v)).transpose(1, 2).contiguous(), lambda new: write(host, runs, new))
 
     def fill(self, layer: int, late: Late) -> None:
         assert layer in self._here, "entries in host memory have to be complete"
@@ -256,15 +217,15 @@ class HostedKV(PagedKV):
     def _place(self, steps: Sequence[SeqStep], queries: Sequence[_Queries | None]) -> None:
         self._outbox.drain()
         size, total = self.block_size, 0
-        runs: list[_Run] = []
+        runs: list[Run] = []
         self._firsts = {}
         for step in steps:
             blocks = step.blocks[: -(-(step.start + len(step.tokens)) // size)]
             self._firsts[step.seq_id] = total
-            runs += _runs(blocks, step.start, size, total)
+            runs += runs_of(blocks, step.start, size, total)
             total += len(blocks) * size
         self._pieces = {
-            (layer, group): _Piece((layer, group), self._entries[:, place, span], runs, total)
+            (layer, group): KvPiece((layer, group), self._entries[:, place, span], runs, total)
             for layer, place in self._away.items()
             for group, span in enumerate(self._groups)
         }
@@ -286,7 +247,7 @@ class HostedKV(PagedKV):
             own += range(first + positions.start, first + positions.stop)
             slots += self._slots_of(step.seq_id, positions)
         self._own = torch.tensor(own, device=self.device)
-        self._slots_there = torch.tensor(slots)
+        self._writes = together(slots)
         self._seats = [self._firsts[step.seq_id] for step in steps]
 
     def _over(self, layer: int, place: int, rows: Tensor, entries: Tensor, heads: slice) -> Tensor:
@@ -294,7 +255,8 @@ class HostedKV(PagedKV):
         seq, first = self._bound[place], self._seats[place]
         slopes = None if self.slopes is None else self.slopes[heads]
         keys, values = entries[:, :, first : first + seq.length].transpose(1, 2)
-        if seq.at is None:
+        tokens, start = len(rows), seq.length - len(rows)
+        if tokens > MOST_KERNEL_TOKENS or not gpu.serves(rows.device):
             return attend(
                 rows,
                 keys,
@@ -309,24 +271,33 @@ class HostedKV(PagedKV):
         blocks = entries.view(2, entries.shape[1], -1, self.block_size, entries.shape[3]).permute(
             0, 2, 3, 1, 4
         )  # [2, blocks, block_size, Kg, d]
-        _, start = seq.at
-        count = -(-seq.length // self.block_size)
-        table = torch.arange(first // self.block_size, first // self.block_size + count, dtype=torch.int32, device=rows.device)
-        return decoding.decode(
-            rows.contiguous(),
-            blocks[0],
-            blocks[1],
-            table[None],
-            start,
-            scale=self.spec.attention_scale,
-            most_entries=seq.length,
-            window=self.spec.windows[layer],
-            slopes=slopes,
-            absolute_bias_scale=self.absolute_bias_scale,
-        )
+        parts = []
+        for done in range(0, tokens, gpu.MOST_TOKENS):
+            some = rows[done : done + gpu.MOST_TOKENS]
+            length = start + done + len(some)
+            count = -(-length // self.block_size)
+            table = torch.arange(
+                first // self.block_size, first // self.block_size + count, dtype=torch.int32, device=rows.device
+            )
+            parts.append(
+                decoding.decode(
+                    some.contiguous(),
+                    blocks[0],
+                    blocks[1],
+                    table[None],
+                    torch.full((1,), start + done, dtype=torch.int32, device=rows.device),
+                    scale=self.spec.attention_scale,
+                    most_entries=length,
+                    window=self.spec.windows[layer],
+                    slopes=slopes,
+                    absolute_bias_scale=self.absolute_bias_scale,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _of(self, which: int, here: Tensor, entries: Tensor, heads: slice) -> Tensor:
         """Keys (0) or values (1): entries [heads, n], or [n] -> [heads, n, d]."""
+        self._outbox.drain()
         count = self.num_kv_heads
         chosen = range(self.spec.num_layers * count)[heads]
         lines = entries.expand(len(chosen), -1)
@@ -356,26 +327,6 @@ class HostedKV(PagedKV):
     def _layer_entries(self) -> int:
         """Of a layer on the device, of all heads."""
         return int(self._keys.shape[1] * self.block_size * self.num_kv_heads)
-
-
-def _runs(blocks: Sequence[int], entries: int, size: int, first: int) -> list[_Run]:
-    """The first `entries` of a sequence with these blocks, which stand in a buffer from `first` on: neighbouring blocks together."""
-    found: list[_Run] = []
-    for place, block in enumerate(blocks):
-        tokens = min(size, entries - place * size)
-        if tokens <= 0:
-            break
-        source, target = block * size, first + place * size
-        if found and found[-1].source.stop == source and found[-1].target.stop == target:
-            found[-1] = _Run(slice(found[-1].source.start, source + tokens), slice(found[-1].target.start, target + tokens))
-        else:
-            found.append(_Run(slice(source, source + tokens), slice(target, target + tokens)))
-    return found
-
-
-def _write(host: Tensor, slots: Tensor, new: Tensor) -> None:
-    """New entries [2, K, T, d] to their places [T] in host memory [2, K, entries, d]."""
-    host.index_copy_(2, slots, new)
 
 
 def _cut(
