@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rowcast.cluster.llm import LLM
     from rowcast.cluster.replicas import Replicas
-    from rowcast.errors import GangError, OutOfMemoryError, UserError
+    from rowcast.errors import DraftError, GangError, OutOfMemoryError, UserError
     from rowcast.placement.plan import Plan
     from rowcast.runtime.ladder.spec import Ladder, Rung
     from rowcast.runtime.outputs import CompletionOutput, RequestOutput, StreamChunk
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "DraftError",
     "GangError",
     "Ladder",
     "OutOfMemoryError",
@@ -47,6 +48,7 @@ _HOME = {
     "Rung": "rowcast.runtime.ladder.spec",
     "UserError": "rowcast.errors",
     "OutOfMemoryError": "rowcast.errors",
+    "DraftError": "rowcast.errors",
     "GangError": "rowcast.errors",
 }
 

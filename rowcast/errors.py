@@ -15,5 +15,9 @@ class OutOfMemoryError(UserError):
     """The model, its KV cache or a request needs more memory than the budget allows."""
 
 
+class DraftError(UserError):
+    """A draft model that runs in the driver failed; the cause is chained. The requests of its step may be asked again."""
+
+
 class GangError(RuntimeError):
     """The ranks of a model failed again and again: no request is answered any more. One sentence; the cause is chained."""

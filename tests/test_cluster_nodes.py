@@ -188,7 +188,9 @@ def test_two_nodes_and_one_of_them_dies(
     model: Path, nodes: Any, alone: list[list[list[int]]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ray: Any = pytest.importorskip("ray")
-    limits = replace(LIMITS, silence_s=5.0)  # Ray tells of the dead; ranks that share two busy cores with two nodes may be slow to
+    limits = replace(
+        LIMITS, silence_s=5.0
+    )  # Ray tells of the dead; ranks that share two busy cores with two nodes may be slow to
     given: dict[str, Any] = {"tensor_parallel_size": 2, "limits": limits, "retry_s": 1.0, "ladder": LADDER, "seed": 5}
     with Replicas(model, data_parallel_size=2, launcher="ray", **given) as two:
         groups = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]

@@ -273,7 +273,8 @@ def test_candidates_of_auto() -> None:
     light = [f"self:bits={bits}{kv} / plain" for bits in (8, 4) for kv in ("", ",kv=4096")]
     assert named() == ["plain", "self:kv=4096 / plain", *light]
     assert named(context=256) == ["plain", "self:bits=8 / plain", "self:bits=4 / plain"]
-    assert f"draft:model={DRAFT} / self:kv=4096 / plain" in named(draft=DRAFT)
+    places = {f"draft:model={DRAFT}{at} / self:kv=4096 / plain" for at in ("", ",at=first", ",at=driver")}
+    assert places <= set(named(draft=DRAFT))
     assert {"self:mlp=0.2,by=q4 / plain", "self:mlp=0.2,by=q4,kv=1000 / plain"} <= set(named(density=0.2, kv_budget=1000))
     assert named(ladder="triforce", draft=DRAFT) == [f"draft:model={DRAFT} / self:kv=4096 / plain"]
     loose = [Ladder.parse(text) for text in named(mode="approximate")]
@@ -293,7 +294,7 @@ def test_open_spec(tmp_path: Path) -> None:
     assert config is not None
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
     assert open_spec(str(tmp_path)) == open_spec(str(tmp_path / "config.json")) == (OPT, "float16")
-    assert open_spec("facebook/opt-6.7b")[0] == OPT
+    assert open_spec("facebook/opt-6.7b")[0] == open_spec("random:opt-6.7b")[0] == OPT
     assert spec_digest(OPT) == spec_digest(open_spec(str(tmp_path))[0]) != spec_digest(replace(OPT, norm_eps=2e-5))
     code = "from rowcast.runtime.forecast import *; print(spec_digest(open_spec('facebook/opt-6.7b')[0]))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == spec_digest(OPT)

@@ -233,6 +233,38 @@ def test_a_draft_lies_whole_on_every_rank() -> None:
     assert one["rung KV"] == two["rung KV"] == 2 << 28
 
 
+def drafted(at: str, spec: ModelSpec) -> LadderUse:
+    """With a draft, alpha .9, gamma 4."""
+    bytes_ = 0 if at == "driver" else parameter_count(spec) * 2
+    rung = RungUse(name=f"draft:at={at}", passes=4, tokens=1, kv_entries=256, model=spec, at=at, asked=float(at != "ranks"))
+    tokens = (1 - 0.9**5) / 0.1
+    return LadderUse(
+        name=f"draft:at={at} / plain",
+        rungs=(rung, RungUse(name="plain", passes=1, tokens=5)),
+        tokens_per_round=tokens,
+        tokens_per_round_range=(tokens, tokens),
+        fixed_bytes=bytes_,
+    )
+
+
+def test_a_draft_runs_where_it_is_fastest() -> None:
+    """On every rank where it fits; in the driver where its bytes would push the target's out; nowhere but beside a single rank."""
+    small = replace(SPEC, num_layers=2, hidden_size=1024, embed_size=1024, num_heads=8, num_kv_heads=8, intermediate_size=4096)
+    places = work(*(drafted(at, small) for at in ("ranks", "first", "driver")))
+    roomy = plan(places, machine("2xRTX4090"), tensor_parallel=2)
+    assert roomy.ladder.name == "draft:at=ranks / plain"
+    tight = plan(places, machine("2xRTX4090", gpu="2850MiB"), tensor_parallel=2)
+    assert tight.ladder.name == "draft:at=driver / plain"
+    assert tight.forecast.memory[0].classes["draft"] == 0
+    assert plan(places, machine("RTX4090", gpu="5300MiB")).ladder.name == "draft:at=ranks / plain"
+    alone = {each.ladder.name: each.forecast.seconds_per_token for each in (roomy, _only("first", small), _only("driver", small))}
+    assert sorted(alone, key=alone.__getitem__) == [f"draft:at={at} / plain" for at in ("ranks", "first", "driver")]
+
+
+def _only(at: str, small: ModelSpec) -> Decision:
+    return plan(work(drafted(at, small)), machine("2xRTX4090"), tensor_parallel=2)
+
+
 def test_each_nodes_memory_feeds_its_own_cards() -> None:
     big = work(spec=replace(SPEC, num_layers=32))
     one = plan(big, machine("4xRTX4090", gpu="2GiB"), tensor_parallel=4).forecast

@@ -70,6 +70,10 @@ class DistributedComm:
             dist.broadcast(shared, src=0)
         return [int(number) for number in shared.tolist()]
 
+    def share_tensor(self, x: Tensor) -> Tensor:
+        dist.broadcast(x, src=0)
+        return x
+
 
 def keep_store(host: str, timeout_s: float) -> tuple[Store, int]:
     """A store by which ranks find each other, and its port, which the system chooses. It lives as long as it is kept."""

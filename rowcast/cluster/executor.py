@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rowcast.cluster.gang import Gang, Limits, RankFailure
 from rowcast.cluster.wire import Command
-from rowcast.errors import GangError, UserError
+from rowcast.errors import DraftError, GangError, UserError
 from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep, StepLost
+
+if TYPE_CHECKING:
+    from rowcast.cluster.drafting import DriverDraft
 
 log = logging.getLogger("rowcast")
 
@@ -30,8 +33,10 @@ class _Sequence:
 class GangExecutor:
     """Implements `Executor`. `shutdown` ends it; so does the end of the driver, whatever that is."""
 
-    def __init__(self, start: Callable[[], Gang], limits: Limits) -> None:
-        """`start` makes a gang, and raises what `Gang` raises. The first one is made here."""
+    def __init__(self, start: Callable[[], Gang], limits: Limits, draft: DriverDraft | None = None) -> None:
+        """`start` makes a gang, and raises what `Gang` raises. The first one is made here. `draft`: what runs in this process of the
+        ladder, if anything; a step in which it fails raises DraftError."""
+        self.draft = draft
         self._make = start
         self._limits = limits
         self._sequences: dict[int, _Sequence] = {}
@@ -67,6 +72,8 @@ class GangExecutor:
             except RankFailure as failure:
                 self._failed(failure)
         self._sequences[setup.seq_id] = _Sequence(setup, list(setup.output_ids))
+        if self.draft is not None:
+            self.draft.add(setup)
 
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         try:
@@ -74,7 +81,13 @@ class GangExecutor:
             if self._counts_on not in (None, self._life):
                 self._counts_on = None
                 raise StepLost("the gang that held the K/V is no more")
+            if self.draft is not None:
+                self.draft.begin(steps)
             results = self._call(Command(0, steps=list(steps)))
+        except UserError as error:
+            if self.draft is not None and (cause := self.draft.failed()) is not None:
+                raise DraftError(str(error)) from cause
+            raise
         except RankFailure as failure:
             self._counts_on = None
             self._failed(failure)
@@ -82,6 +95,8 @@ class GangExecutor:
         self._counts_on = self._life
         for result in results:
             self._sequences[result.seq_id].output_ids += result.tokens
+        if self.draft is not None:
+            self.draft.commit(results)
         self._calm_steps += 1
         if self._calm_steps >= self._limits.calm_steps:
             self._recent_failures = 0
@@ -91,13 +106,18 @@ class GangExecutor:
         sequence = self._sequences[seq_id]
         del sequence.output_ids[length - len(sequence.setup.prompt_ids) :]
         self._freed.append([seq_id, length])
+        if self.draft is not None:
+            self.draft.free_kv(seq_id, length)
 
     def remove(self, seq_id: int) -> None:
         if self._sequences.pop(seq_id, None) is not None:
             self._freed.append([seq_id])
+            if self.draft is not None:
+                self.draft.remove(seq_id)
 
     def check(self, seq_ids: Collection[int]) -> None:
         assert set(self._sequences) == set(seq_ids)
+        assert self.draft is None or self.draft.seq_ids <= set(seq_ids)
         if self._gang is not None and self._gang.alive:
             self._call(Command(0, check=sorted(seq_ids)))
 
@@ -123,7 +143,7 @@ class GangExecutor:
         """Raises RankFailure, and the UserError that the ranks raised."""
         gang = self._ready()
         freed, self._freed = self._freed, []
-        return gang.call(replace(command, freed=freed))
+        return gang.call(replace(command, freed=freed), None if self.draft is None else self.draft.answer)
 
     def _ready(self) -> Gang:
         """A gang that lives and knows all sequences."""

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,6 +16,8 @@ import zmq
 from rowcast.cluster.launcher import Launcher, Ranks
 from rowcast.cluster.link import Link
 from rowcast.cluster.wire import (
+    Answer,
+    Ask,
     Command,
     Done,
     Failed,
@@ -80,6 +83,9 @@ class Gang:
         self._limits = limits
         self._bar = bar
         self._serial = 0
+        self._draft: Callable[[Ask], Answer] | None = None
+        self._broken_off = False
+        """The last call did not see all ranks answer."""
         self._driver = os.getpid()
         self._placed: dict[int, int] = {}
         self._ranks: Ranks | None = None
@@ -112,15 +118,24 @@ class Gang:
         ready = self._gather(Ready, self._limits.start_s)
         log.info("%s ranks are ready, the slowest took %.1f s", self._world, max(each.seconds for each in ready))
 
-    def call(self, command: Command) -> list[SeqResult]:
-        """Have all ranks carry it out; its serial number is given here. Returns rank 0's results.
+    def call(self, command: Command, draft: Callable[[Ask], Answer] | None = None) -> list[SeqResult]:
+        """Have all ranks carry it out; its serial number is given here. Returns rank 0's results. `draft`: answers what they ask
+        meanwhile.
 
         Raises RankFailure. A UserError that all ranks raise is raised here, and the gang lives on; one that only some raise ends it.
         """
         assert self.alive
+        if self._broken_off and self._draft is not None:
+            raise RankFailure("a command was broken off, of which the ranks may still wait for drafts")
         self._serial += 1
+        self._draft, self._broken_off = draft, True
         self._send(replace(command, serial=self._serial))
-        replies = self._gather(Done, self._limits.step_s)
+        try:
+            replies = self._gather(Done, self._limits.step_s)
+            self._broken_off = False
+        except UserError:
+            self._broken_off = False  # all have said so
+            raise
         if len({reply.digest for reply in replies}) > 1:
             raise RankFailure("the ranks do not agree on a round's tokens")
         return replies[0].results
@@ -208,6 +223,9 @@ class Gang:
             raise RankFailure(f"rank {rank} sent what is no message: {error}") from error
         if isinstance(message, Progress):
             self._note_progress(rank, message)
+            return None
+        if isinstance(message, Ask) and self._draft is not None:
+            self._send(self._draft(message))
             return None
         if isinstance(message, (Done, Failed)) and 0 <= message.serial < self._serial:
             return None  # to a command whose caller was interrupted

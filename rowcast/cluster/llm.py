@@ -14,6 +14,7 @@ import torch
 from rowcast.errors import UserError
 from rowcast.runtime import llm as one_rank
 from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint
+from rowcast.runtime.device import choose_device
 from rowcast.runtime.executor import LocalExecutor
 from rowcast.runtime.planning import Planned
 from rowcast.runtime.progress import LoadProgress
@@ -22,6 +23,7 @@ from rowcast.runtime.trace import Trace
 from rowcast.settings import settings
 
 if TYPE_CHECKING:
+    from rowcast.cluster.drafting import DriverDraft
     from rowcast.cluster.gang import Gang, Limits
     from rowcast.cluster.launcher import Launcher
     from rowcast.runtime.metrics import Exporter
@@ -46,6 +48,7 @@ class LLM(one_rank.LLM):
         launcher: str | Launcher = "auto",
         limits: Limits | None = None,
         metrics: str | Exporter | None = None,
+        draft_device: str | None = None,
         **arguments: Any,
     ) -> None:
         """Arguments as in `rowcast.runtime.llm.LLM`, and for several ranks:
@@ -54,9 +57,12 @@ class LLM(one_rank.LLM):
         processes of this machine; "auto": Ray where it is installed. `limits`: how long to wait for ranks, and how often to start them
         again; when they failed too often, all requests raise GangError. `metrics`: where to report what the engine does: "ray",
         "prometheus", a port, "auto", or an exporter (`rowcast.cluster.metrics`); None: as ROWCAST_METRICS says, else nowhere.
+        `draft_device`: of this process, such as "cuda:2", for a rung draft with at=driver. None: the first GPU that the ranks leave,
+        else the CPU.
         """
         self._launcher = launcher
         self._limits = limits
+        self._draft_device = draft_device
         self._calibration = arguments.get("calibration")
         self._end: weakref.finalize[Any, Any] | None = None
         super().__init__(model, **arguments)
@@ -87,6 +93,22 @@ class LLM(one_rank.LLM):
         if not 1 <= tensor_parallel_size <= MAX_RANKS:
             raise UserError(f"tensor_parallel_size={tensor_parallel_size} has to be from 1 to {MAX_RANKS}")
 
+    def _driver_draft(self, planned: Planned) -> DriverDraft | None:
+        """What runs in this process of the ladder, if anything. Raises UserError."""
+        if not any(rung.at == "driver" for rung in planned.ladder.lower):
+            if self._draft_device is not None:
+                raise UserError(
+                    f"draft_device={self._draft_device!r:.60} is for a rung draft with at=driver, and the ladder "
+                    f"{str(planned.ladder)!r:.80} has none; leave it out, or add at=driver"
+                )
+            return None
+        from rowcast.cluster.drafting import DriverDraft
+
+        world = planned.plan.world
+        spare = planned.plan.device != "cpu" and torch.cuda.device_count() > world
+        device, _ = choose_device(self._draft_device or (f"cuda:{world}" if spare else "cpu"))
+        return DriverDraft(planned, self.spec.vocab_size, self._rule, device)
+
     def _report_to(self, metrics: str | Exporter, replica: int = 0) -> None:
         from rowcast.cluster.executor import GangExecutor
         from rowcast.cluster.metrics import choose_exporter
@@ -100,6 +122,11 @@ class LLM(one_rank.LLM):
 
     def _executor(self, planned: Planned, progress: bool | None, eager: bool) -> Executor:
         world = planned.plan.world
+        if world == 1 and self._draft_device is not None:
+            raise UserError(
+                f"draft_device={self._draft_device!r:.60} is for several ranks, and there is one, which runs the draft, too; leave it "
+                "out"
+            )
         if world == 1 and self._one_rank_here:
             alone = super()._executor(planned, progress, eager)
             if folder := settings().trace:
@@ -133,6 +160,6 @@ class LLM(one_rank.LLM):
             with LoadProgress(path.name, 0, progress) as bar:
                 return Gang(launcher, order, limits, bar)
 
-        executor = GangExecutor(start, limits)
+        executor = GangExecutor(start, limits, self._driver_draft(planned))
         self._end = weakref.finalize(self, executor.shutdown)
         return executor

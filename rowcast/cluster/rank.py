@@ -6,6 +6,7 @@ A rank that has lost its driver ends itself, whatever it is doing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from rowcast.cluster.distributed_comm import DistributedComm, Store, find_store, join, keep_store, synchronise
+from rowcast.cluster.drafting import DriverRelay
 from rowcast.cluster.link import Link
 from rowcast.cluster.wire import Command, Done, Failed, Hello, Message, Order, Progress, Ready, Rendezvous, Stop
 from rowcast.errors import OutOfMemoryError, UserError
@@ -85,7 +87,7 @@ def _run(link: Link, order: Order, rank: int, host: str, gpu: int) -> None:
     try:
         started = time.perf_counter()
         store = _meet(link, order, rank, host)
-        executor = load(order, store, rank, gpu, link.send)
+        executor = load(order, store, rank, gpu, link)
         trace = _trace(executor, rank)
         synchronise()
         seconds = time.perf_counter() - started
@@ -103,6 +105,13 @@ def _run(link: Link, order: Order, rank: int, host: str, gpu: int) -> None:
     del executor
     dist.destroy_process_group()
     del store  # which rank 0 keeps for all, last
+
+
+def free() -> None:
+    """Give back what this process held of a GPU. For the end of a rank that is not the end of its process."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def serve(executor: Executor, link: Link, rank: int, trace: Trace | None = None) -> None:
@@ -159,7 +168,7 @@ def _trace(executor: Executor, rank: int) -> Trace | None:
     return trace
 
 
-def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Message], None]) -> Executor:
+def load(order: Order, store: Store, rank: int, gpu: int, link: Link) -> Executor:
     """This rank's share of the model. Meets the others first. Raises UserError."""
     torch.set_num_threads(order.threads)
     plan = Plan.decode(order.plan, "the driver's plan")
@@ -178,7 +187,10 @@ def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Messag
     def make_rule(sampler: Sampler) -> Rule:
         return Maximal(sampler) if plan.verification == "maximal" else Coupled(sampler)
 
-    reporter = _Reporter(tell)
+    def driver_relay(sampler: Sampler) -> DriverRelay:
+        return DriverRelay(link, leads=rank == 0, sampler=sampler, device=torch.device(plan.device))
+
+    reporter = _Reporter(link.send)
     executor = assemble(
         planned,
         checkpoint,
@@ -189,6 +201,7 @@ def load(order: Order, store: Store, rank: int, gpu: int, tell: Callable[[Messag
         comm=comm,
         decisions=comm,
         report=reporter.advance,
+        driver_relay=driver_relay,
     )
     reporter.flush()
     return executor

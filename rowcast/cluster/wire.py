@@ -15,9 +15,9 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 import msgpack
 
 from rowcast.runtime.params import SamplingParams
-from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep
+from rowcast.runtime.step import RungCounts, SeqResult, SeqSetup, SeqStep
 
-VERSION = 3
+VERSION = 4
 """Raised when a message changes; the driver and its ranks have to be of the same."""
 
 MAX_MESSAGE_BYTES = 256 << 20
@@ -103,6 +103,55 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Of one sequence: see `Ask`."""
+
+    seq_id: int
+    drafted: list[int]
+    """Tokens behind the committed ones so far."""
+    count: int
+    """Tokens wanted."""
+    gammas: list[int]
+    """Of the rungs, as in `Climber`."""
+    rounds: int
+    """Last number of `Sampler.next_round`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Rank 0 to driver, while a command runs: have the draft there propose."""
+
+    rung: int
+    wants: list[Asked]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """Of one sequence: see `Answer`."""
+
+    ids: list[int]
+    laws: list[bytes | None]
+    """As float32 by token of the vocabulary, where the rule needs laws; None: the token was certain."""
+    rounds: int
+    """Last number of `Sampler.next_round`."""
+    counts: dict[str, RungCounts]
+    """What the rungs there did, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Driver to all ranks: what the draft proposes, in the order of the question."""
+
+    wants: list[Proposed]
+    passes: list[list[float]]
+    """Rung, tokens, sequences and seconds of each pass."""
+    outcomes: list[list[int]]
+    """The fields of `Outcome`."""
+    failure: str | None
+    """In place of all that, where the draft failed: why."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Driver to rank: end in order."""
 
@@ -128,7 +177,7 @@ class Failed:
     text: str
 
 
-Message: TypeAlias = Hello | Order | Rendezvous | Progress | Ready | Command | Stop | Done | Failed
+Message: TypeAlias = Hello | Order | Rendezvous | Progress | Ready | Command | Ask | Answer | Stop | Done | Failed
 _KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 

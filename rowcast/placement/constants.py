@@ -55,12 +55,16 @@ class Constants:
     """To the CPU and back in a layer in which it computes: calls that wait for it, threads that wait for one another, moments in which
     some do not run. Measured on an H100's host, 16 virtual cores: 266 MB a layer took 5.1 ms, the bytes alone 3.4."""
     driven_layer_s: float = 1.2e-3
-    """A layer's calls in a pass that the host drives, as it does where parts are streamed or computed on the CPU, or KV lies in host
-    memory: these hide under what the pass waits for. Measured on an H100: 1.3 ms while profiled."""
+    """A layer's calls in a pass that the host drives, as it does where the pass reads what is streamed or computed on the CPU, or KV
+    in host memory: these hide under what the pass waits for. Measured on an H100: 1.3 ms while profiled."""
     fetch_layer_s: float = 10e-6
     """A layer's fetch of rows, beyond its bytes: one latency of the bus and a launch. Assumed."""
     hop_s: float = 20e-6
     """A pipeline stage's output to the next stage of the node, beyond its bytes. Assumed."""
+    first_s: float = 100e-6
+    """Proposals from rank 0 to the other ranks, over the CPU. Assumed."""
+    driver_s: float = 300e-6
+    """A question to the driver and its answer to all ranks, beyond the draft's passes there. Assumed."""
     all_reduce_s: dict[str, float] | None = None
     """A sum of a token's hidden state over two ranks, by link; None: `ALL_REDUCE_S`."""
 

@@ -219,7 +219,7 @@ class CostModel:
                             gpu[:, PEER + j] = 2 * read / memory
                     fixed = self.fixed_read_seconds(site, rung, mode)
                     before = gpu * (groups.part != NEURONS)[:, None]
-                    chain(k, s, i, memory_link, gpu, fixed)
+                    chain(k, s, i, "host memory" if rung.at == "driver" else memory_link, gpu, fixed)
                     chain(k, s, i, "compute", None, self._compute_seconds(site, rung))
                     if mode.streamed or mode.kv_away or mode.rows:
                         chain(k, s, i, "bus", bus, 0.0)
@@ -234,7 +234,7 @@ class CostModel:
                     chain(k, s, -1, "host memory", host[n], 0.0)
                 for n, before, fixed in own if mode.cpu else ():
                     chain(k, s, -1, "CPU", before + cpu[n], fixed)
-                if (mode.streamed or mode.kv_away or mode.cpu) and not self.constants.eager:
+                if not self.constants.eager and self._is_driven(rung, mode):
                     layers = len(layout.stages[s].layers) if rung.model is None else rung.model.num_layers
                     chain(k, s, -1, "launches", None, layers * self.constants.driven_layer_s)
                 for n in nodes:
@@ -338,7 +338,21 @@ class CostModel:
     def fixed_read_seconds(self, site: Site, rung: RungUse, mode: Mode) -> float:
         """Of what a pass reads wherever the groups lie."""
         memory = self._memory_rate(site)
+        if rung.at == "driver":
+            memory = self._rate(self.layout.machine.nodes[0].host.memory_rate, self.constants.host_share)
         return sum(bytes_ / (memory * share) for bytes_, share in self.fixed_reads(site, rung, mode))
+
+    def _is_driven(self, rung: RungUse, mode: Mode) -> bool:
+        """Whether the host starts the calls of its passes one by one: of the last rung's, where it brings what they read, and of all
+        rungs' where it does so for a lower one."""
+        brought = mode.streamed or mode.cpu
+        *lower, last = self.ladder.rungs
+        if not (brought or mode.kv_away):
+            return False
+        return rung is last or any(
+            each.model is None and ((brought and self.ladder.reads_placed(each)) or (mode.kv_away and each.kv_entries is None))
+            for each in lower
+        )
 
     def fixed_reads(self, site: Site, rung: RungUse, mode: Mode) -> list[tuple[float, float]]:
         """What a pass reads on one rank wherever the groups lie, as bytes and the share of the copy rate that they are read at:
@@ -347,7 +361,7 @@ class CostModel:
         share = len(self.layout.stages[site.stage].layers) / work.spec.num_layers
         if rung.model is not None:
             if site.stage:
-                return []  # every rank of the first stage runs it whole
+                return []  # ranks of the first stage run it whole, each or one of them, or the driver does on its CPU
             entries = min(work.context, rung.kv_entries or work.context)
             kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch * rung.sequences
             return [(parameter_count(rung.model) * work.width, constants.weights_share), (kv, 1.0)]
@@ -370,15 +384,18 @@ class CostModel:
         entries = min(work.context, rung.kv_entries or work.context)
         operations: float = 2 * tokens * (layers * layer_parameters(spec) + spec.vocab_size * spec.hidden_size)
         operations += 4 * tokens * entries * layers * spec.num_heads * spec.head_dim
+        if rung.at == "driver":
+            return operations / (self.layout.machine.nodes[0].host.flops.value * self.constants.cpu_flops_share)
         share = self.constants.cpu_flops_share if self.layout.on_cpu else self.constants.flops_share
         return operations / tp / (site.card.flops.value * share)
 
     def _launch_seconds(self, rung: RungUse, mode: Mode) -> tuple[float, float]:
         """Of one pass, what nothing hides: calls and latencies; sums over ranks and hops between stages."""
         constants, spec = self.constants, self.work.spec if rung.model is None else rung.model
-        each = constants.layer_launch_s
+        each = constants.eager_layer_s if self.ladder.apart and not self.layout.on_cpu else constants.layer_launch_s
         if rung.model is not None:
-            return spec.num_layers * each, 0.0
+            told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
+            return spec.num_layers * each, told * rung.asked / rung.passes
         if rung.neurons < 1 or rung.heads < 1:
             each += constants.select_s
         if mode.rows and rung.neurons < 1 and not rung.ahead:

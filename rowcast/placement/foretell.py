@@ -217,9 +217,12 @@ def _stages(found: Found) -> list[Stage]:
         if fixed:
             name = "draft" if rung.model is not None else "own weights, proxies and copies of KV"
             read_bytes = sum(
-                bytes_ * len(site.ranks) for site in layout.sites for bytes_, _ in found.model.fixed_reads(site, rung, found.mode)
+                bytes_ * (len(site.ranks) if rung.at == "ranks" else 1)
+                for site in (layout.sites if rung.at == "ranks" else layout.sites[:1])
+                for bytes_, _ in found.model.fixed_reads(site, rung, found.mode)
             )
-            told.append(Stage(rung.name, name, {memory_link: read_bytes * per_token}, {memory_link: fixed * per_token}))
+            link = "host memory" if rung.at == "driver" else memory_link
+            told.append(Stage(rung.name, name, {link: read_bytes * per_token}, {link: fixed * per_token}))
         launches, sums = priced.launches[k]
         told.append(Stage(rung.name, "launches", {}, {"launches": launches * per_token}))
         if sums:

@@ -15,6 +15,9 @@ from typing import Any
 
 from rowcast.errors import UserError
 
+RANDOM = "random:"
+"""Before a model's name: random weights in its shape."""
+
 _ALIASES = {
     "bloom-176b": "bigscience/bloom",
     "llama-2-7b-128k": "NousResearch/Yarn-Llama-2-7b-128k",

@@ -52,7 +52,11 @@ class RungUse:
     sequences: float = 1.0
     """Share of the sequences that take part in a pass: below the last rung those that speculate."""
     model: ModelSpec | None = None
-    """Of a draft, which lies whole on every rank; None: the target."""
+    """Of a draft, which lies whole on every rank that runs it; None: the target."""
+    at: str = "ranks"
+    """Which ranks run the draft: ranks (all of them), first, or driver (none)."""
+    asked: float = 0.0
+    """Times in a round that ranks which do not run it wait for its proposals."""
     kv_entries: int | None = None
     """Entries that its attention reads at most; None: the whole context."""
     neurons: float = 1.0
@@ -90,7 +94,7 @@ class LadderUse:
     tokens_per_round_range: tuple[float, float]
     """The same where acceptance is as low and as high as its source allows."""
     fixed_bytes: int = 0
-    """Weights that lie on every rank whole: drafts."""
+    """Weights that lie on every rank whole: drafts, but those in the driver."""
     shared_bytes: int = 0
     """Proxies, predictors, low-bit copies: divided among ranks."""
     speculating: float = 1.0
@@ -110,6 +114,11 @@ class LadderUse:
     are not held. 0: the target's own are."""
     inputs: tuple[Input, ...] = ()
     """Acceptances, densities, hit rates and where they are from."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether a draft does not run on every rank, so that the host drives rounds."""
+        return any(rung.at != "ranks" for rung in self.rungs)
 
     def reads_placed(self, rung: RungUse) -> bool:
         """Whether a rung's passes read the weights that are placed: the target's own, or the only ones that there are."""

@@ -21,17 +21,20 @@ from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.drafting import MakeRule, draft_view, max_position
 from rowcast.runtime.executor import LastRung, LocalExecutor
 from rowcast.runtime.gpu_ceiling import Ceiling
-from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, StreamingKV, Summary
+from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, SharedKV, Summary
 from rowcast.runtime.kv.hosted import HostedKV
 from rowcast.runtime.kv.selection import policy
 from rowcast.runtime.ladder.by_request import Choices
+from rowcast.runtime.ladder.climb import Relay
 from rowcast.runtime.ladder.control import Controller
 from rowcast.runtime.ladder.coupled import Coupled
 from rowcast.runtime.ladder.memory import kept_queries, lazy, summaries
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.ngram import NgramLookup
+from rowcast.runtime.ladder.relay import Absent, FirstRelay
 from rowcast.runtime.ladder.rule import Rule
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.ladder.simulated import Simulated
@@ -59,8 +62,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rowcast")
 
-MakeRule = Callable[[Sampler], Rule]
-
 
 def assemble(
     planned: Planned,
@@ -73,13 +74,15 @@ def assemble(
     comm: Comm | None = None,
     decisions: Decisions | None = None,
     report: Report | None = None,
+    driver_relay: Callable[[Sampler], Relay] | None = None,
 ) -> LocalExecutor:
     """The executor of a plan: reads the weights of `checkpoint` and of the drafts, allocates all caches.
 
+    `driver_relay`: by which ranks hear of a draft with at=driver, which they do not load; needed where there is one.
     `eager`: a GPU's passes are launched one call at a time, not as captured graphs. `progress`: show a bar; None: if standard error is
     a terminal; `report` is told, too. `comm` (None: alone) says which rank's share of the model this is; drafts, which are small, are
-    whole on every rank. Several ranks need `decisions`. Raises UserError for damaged weights, OutOfMemoryError where the device has
-    less memory than the plan takes.
+    whole on every rank that runs them. Several ranks need `decisions`. Raises UserError for damaged weights, OutOfMemoryError where
+    the device has less memory than the plan takes.
     """
     plan = planned.plan
     device, _ = devices.choose_device(plan.device)
@@ -87,7 +90,7 @@ def assemble(
 
     def loaded() -> LocalExecutor:
         executor = _Assembly(planned, spec, device, comm or SoloComm(), decisions).executor(
-            checkpoint, make_rule, progress, eager, report
+            checkpoint, make_rule, progress, eager, report, driver_relay
         )
         ceiling.check()
         executor.ceiling = ceiling
@@ -132,22 +135,38 @@ class _Assembly:
         self._tiers = Tiers.of(planned.plan, comm.rank, spec.num_layers)
         self._away: OffloadedBanks | None = None
         self._full = self._store()
-        self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram"}
+        self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram" and self._runs(rung)}
         self._others = Choices(planned.ladder).others
 
     def executor(
-        self, checkpoint: Checkpoint, make_rule: MakeRule, progress: bool | None, eager: bool, report: Report | None
+        self,
+        checkpoint: Checkpoint,
+        make_rule: MakeRule,
+        progress: bool | None,
+        eager: bool,
+        report: Report | None,
+        driver_relay: Callable[[Sampler], Relay] | None,
     ) -> LocalExecutor:
         ladder = self._ladder
         lookup = NgramLookup() if ladder.rungs[0].kind == "ngram" else None
         decoders = self._decoders(checkpoint, progress, report)
-        runners = [
-            self._runner(rung, name, decoders[_weights(rung)], self._views[rung])
-            for rung, name in zip(ladder.rungs, ladder.names, strict=True)
-            if rung in self._views
-        ]
-        lower: list[Runner | Lookup] = [*([lookup] if lookup else []), *runners[:-1]]
+        lower: list[Runner | Lookup] = [lookup] if lookup else []
+        for rung, name in list(zip(ladder.rungs, ladder.names, strict=True))[len(lower) : -1]:
+            if rung in self._views:
+                lower.append(self._runner(rung, name, decoders[_weights(rung)], self._views[rung]))
+            else:
+                slots = None if rung.kv is None else self._plan.speculating_seqs
+                lower.append(Absent(name, slots=slots, max_position=max_position(rung, self._spec_of(rung))))
+        top = self._runner(ladder.rungs[-1], ladder.names[-1], decoders[_weights(ladder.rungs[-1])], self._full)
         sampler = Sampler(self._spec.vocab_size, self._device)
+        relays: dict[int, Relay] = {}
+        for place, rung in enumerate(ladder.lower):
+            if rung.at == "first":
+                assert self._decisions is not None
+                relays[place] = FirstRelay(self._decisions, sampler, self._device)
+            elif rung.at == "driver":
+                assert driver_relay is not None
+                relays[place] = driver_relay(sampler)
         rule = make_rule(sampler)
         others = [
             LastRung(
@@ -158,15 +177,16 @@ class _Assembly:
             for last in self._others
         ]
         return LocalExecutor(
-            runners[-1],
+            top,
             sampler,
             lower=lower,
             rule=rule,
             controller=self._controller(ladder, lookup),
-            rounds=self._rounds(lower, runners[-1], sampler, rule, eager),
+            rounds=self._rounds(lower, top, sampler, rule, eager),
             decisions=self._decisions,
             elsewhere=self._elsewhere(),
             others=others,
+            relays=relays,
         )
 
     def _controller(self, ladder: Ladder, lookup: NgramLookup | None) -> Controller | None:
@@ -175,6 +195,10 @@ class _Assembly:
             return None
         ratios = [self._cost_ratio(rung, ladder.rungs[-1]) for rung in ladder.lower]
         return Controller(ladder, adaptive=self._plan.adaptive, lookup=lookup, cost_ratios=ratios)
+
+    def _runs(self, rung: Rung) -> bool:
+        """Whether this rank runs it."""
+        return rung.at == "ranks" or (rung.at == "first" and self._comm.rank == 0)
 
     def _elsewhere(self) -> Elsewhere | None:
         """What the views have in host memory."""
@@ -188,6 +212,9 @@ class _Assembly:
         coupled, rates = (rule.rule, rule.rates) if isinstance(rule, Simulated) else (rule, None)
         can = gpu.serves(self._device) and settings().gpu_rounds
         if not can and self._comm.world == 1:
+            return None
+        if apart := [rung for rung in self._ladder.lower if rung.at != "ranks"]:
+            log.info("rounds are driven by the host: %s does not run on every rank", apart[0])
             return None
         why = None if can else "it has no GPU's kernels, or ROWCAST_GPU_ROUNDS is 0"
         if can:
@@ -217,7 +244,8 @@ class _Assembly:
         whole_view = BankWeights if on_gpu else DenseWeights
         width = self._dtype.itemsize
         share, solo = rank_share(self._spec, self._comm.world), SoloComm()
-        sizes = [parameter_count(draft.spec) for draft in self._drafts.values()] + [parameter_count(share)]
+        drafts = {name: draft for name, draft in self._drafts.items() if name in keys}
+        sizes = [parameter_count(draft.spec) for draft in drafts.values()] + [parameter_count(share)]
         if dense and sparse:
             sizes.append(share.num_layers * layer_parameters(share))
         if dense and low_bit and not sparse:
@@ -225,7 +253,7 @@ class _Assembly:
         views: dict[_WeightsKey, WeightView] = {}
         with LoadProgress(checkpoint.path.name, sum(sizes) * width, progress, report) as bar:
             how: dict[str, Any] = {"dtype": self._dtype, "device": self._device, "progress": bar.advance}
-            for name, draft in self._drafts.items():
+            for name, draft in drafts.items():
                 views[name] = whole_view(draft.spec, draft.checkpoint.source, solo, **how)
             outer = banks = None
             if dense:
@@ -258,8 +286,6 @@ class _Assembly:
         return self._away
 
     def _runner(self, rung: Rung, name: str, decoder: Decoder, view: KVView) -> ModelRunner:
-        # Positions in a draft's streaming cache are relative: none is further away than the cache is long.
-        unbounded = rung.kind == "draft" and rung.kv is not None
         tokens = self._plan.max_batch_tokens
         if not (isinstance(view, HostedKV) and view.by_layer and isinstance(decoder.weights, RunsByLayer)):
             tokens = min(tokens, MAX_BATCH_TOKENS) if self._tiers is not None else tokens
@@ -268,12 +294,12 @@ class _Assembly:
             decoder,
             view,
             max_batch_tokens=tokens,
-            max_position=None if unbounded else decoder.spec.max_context,
+            max_position=max_position(rung, decoder.spec),
         )
 
     def _cost_ratio(self, rung: Rung, last: Rung) -> float:
         """Bytes that a pass of the rung reads over those of a last rung's, halfway through the longest context."""
-        if rung not in self._views:
+        if rung.kind == "ngram":
             return 0.0
         entries = self._plan.max_context // 2
         return self._bytes_read(rung, entries) / self._bytes_read(last, entries)
@@ -288,10 +314,9 @@ class _Assembly:
     def _view(self, rung: Rung) -> KVView:
         if rung == self._ladder.rungs[-1]:
             return self._full
-        spec = self._spec_of(rung)
+        if rung.kind == "draft":
+            return draft_view(rung, self._spec_of(rung), self._plan, self._dtype, self._device)
         if rung.kv is None:
-            if rung.kind == "draft":
-                return self._paged(spec, Shard())
             alone = sum(lower.kind == "self" and lower.kv is None for lower in self._ladder.lower) == 1
             return SharedKV(self._full, lazy=alone and not isinstance(self._full, HostedKV))
         slots, room = self._plan.speculating_seqs, self._plan.lookahead + 1  # the pending token is one more
@@ -306,17 +331,6 @@ class _Assembly:
                 refresh=rung.refresh,
                 slots=slots,
                 rows=round_rows(self._plan.max_num_seqs),
-            )
-        if rung.kind == "draft":
-            return StreamingKV(
-                spec,
-                Shard(),
-                budget=rung.kv,
-                sinks=rung.sinks,
-                slots=slots,
-                room=room,
-                dtype=self._dtype,
-                device=self._device,
             )
         return SelectedKV(
             self._full,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rowcast.errors import UserError
-from rowcast.placement.models import find_config
+from rowcast.placement.models import RANDOM, find_config
 from rowcast.placement.plan import DTYPE_BYTES, MODES
 from rowcast.placement.resident import BLOCK_SIZE
 from rowcast.placement.workload import Input, LadderUse, Workload
@@ -21,7 +21,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.hotness import hotness
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
 from rowcast.runtime.ladder.presets import AUTO_KV, DENSITY, OVER, Circumstances, kv_for, resolve
-from rowcast.runtime.ladder.spec import PRESETS, Ladder, Rung
+from rowcast.runtime.ladder.spec import PRESETS, Ladder, Place, Rung
 from rowcast.runtime.ladder.uses import DraftConfig, plain_work_bytes
 from rowcast.runtime.ladder.uses import gamma_grid as gamma_grid
 from rowcast.runtime.ladder.uses import ladder_use as ladder_use
@@ -57,9 +57,10 @@ class LadderWish:
 def open_spec(model: str) -> tuple[ModelSpec, str]:
     """What a model is, and the number format of its weights as its config says it ("" where it says nothing).
 
-    `model`: a directory with a config.json, a config.json, a GGUF file, or the hub id or short name of a well-known model. Reads no
-    weights and no network. Raises UserError in one sentence.
+    `model`: a directory with a config.json, a config.json, a GGUF file, or the hub id or short name of a well-known model, also with
+    "random:" before it, as `LLM` takes it. Reads no weights and no network. Raises UserError in one sentence.
     """
+    model = model.removeprefix(RANDOM)
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     try:
         if model and path.is_dir():
@@ -264,8 +265,9 @@ def _auto(wish: LadderWish, here: Circumstances) -> list[str | Ladder]:
     views = [Rung(kind="self", kv=kv)] if kv else []
     found += [(plain,), *((view, plain) for view in views)]
     if wish.draft is not None:
-        draft = Rung(kind="ngram") if wish.draft == "ngram" else Rung(kind="draft", model=wish.draft)
-        found += [(draft, plain), *((draft, view, plain) for view in views)]
+        places: list[Place] = ["ranks", "first", "driver"]
+        at = [Rung(kind="ngram")] if wish.draft == "ngram" else [Rung(kind="draft", model=wish.draft, at=at) for at in places]
+        found += [rungs for draft in at for rungs in ((draft, plain), *((draft, view, plain) for view in views))]
     for rung in light:
         found += [(rung, plain), *([(replace(rung, kv=kv, view="retrieval"), plain)] if kv else [])]
     return [Ladder(rungs) for rungs in found]

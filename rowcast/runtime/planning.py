@@ -145,6 +145,9 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     }
     block_size = max(1, sizes["block_size"])
     ladder = Ladder(tuple(possible(rung, drafts, block_size, adaptive, notes) for rung in ladder.rungs))
+    if world == 1 and any(rung.at != "ranks" for rung in ladder.rungs):
+        ladder = Ladder(tuple(replace(rung, at="ranks") for rung in ladder.rungs))
+        notes.append("the draft runs beside the model: there is one rank")
 
     def head_copy_bytes(model: ModelSpec) -> int:
         head = model.vocab_size * model.embed_size if model.tied_embeddings else 0

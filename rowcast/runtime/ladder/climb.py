@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Protocol
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Climber:
 
 
 @dataclass(slots=True)
-class _Want:
+class Want:
     """Tokens that a rung is to add to a path, and the laws of those it has added."""
 
     climber: Climber
@@ -78,11 +79,26 @@ class _Want:
         return self.count - (len(self.climber.path.ids) - self.start)
 
 
+class Relay(Protocol):
+    """How what a rung proposes comes to ranks that do not run it. Every rank makes the same calls."""
+
+    drafts: bool
+    """Whether the rung runs here."""
+
+    def share(self, climb: Climb, rung: int, wants: Sequence[Want], limits: Sequence[int]) -> None:
+        """Where the rung runs it has extended the paths, by at most `limits`. On the other ranks, extend them by the same tokens and
+        laws."""
+        ...
+
+
 class Climb:
     """The rungs below the last one at work. Keeps nothing from round to round but what it reports."""
 
-    def __init__(self, lower: Sequence[Runner | Lookup], rule: Rule, *, logit_rows: int) -> None:
-        """`lower`: all rungs but the last, cheapest first. `logit_rows`: most rows of logits held at once, if one proposal fits."""
+    def __init__(
+        self, lower: Sequence[Runner | Lookup], rule: Rule, *, logit_rows: int, relays: Mapping[int, Relay] | None = None
+    ) -> None:
+        """`lower`: all rungs but the last, cheapest first. `logit_rows`: most rows of logits held at once, if one proposal fits.
+        `relays`: of the rungs that do not run on every rank, by their place in `lower`."""
         self.lower = lower
         self.passes: list[Pass] = []
         """Of the round, as are `outcomes`: whoever starts one clears them."""
@@ -91,21 +107,22 @@ class Climb:
         """Told of each pass, right after it."""
         self._rule = rule
         self._logit_rows = logit_rows
+        self._relays = relays or {}
 
     def propose(self, rung: int, climbers: Sequence[Climber], limits: Sequence[int]) -> list[Proposal]:
         """Extend each path by what the rungs below `rung` propose to it, at most `limits[i]` tokens for climber i.
 
         The proposals carry the same tokens; `verify` cuts the paths. Where nothing below is in use, a proposal is empty.
         """
-        wants = [_Want(c, 0, len(c.path.ids)) for c in climbers]
-        asked: dict[int, list[_Want]] = defaultdict(list)
+        wants = [Want(c, 0, len(c.path.ids)) for c in climbers]
+        asked: dict[int, list[Want]] = defaultdict(list)
         for want, limit in zip(wants, limits, strict=True):
             below = want.climber.below(rung)
             if below is not None:
                 want.count = min(limit, want.climber.gammas[below])
                 asked[below].append(want)
         for below, some in asked.items():
-            self._extend(below, some)
+            self.extend(below, some)
         return [_proposal(want) for want in wants]
 
     def verify(
@@ -164,8 +181,16 @@ class Climb:
         if self.on_pass is not None:
             self.on_pass(self.passes[-1])
 
-    def _extend(self, rung: int, wants: list[_Want]) -> None:
-        """Add exactly `count` tokens of this rung's law to each path; a lookup may know fewer."""
+    def extend(self, rung: int, wants: list[Want]) -> None:
+        """Add exactly `count` tokens of this rung's law to each path, wherever it runs; a lookup may know fewer."""
+        relay = self._relays.get(rung)
+        limits = [want.count for want in wants]
+        if relay is None or relay.drafts:
+            self._extend_here(rung, wants)
+        if relay is not None:
+            relay.share(self, rung, wants, limits)
+
+    def _extend_here(self, rung: int, wants: list[Want]) -> None:
         runner = self.lower[rung]
         if isinstance(runner, Lookup):
             for want in wants:
@@ -205,7 +230,7 @@ class Climb:
             self.outcomes.append(Outcome(path.seq_id, below, rung, proposed, verdict.accepted))
 
 
-def _proposal(want: _Want) -> Proposal:
+def _proposal(want: Want) -> Proposal:
     path = want.climber.path
     return Proposal(path.seq_id, path.drafted(want.start), path.ids[want.start :], want.laws)
 

@@ -77,14 +77,16 @@ def ladder_needs(
 ) -> LadderNeeds:
     """The bytes that a ladder takes beside a plain model, `spec`.
 
-    `drafts`: the draft models of its rungs, by the names that these give them. `calibration`: what its sparse rungs read.
+    `drafts`: the draft models of its rungs, by the names that these give them; one with at=driver takes
+    nothing of a rank. `calibration`: what its sparse rungs read.
     `dense_copy`: passes over all weights take layers in a layout of their own, beside the one that sparse passes take, of which
     long passes copy a table at a time. `listed`: rounds run on the device, where a retrieval view lists chunks and copies none.
     `width`: bytes of an element of weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a
     re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
-    models = [draft.spec for draft in drafts.values()]
+    held = {rung.model for rung in ladder.lower if rung.at != "driver"}
+    models = [draft.spec for name, draft in drafts.items() if name in held]
     block_bytes = slot_bytes = work_bytes = row_bytes = 0
     for rung in ladder.lower:
         if rung.kind == "self" and rung.kv is not None and rung.retrieves and listed:
@@ -96,7 +98,7 @@ def ladder_needs(
             work_bytes = max(
                 work_bytes, choice_bytes(policy_sizes(rung), spec, rung.kv, max_context, kept_queries(ladder), width)
             )
-        elif rung.kind == "draft":
+        elif rung.kind == "draft" and rung.at != "driver":
             assert rung.model is not None
             model = drafts[rung.model].spec
             if rung.kv is None:

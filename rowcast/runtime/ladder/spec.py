@@ -28,6 +28,8 @@ Head = Literal["full", "hire"]
 """All rows of the LM head; or a few bits of them and exact rows for the likeliest tokens (`sparse.lm_head`)."""
 Bits = Literal[4, 8]
 """All weights, rounded to so many bits when the model is loaded (`lowbit_weights`)."""
+Place = Literal["ranks", "first", "driver"]
+"""Of several ranks: every one runs the draft; rank 0 does and tells the others; the driver does, on a device outside the gang."""
 
 MOST_GAMMA = 64
 MOST_LOWER_RUNGS = 4
@@ -46,7 +48,7 @@ _NEURON_KEYS = ("by", "over", "cut", "common", "group")
 """How neurons are chosen, where `mlp` says how many."""
 _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
-    "draft": ("model", "kv", "sinks", "gamma"),
+    "draft": ("model", "kv", "sinks", "at", "gamma"),
     "self": (
         *("mlp", *_NEURON_KEYS, "heads", "lm", "bits"),
         *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
@@ -71,6 +73,7 @@ _NAMES = {
     "by": get_args(ScorerName),
     "cut": get_args(Cut),
     "lm": get_args(Head),
+    "at": get_args(Place),
 }
 _SEPARATOR = re.compile(r"(?:^|(?<=\s))/(?=\s|$)")
 
@@ -102,6 +105,8 @@ class Rung:
     """self: all weights, in so many bits each. None: in the model's own format."""
     model: str | None = None
     """draft: a directory, GGUF file or hub id. None: the one that the caller of the ladder names."""
+    at: Place = "ranks"
+    """draft: where it runs, where there are several ranks."""
     kv: int | None = _UNSET
     """Entries that the KV view shows. None: all, or it has no KV (ngram). Left out: 256 for a draft, all for a self that is sparse or
     has `bits`; any other self needs it."""
@@ -336,6 +341,12 @@ class Ladder:
             raise UserError(
                 f"the ladder {str(self)!r:.80} has {len(kinds) - 1} rungs below the last; use at most {MOST_LOWER_RUNGS}"
             )
+        for i, rung in enumerate(self.rungs):
+            if rung.at != "ranks" and set(kinds[:i]) - {"ngram"}:
+                raise UserError(
+                    f"the rung {str(rung)!r:.80} stands above {self.rungs[i - 1].kind}, and only ngram may be below a draft with "
+                    f"at={rung.at}; put it first, or use at=ranks"
+                )
         twins = [name for i, name in enumerate(self.names) if name in self.names[:i]]
         if twins:
             raise UserError(f"the ladder {str(self)!r:.80} has the rung {twins[0]} twice; leave one out")

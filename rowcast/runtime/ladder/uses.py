@@ -74,9 +74,16 @@ def ladder_use(
     listed, copied = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each) for each in (True, False))
     part = 1.0 if listed.anyone or not used else min(batch, MAX_SPECULATING_SEQS) / batch
     rungs = [
-        replace(_rung_use(rung, spec, count, tokens, width, calibration, drafts), sequences=1.0 if rung is last else part)
-        for rung, (count, tokens) in zip(
-            [*(ladder.rungs[i] for i in used), last], [*passes, (1.0, 1 + asked * part)], strict=True
+        replace(
+            _rung_use(rung, spec, count, tokens, width, calibration, drafts),
+            sequences=1.0 if rung is last else part,
+            asked=0.0 if rung.at == "ranks" else above,
+        )
+        for rung, (count, tokens), above in zip(
+            [*(ladder.rungs[i] for i in used), last],
+            [*passes, (1.0, 1 + asked * part)],
+            [*(count for count, _ in passes[1:]), *([1.0] if used else []), 0.0],
+            strict=True,
         )
         if rung.kind != "ngram"
     ]
@@ -86,10 +93,15 @@ def ladder_use(
         """By all sequences on average, those without room for the lower rungs among them."""
         return part * expected_tokens(acceptance, asked) + 1 - part
 
-    own = [_draft_bytes(rung, drafts, ladder, context, width) for rung in ladder.lower if rung.kind == "draft"]
+    own = [
+        _draft_bytes(rung, drafts, ladder, context, width)
+        for rung in ladder.lower
+        if rung.kind == "draft" and rung.at != "driver"
+    ]
     streamed, kept = sum(each[0] for each in own), sum(each[1] for each in own)
     models = {rung.model: drafts[rung.model] for rung in ladder.lower if rung.model is not None}
-    fixed = sum(parameter_count(model) for model in models.values()) * width
+    held = {rung.model for rung in ladder.lower if rung.at != "driver"}
+    fixed = sum(parameter_count(model) for name, model in models.items() if name in held) * width
     work = max(_work_bytes(spec, width, batch, context, needs) for needs in (listed, copied))
     alone = _alone_bits(ladder)
     return LadderUse(
@@ -128,7 +140,7 @@ def _rung_use(
     use = RungUse(name=str(rung), passes=passes, tokens=tokens, kv_entries=rung.kv)
     if rung.kind == "draft":
         assert rung.model is not None
-        return replace(use, model=drafts[rung.model])
+        return replace(use, model=drafts[rung.model], at=rung.at)
     if rung.bits is not None:
         own = rounded_bytes(spec, rung.bits)
         return replace(use, own_weights_bytes=own, own_bits=rung.bits, own_weights_share=own / replaced_bytes(spec, width))

@@ -1,0 +1,206 @@
+"""A draft in the driver, outside the gang: rank 0 asks, the driver's device drafts, all ranks are told.
+
+The driver follows each sequence's tokens by itself: what is committed it knows, what is drafted behind comes with the question. What
+its caches hold of tokens that no longer stand is dropped when the sequence is next asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rowcast.cluster.link import Link
+from rowcast.cluster.wire import Answer, Ask, Asked, Proposed
+from rowcast.errors import UserError
+from rowcast.runtime.drafting import MakeRule, draft_climb
+from rowcast.runtime.ladder.climb import Climb, Climber, Outcome, Pass, Want
+from rowcast.runtime.ladder.path import Path
+from rowcast.runtime.ladder.rule import Law
+from rowcast.runtime.planning import Planned
+from rowcast.runtime.sampler import Sampler
+from rowcast.runtime.step import SeqResult, SeqSetup, SeqStep
+
+log = logging.getLogger("rowcast")
+
+
+@dataclass(slots=True)
+class _Followed:
+    ids: list[int]
+    """Prompt and output."""
+    prompt_length: int
+    held: list[int] = field(default_factory=list)
+    """The path at the end of the last answer: the caches hold no other tokens."""
+    settled: int = 0
+    """So many of `held` were committed then."""
+
+
+class DriverDraft:
+    """The driver's side. Its `answer` never raises: a failure is told to the ranks, which refuse the step, and kept for `failed`."""
+
+    def __init__(self, planned: Planned, vocab_size: int, make_rule: MakeRule, device: torch.device) -> None:
+        """The ladder's rungs up to the draft with at=driver, which there is. Reads the draft's weights."""
+        self._device = device
+        self._sampler = Sampler(vocab_size, device)
+        self._climb = draft_climb(planned, self._sampler, make_rule, device)
+        self._lower = self._climb.lower
+        self._sequences: dict[int, _Followed] = {}
+        self._steps: dict[int, SeqStep] = {}
+        self._failure: Exception | None = None
+        log.info("the draft runs in the driver, on %s", device)
+
+    @property
+    def seq_ids(self) -> set[int]:
+        """Sequences in its caches."""
+        return set().union(*(rung.seq_ids for rung in self._lower))
+
+    @torch.inference_mode()
+    def add(self, setup: SeqSetup) -> None:
+        """Follow a sequence that the ranks have taken."""
+        self._sampler.add(
+            setup.seq_id,
+            setup.params,
+            seed=setup.seed,
+            sample_index=setup.sample_index,
+            prompt_ids=setup.prompt_ids,
+            eos_ids=setup.eos_ids,
+            bad_word_ids=setup.bad_word_ids,
+        )
+        self._sampler.commit(setup.seq_id, setup.output_ids)
+        self._sequences[setup.seq_id] = _Followed(setup.prompt_ids + setup.output_ids, len(setup.prompt_ids))
+
+    def begin(self, steps: Sequence[SeqStep]) -> None:
+        """The ranks begin a round over them."""
+        self._steps = {step.seq_id: step for step in steps}
+
+    @torch.inference_mode()
+    def commit(self, results: Sequence[SeqResult]) -> None:
+        """What the round gave."""
+        for result in results:
+            self._sequences[result.seq_id].ids += result.tokens
+            self._sampler.commit(result.seq_id, result.tokens)
+
+    @torch.inference_mode()
+    def free_kv(self, seq_id: int, length: int) -> None:
+        """As `Executor.free_kv`."""
+        followed = self._sequences[seq_id]
+        del followed.ids[length:]
+        followed.held, followed.settled = [], 0
+        self._sampler.rewind(seq_id, length - followed.prompt_length)
+        for rung in self._lower:
+            rung.free(seq_id)
+
+    @torch.inference_mode()
+    def remove(self, seq_id: int) -> None:
+        """Forget the sequence."""
+        if self._sequences.pop(seq_id, None) is not None:
+            self._sampler.remove(seq_id)
+            for rung in self._lower:
+                rung.free(seq_id)
+
+    @torch.inference_mode()
+    def answer(self, ask: Ask) -> Answer:
+        """The rung's proposals. Every sequence is one of the round that has begun."""
+        try:
+            return self._answer(ask)
+        except Exception as error:
+            self._failure = error
+            told = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            return Answer([], [], [], f"the draft failed on the driver's device {self._device}: {told}; use at=ranks")
+
+    def failed(self) -> Exception | None:
+        """What went wrong since the last call of this."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _answer(self, ask: Ask) -> Answer:
+        wants = []
+        for asked in ask.wants:
+            followed = self._sequences[asked.seq_id]
+            step = self._steps[asked.seq_id]
+            path = Path(asked.seq_id, followed.ids + asked.drafted, len(followed.ids), step.blocks, followed.prompt_length)
+            self._follow(followed, path)
+            self._sampler.resume_rounds(asked.seq_id, asked.rounds)
+            wants.append(Want(Climber(path, asked.gammas), asked.count, len(path.ids)))
+        self._climb.passes.clear()
+        self._climb.outcomes.clear()
+        self._climb.extend(ask.rung, wants)
+        for want in wants:
+            path = want.climber.path
+            followed = self._sequences[path.seq_id]
+            followed.held, followed.settled = path.ids, path.committed
+        return Answer(
+            [
+                Proposed(
+                    want.climber.path.ids[want.start :],
+                    [None if law is None else law.float().cpu().numpy().tobytes() for law in want.laws],
+                    self._sampler.rounds(want.climber.path.seq_id),
+                    dict(want.climber.counts),
+                )
+                for want in wants
+            ],
+            [[ran.rung, ran.tokens, ran.sequences, ran.seconds] for ran in self._climb.passes],
+            [[each.seq_id, each.proposer, each.verifier, each.proposed, each.accepted] for each in self._climb.outcomes],
+            None,
+        )
+
+    def _follow(self, followed: _Followed, path: Path) -> None:
+        """Make the caches hold of the path what they can, and nothing else."""
+        same, end = followed.settled, min(len(followed.held), len(path.ids))
+        while same < end and followed.held[same] == path.ids[same]:
+            same += 1
+        for rung in self._lower:
+            admitted = rung.admit(path, 0)
+            assert admitted, f"{rung.name} has no place for sequence {path.seq_id}, which it has on rank 0"
+            rung.truncate(path.seq_id, same)
+            if path.committed > followed.settled:
+                rung.commit(path.seq_id, path.committed - 1)
+
+
+class DriverRelay:
+    """A rank's side. Implements `Relay`."""
+
+    drafts = False
+
+    def __init__(self, link: Link, *, leads: bool, sampler: Sampler, device: torch.device) -> None:
+        """`leads`: this rank asks, for all."""
+        self._link = link
+        self._leads = leads
+        self._sampler = sampler
+        self._device = device
+
+    def share(self, climb: Climb, rung: int, wants: Sequence[Want], limits: Sequence[int]) -> None:
+        """Raises UserError where the draft failed: all ranks do, so that the gang lives on."""
+        started = time.perf_counter()
+        if self._leads:
+            self._link.send(Ask(rung, [self._asked(want) for want in wants]))
+        answer = self._link.receive()
+        assert isinstance(answer, Answer), f"the driver said {type(answer).__name__} in place of what its draft proposes"
+        if answer.failure is not None:
+            raise UserError(answer.failure)
+        for want, proposed in zip(wants, answer.wants, strict=True):
+            climber = want.climber
+            climber.path.ids += proposed.ids
+            want.laws += [self._law(law) for law in proposed.laws]
+            self._sampler.resume_rounds(climber.path.seq_id, proposed.rounds)
+            for name, counts in proposed.counts.items():
+                climber.counts[name].add(counts)
+        climb.outcomes += [Outcome(*outcome) for outcome in answer.outcomes]
+        # The way there and back is a part of what the passes take, by which gammas are chosen.
+        away = time.perf_counter() - started - sum(ran[3] for ran in answer.passes)
+        for number, tokens, sequences, seconds in answer.passes:
+            ran = Pass(int(number), int(tokens), int(sequences), seconds + max(0.0, away) / len(answer.passes))
+            climb.passes.append(ran)
+            if climb.on_pass is not None:
+                climb.on_pass(ran)
+
+    def _asked(self, want: Want) -> Asked:
+        path = want.climber.path
+        return Asked(path.seq_id, list(path.drafted()), want.count, list(want.climber.gammas), self._sampler.rounds(path.seq_id))
+
+    def _law(self, law: bytes | None) -> Law:
+        return None if law is None else torch.from_numpy(np.frombuffer(law, dtype=np.float32).copy()).to(self._device)
