@@ -98,6 +98,14 @@ def test_what_is_assumed_is_said(run: Run) -> None:
     assert code == 0 and "64 GiB of host memory are assumed, give --host-memory" in out and "none was given" in out
 
 
+@pytest.mark.parametrize("at", [(), ("--tp", "2")])
+def test_a_draft_that_no_rung_asks(run: Run, at: tuple[str, ...]) -> None:
+    code, out, err = run(
+        "plan", "facebook/opt-6.7b", "--gpus", "2xRTX4090", "--draft", "facebook/opt-125m", "--groups", "100", *at
+    )
+    assert (code, err) == (0, "") and "acceptance of draft:model=" in out
+
+
 def test_this_machine_without_a_gpu(run: Run) -> None:
     code, out, err = run("plan", "SmolLM2-135M-Instruct", "--ladder", "plain", "--context", "256", "--groups", "100")
     assert (code, err) == (0, "")

@@ -395,7 +395,7 @@ class CostModel:
         each = constants.eager_layer_s if self.ladder.apart and not self.layout.on_cpu else constants.layer_launch_s
         if rung.model is not None:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
-            return spec.num_layers * each, told * rung.asked / rung.passes
+            return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
         if rung.neurons < 1 or rung.heads < 1:
             each += constants.select_s
         if mode.rows and rung.neurons < 1 and not rung.ahead:
