@@ -19,7 +19,7 @@ from rowcast.errors import UserError
 
 ray: Any = pytest.importorskip("ray")
 
-from rowcast.cluster.ray_launcher import RayLauncher, RayRanks, _device  # noqa: E402
+from rowcast.cluster.ray_launcher import RayLauncher, RayRanks, _device, connect  # noqa: E402
 
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=20, detokenize=False, ignore_eos=True)
 PROMPT = [5, 9, 5, 9, 5, 9, 2, 7]
@@ -109,3 +109,45 @@ def test_a_ray_that_went_first_is_not_asked(gone: str, monkeypatch: pytest.Monke
     assert ranks.dead() == {0: "ended with the Ray that it was placed by"}
     assert ranks.wait(5)
     ranks.kill()
+
+
+@pytest.mark.parametrize(
+    ("named", "runs", "joined"),
+    [(None, True, ["auto"]), (None, False, ["auto", "local"]), ("local", True, ["local"]), ("10.1.2.3:6379", True, ["auto"])],
+)
+def test_whose_cluster_is_used(
+    named: str | None, runs: bool, joined: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that nobody named is joined, and said to be."""
+    asked: list[str] = []
+
+    def init(address: str, **_: object) -> None:
+        asked.append(address)
+        if address == "auto" and not runs:
+            raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(asked))
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", named)
+    connect(1)
+    assert asked == joined
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("RAY_ADDRESS=local starts" in line for line in warned) == (named is None and runs)
+
+
+def test_a_named_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks elsewhere were asked for: none of this machine's own take their place."""
+
+    def init(address: str, **_: object) -> None:
+        assert address == "auto"
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    with pytest.raises(
+        UserError, match=r"no Ray cluster answers at RAY_ADDRESS=10\.1\.2\.3:6379: start one there, or set it to local"
+    ):
+        connect(1)

@@ -140,17 +140,32 @@ class RayRanks:
 
 
 def connect(world: int) -> None:
-    """To the cluster that there is (RAY_ADDRESS, or one that runs here), else to one of this machine's own, started now."""
+    """To the cluster that RAY_ADDRESS names, else to one that runs here, else to one of this machine's own, started now.
+
+    RAY_ADDRESS=local is the last of them whatever runs here.
+    """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    try:
-        ray.init(address="auto", **quiet)
-        log.info("ranks are placed by the Ray cluster at %s", ray.get_runtime_context().gcs_address)
-    except ConnectionError:
-        cpus = max(world, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
-        log.info("ranks are placed by a Ray cluster of this machine's own")
+    named = os.environ.get("RAY_ADDRESS")
+    if named != "local":
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            if named:
+                raise UserError(f"no Ray cluster answers at RAY_ADDRESS={named}: start one there, or set it to local") from None
+        else:
+            address = ray.get_runtime_context().gcs_address
+            if named:
+                log.info("ranks are placed by the Ray cluster at %s", address)
+            else:  # Nobody asked for it, and others may be at work there.
+                log.warning(
+                    "ranks are placed by the Ray cluster that runs at %s; RAY_ADDRESS=local starts one of their own", address
+                )
+            return
+    cpus = max(world, os.cpu_count() or 1)
+    ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
+    log.info("ranks are placed by a Ray cluster of this machine's own")
 
 
 def _device(gpu: str, visible: str | None) -> int:
