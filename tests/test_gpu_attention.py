@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 from rowcast.kernels.attention import attend, attend_entries  # noqa: E402
 from rowcast.kernels.gpu import decoding  # noqa: E402
-from rowcast.kernels.gpu.decoding import Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
+from rowcast.kernels.gpu.decoding import SHORT, Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
 from rowcast.kernels.gpu.rotate import apart, rotate_append  # noqa: E402
 from rowcast.runtime.rope import apply_rope  # noqa: E402
 
@@ -20,8 +20,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
-SMALL = Tiles(32, 32, 64, 2, 2, 4)
-"""Short splits and tiles, so that short contexts cross their boundaries."""
+SMALL = Tiles(32, 32, 64, 2, 2, 4, 64)
+"""Short splits and tiles, so that short contexts cross their boundaries, and that of contexts made in one launch."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -167,7 +167,7 @@ def test_a_token_alone_has_the_same_bits(dtype: torch.dtype, heads: int, kv_head
     """For any number of tokens, other sequences and bound on the context; at boundaries of tiles and splits too."""
     torch.manual_seed(5)
     cut = tiles_for(kv_heads, 64, dtype) if ON_GPU else SMALL
-    edges = [cut.entries, cut.fine, cut.knee, 2 * cut.knee + 4 * cut.fine] if ON_GPU else [2 * cut.knee]
+    edges = [cut.entries, cut.fine, cut.short, cut.knee, 2 * cut.knee + 4 * cut.fine] if ON_GPU else [cut.short, 2 * cut.knee]
     for edge in edges:
         for window in (None, 37):
             end = edge + 5
@@ -209,7 +209,7 @@ def test_a_token_alone_has_the_same_bits(dtype: torch.dtype, heads: int, kv_head
 def test_bits_on_a_gpu(dtype: torch.dtype, size: int, heads: int, kv_heads: int) -> None:
     """Of 1, 7 and 16 tokens, whatever the bound on the context."""
     torch.manual_seed(6)
-    for end in (30, 1000, 4500):
+    for end in (30, 1000, SHORT + 7, 4500):
         store = make_store([end, end - 3], kv_heads, size, dtype)
         q = torch.randn(2, 16, heads, size, device=DEVICE).to(dtype)
         several = run(store, q.flatten(0, 1), 16, overlap=False).view(2, 16, heads, size)
@@ -224,7 +224,7 @@ def test_bits_on_a_gpu(dtype: torch.dtype, size: int, heads: int, kv_heads: int)
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ("kv_heads", "listed", "count"), [(6, [4, 1, 5], 2), (6, [0, 3], 0), (2, [5, 0, 3], 3), (2, [2, 1, 5], 2)]
+    ("kv_heads", "listed", "count"), [(6, [4, 1, 5], 2), (6, [0, 3], 0), (2, [5, 0, 3], 3), (2, [2, 1, 5], 2), (2, [1, 3, 1], 3)]
 )
 def test_chosen_heads(dtype: torch.dtype, kv_heads: int, listed: list[int], count: int) -> None:
     torch.manual_seed(7)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.bench.kernel_cases.case import Case
-from rowcast.kernels.gpu.decoding import Chunks, decode
+from rowcast.kernels.gpu.decoding import SHORT, Chunks, Tiles, decode, tiles_for
 from rowcast.kernels.gpu.retrieval import choose_chunks, chunk_scores, summarise
 from rowcast.kernels.gpu.rotate import apart, rotate_append
 
@@ -62,8 +62,8 @@ def _attention(kv_heads: int, entries: int, tokens: int, sequences: int = 1) -> 
     copies = max(1, _ROTATED_BYTES // bytes_each)
     starts, q = _ints(*[entries - tokens] * sequences), _random(sequences * tokens, HEADS, HEAD)
 
-    def ours(keys: Tensor, values: Tensor, table: Tensor) -> Callable[[], object]:
-        return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries)
+    def ours(keys: Tensor, values: Tensor, table: Tensor, tiles: Tiles | None = None) -> Callable[[], object]:
+        return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries, tiles=tiles)
 
     def theirs() -> Callable[[], object]:
         k, v = (_random(sequences, kv_heads, entries, HEAD) for _ in range(2))
@@ -75,8 +75,12 @@ def _attention(kv_heads: int, entries: int, tokens: int, sequences: int = 1) -> 
         return lambda: F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
     shape = f"{sequences} x {tokens} tokens of {entries}, {HEADS} heads, {kv_heads} KV heads of {HEAD}, bf16"
+    stores = [_store(kv_heads, entries, sequences) for _ in range(copies)]
     peers = {"torch SDPA, K and V contiguous": [theirs() for _ in range(copies)]}
-    return Case("decode", shape, bytes_each, [ours(*_store(kv_heads, entries, sequences)) for _ in range(copies)], peers)
+    if entries <= SHORT:
+        tiles = tiles_for(kv_heads, HEAD, q.dtype)._replace(short=0)
+        peers["in two launches"] = [ours(*store, tiles=tiles) for store in stores]
+    return Case("decode", shape, bytes_each, [ours(*store) for store in stores], peers)
 
 
 def _chunks(kv_heads: int, tokens: int, budget: int = 4096, size: int = 8) -> Case:

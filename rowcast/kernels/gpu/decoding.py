@@ -2,8 +2,9 @@
 
 The fast path of `kernels.attention.attend` and `attend_entries` for many sequences at once, over keys and values where they lie:
 blocks found by a table, or one block a sequence. Two steps: each split of the context gives a partial maximum, sum and weighted sum of
-values for each query row, then partials are combined in the order of positions. The query heads of a group and a sequence's tokens are
-rows of one tile, so K and V are read once for all of them.
+values for each query row, then partials are combined in the order of positions: by the last split's program that is done, for tokens
+with a short context, where a second launch would take longer than the first; by a second kernel for others. The query heads of a group
+and a sequence's tokens are rows of one tile, so K and V are read once for all of them.
 
 Bits: splits and tiles have absolute boundaries that depend on positions and on the store's shape alone, and what a token must not see
 adds exact zeros. So a token's result is the same whatever the number of tokens, the other sequences, or the bound on the context.
@@ -19,9 +20,13 @@ from torch import Tensor
 
 from rowcast.kernels.gpu.decoding_kernels import combine, partial
 from rowcast.kernels.gpu.overlap import overlaps
+from rowcast.kernels.gpu.scratch import counters
 
 MOST_ROWS: Final = 64
 """Query rows of a tile: tokens times query heads of a group; more of them are several tiles."""
+
+SHORT: Final = 2048
+"""Entries up to which a token's parts are so few that one program puts them together as fast as many do."""
 
 _COMBINED: Final = 32
 """Elements of a head that a program of the second step makes."""
@@ -55,13 +60,15 @@ class Tiles(NamedTuple):
     levels: int
     stages: int
     warps: int
+    short: int = 0
+    """A token that sees no entry from this one on is made in one launch. 0, or where a split ends."""
 
 
 def tiles_for(kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The cut for `kv_heads` heads of `head_dim`."""
     if dtype == torch.float32:  # exact products are made outside the matrix units
-        return Tiles(32, 128, 4096, 2, 2, 4)
-    return Tiles(64, 64, 2048, 5, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
+        return Tiles(32, 128, 4096, 2, 2, 4, SHORT)
+    return Tiles(64, 64, 2048, 5, 3, 4, SHORT) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4, SHORT)
 
 
 def splits_for(tiles: Tiles, entries: int) -> int:
@@ -107,8 +114,8 @@ def decode(
     `most_entries`: no sequence has more entries than this, starts[b] + T; the result does not depend on it. `window`, `slopes` [H] and
     `absolute_bias_scale` as in `attend`; biases are float32 here, where torch rounds them to the dtype of q.
 
-    `heads` [C] int32 or int64, in any order: only these query heads are wanted, the first `head_count` [1] (int32) of them; returns
-    [B * T, C, d], 0 beyond the count. KV heads that none of them reads are not read.
+    `heads` [C] int32 or int64, in any order, some perhaps twice: only these query heads are wanted, the first `head_count` [1] (int32)
+    of them; returns [B * T, C, d], 0 beyond the count. KV heads that none of them reads are not read.
 
     `chunks`: only these entries are seen, and read. `most_shown`: with them, no sequence shows more entries than this, places in its
     list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.
@@ -124,6 +131,7 @@ def decode(
     assert q.stride(2) == 1 and keys.stride(3) == 1 and values.stride(3) == 1 and tables.stride(1) == 1
     cut = tiles or tiles_for(kv_heads, size, q.dtype)
     assert cut.fine % cut.entries == 0 and cut.knee % (2 * cut.fine) == 0 and cut.levels >= 1
+    assert cut.short % cut.fine == 0 and cut.short <= cut.knee
     columns = query_heads if heads is None else heads.shape[0]
     out = q.new_empty(rows, columns, size) if out is None else out
     if rows == 0 or columns == 0:
@@ -137,7 +145,8 @@ def decode(
         count = chunks.ids.shape[2]
         listed = chunks.sinks + count * chunks.size
         assert chunks.ids.shape[:2] == (sequences, kv_heads) and chunks.ids.stride()[1:] == (count, 1)
-    splits = splits_for(cut, listed + most_entries if most_shown is None or chunks is None else most_shown)
+    most_seen = listed + most_entries if most_shown is None or chunks is None else most_shown
+    splits, all_short = splits_for(cut, most_seen), most_seen <= cut.short
     stats = q.new_empty(2, rows * query_heads, splits, dtype=torch.float32)
     sums = q.new_empty(rows * query_heads, splits, size, dtype=torch.float32)
     recent = starts if chunks is None else chunks.recent
@@ -156,6 +165,8 @@ def decode(
         recent,
         stats,
         sums,
+        out,
+        counters(q.device, sequences * kv_heads * row_tiles) if cut.short else None,
         tokens,
         splits,
         listed,
@@ -163,6 +174,8 @@ def decode(
         0 if window is None else window,
         scale,
         1.0 if absolute_bias_scale is None else absolute_bias_scale,
+        out.stride(0),
+        out.stride(1),
         q.stride(0),
         q.stride(1),
         *keys.stride()[:3],
@@ -188,10 +201,15 @@ def decode(
         cut.fine,
         cut.knee,
         cut.levels,
+        cut.short,
+        triton.next_power_of_2(splits_for(cut, cut.short)),
+        all_short,
         overlap,
         num_stages=cut.stages if tile < 64 else min(cut.stages, 2),  # two programs have to fit a multiprocessor
         num_warps=cut.warps,
     )
+    if all_short:
+        return out
     combine[(rows, columns, triton.cdiv(size, _COMBINED))](
         stats,
         sums,
@@ -215,6 +233,7 @@ def decode(
         cut.fine,
         cut.knee,
         cut.levels,
+        cut.short,
         overlap,
         num_warps=4,
         **({"launch_pdl": True} if overlap else {}),
