@@ -31,7 +31,7 @@ from rowcast.runtime.sparse import build
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons, layer_threshold
 from rowcast.runtime.sparse.scorers import FewBits, Gate, Oracle, Proxy, Reads, Scored, Scorer
-from rowcast.runtime.sparse.selection import SHARDS, Selector
+from rowcast.runtime.sparse.selection import SHARDS, Selector, shards_for
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec
@@ -278,8 +278,13 @@ def test_groups_are_chosen_whole() -> None:
     assert bool(Selector(Given(values), 90, keep=90, group=8)(values, False).own.all())  # type: ignore[union-attr]
 
 
+def test_wide_layers_have_more_shards() -> None:
+    """A multiple, so that the same numbers of ranks hold whole ones."""
+    assert [shards_for(neurons) for neurons in (1, 11_008, 16_384, 16_385, 36_864, 49_152)] == [8, 8, 8, 16, 24, 24]
+
+
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("neurons", [90, 96, 1536])
+@pytest.mark.parametrize("neurons", [90, 96, 1536, 18_432])
 @pytest.mark.parametrize(
     "how",
     [{}, {"over": 1.1}, {"common": 13}, {"over": 1.5, "common": 13}, {"group": 4}],

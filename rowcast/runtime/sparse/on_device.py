@@ -59,7 +59,9 @@ class DevicePasses:
         self._rings = DeviceLate(banks, counts) if lazy else None
         self._late: DeviceLate | None = None
         """In passes that may leave entries for later ones."""
-        self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # First in line for multiprocessors: products fill them all, and what follows attention waits for the choice.
+        on_gpu = self.device.type == "cuda"
+        self._side: Any = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ahead: tuple[Tensor, Choice] | None = None
         """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
         chooses."""

@@ -19,8 +19,15 @@ from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy, Scored, Scor
 SHARDS = 8
 """Virtual shards of a layer that a top-k is taken in. Ranks hold whole ones where their number divides it: then what a token's set is
 does not depend on it. Other numbers of ranks have as many shards as come nearest below."""
+_GOOD_SHARD = 2048
+"""Neurons of a shard at most, where it takes more shards: a GPU's selection takes longer with every thousand of the largest."""
 _MOST_OF_SHARD = 1 << 14
 """Neurons that `kernels.gpu.select` takes in one shard."""
+
+
+def shards_for(neurons: int) -> int:
+    """Virtual shards of a layer: a multiple of `SHARDS`."""
+    return SHARDS * max(1, -(-neurons // (SHARDS * _GOOD_SHARD)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ class _Layer:
 
     @classmethod
     def of(cls, neurons: int, shard: Shard) -> _Layer:
-        each = max(1, SHARDS // shard.world)
+        each = max(1, shards_for(neurons) // shard.world)
         count = each * shard.world
         bounds = [neurons * s // count for s in range(count + 1)]
         return cls(_differences(bounds), slice(shard.rank * each, (shard.rank + 1) * each))
