@@ -120,8 +120,8 @@ def decode(
     `chunks`: only these entries are seen, and read. `most_shown`: with them, no sequence shows more entries than this, places in its
     list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.
 
-    `tiles`: another cut than `tiles_for`'s. `overlap`: launch the second step before the first has ended, where it waits (programmatic
-    dependent launch); by default on a GPU.
+    `tiles`: another cut than `tiles_for`'s. `overlap`: launch each step before what comes before it has ended, where it waits
+    (programmatic dependent launch); by default on a GPU.
     """
     rows, query_heads, size = q.shape
     kv_heads, block_size = keys.shape[2], keys.shape[1]
@@ -151,6 +151,7 @@ def decode(
     sums = q.new_empty(rows * query_heads, splits, size, dtype=torch.float32)
     recent = starts if chunks is None else chunks.recent
     overlap = overlaps(q.device) if overlap is None else overlap
+    early = {"launch_pdl": True} if overlap else {}
     partial[(splits * kv_heads * row_tiles, sequences)](
         q,
         keys,
@@ -207,6 +208,7 @@ def decode(
         overlap,
         num_stages=cut.stages if tile < 64 else min(cut.stages, 2),  # two programs have to fit a multiprocessor
         num_warps=cut.warps,
+        **early,
     )
     if all_short:
         return out
@@ -236,6 +238,6 @@ def decode(
         cut.short,
         overlap,
         num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
+        **early,
     )
     return out

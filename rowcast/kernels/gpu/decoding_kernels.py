@@ -148,8 +148,10 @@ def partial(
 
     The last split to arrive finishes the rows that see less than `short` entries; `combine` makes the others.
     """
-    if overlap and not all_short:
-        cuda.gdc_launch_dependents()
+    if overlap:
+        if not all_short:
+            cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     # Neighbours run at a time: row tiles and KV heads of the same entries. The short splits come last and even out the end.
     pid = tl.program_id(0)
     tile = pid % row_tiles

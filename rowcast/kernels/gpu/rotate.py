@@ -11,6 +11,9 @@ from typing import Final
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from rowcast.kernels.gpu.overlap import overlap
 
 _TILE: Final = 1024
 """Elements that a program takes: whole heads of one token."""
@@ -98,6 +101,7 @@ def rotate_append(
         at_a_time,
         clip is not None,
         num_warps=4,
+        **overlap(q),
     )
     return out
 
@@ -148,8 +152,12 @@ def _rotate_append(
     D: tl.constexpr,
     R: tl.constexpr,
     clipped: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """R heads of one token, all of q, of k or of v; their halves of d / 2 padded to D."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     group = tl.program_id(0)
     of_q: tl.constexpr = (H + R - 1) // R
