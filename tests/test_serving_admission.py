@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rowcast.serving.admission import FairQueue, FinishRate
+from rowcast.serving.driver import Driver
 
 
 def taken(queue: FairQueue[str], count: int, *, tokens: int = 1) -> list[str]:
@@ -98,3 +103,35 @@ def test_when_to_come_back() -> None:
     assert rate.retry_after_s(0, 10.0) == 1
     assert rate.retry_after_s(10_000, 10.0) == 60
     assert rate.retry_after_s(10, 500.0) == 5, "what finished long ago says nothing"
+
+
+def of(n: int, *reasons: str | None, prompt: int = 4) -> Any:
+    """A request for `n` answers; of one that runs, why each has ended."""
+    request = SimpleNamespace(sequences=[SimpleNamespace(finish_reason=reason) for reason in reasons]) if reasons else None
+    return SimpleNamespace(params=SimpleNamespace(n=n), prompt_ids=[1] * prompt, request=request)
+
+
+@pytest.mark.parametrize(
+    ("running", "n", "waiting", "fits"),
+    [
+        ([], 128, [], True),
+        ([of(8, *[None] * 8)], 1, [], False),
+        ([of(8, "stop", *[None] * 7)], 1, [], True),  # its place is another's, not the request's to its end
+        ([of(8, *["length"] * 7, None)], 4, [], True),
+        ([of(2, None, None)], 7, [], True),  # one of its answers waits in the engine, which goes on meanwhile
+        ([of(1, None)], 128, [], True),
+        ([of(20, *["stop"] * 13, *[None] * 7)], 1, [], True),
+        ([of(20, *["stop"] * 12, *[None] * 8)], 1, [SimpleNamespace(length=4)], False),
+        ([of(4, *[None] * 4)], 1, [SimpleNamespace(length=36)], False),  # for memory: 9 blocks and 2 of 10 that are free
+        ([of(4, *[None] * 4)], 1, [SimpleNamespace(length=32)], True),
+    ],
+)
+def test_answers_have_places_until_they_end(running: list[Any], n: int, waiting: list[Any], fits: bool) -> None:
+    """A request of many answers at the head of the queue does not have the engine emptied for it, nor one whose last answer is long
+    keep the places of those that have ended."""
+    scheduler = SimpleNamespace(
+        max_num_seqs=8, waiting=waiting, blocks_for=lambda tokens: -(-tokens // 4), pool=SimpleNamespace(free_blocks=10)
+    )
+    driver = Driver.__new__(Driver)
+    driver._running = running
+    assert driver._fits(scheduler, of(n)) is fits  # type: ignore[arg-type]

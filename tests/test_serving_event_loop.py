@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from fastapi.exceptions import HTTPException, RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rowcast.runtime.outputs import Logprob
-from rowcast.serving import app, asks, stream
+from rowcast.serving import app, asks, bodies, stream
 from rowcast.serving.answers import ChatAnswer
 from rowcast.serving.asks import Asker
 from rowcast.serving.backend import Ask, ModelCard, Piece, State
-from rowcast.serving.errors import ClientGone
+from rowcast.serving.errors import ApiError, ClientGone
 from rowcast.serving.logs import Exchange
 from rowcast.serving.protocol import CompletionRequest, TokenizeRequest
 from rowcast.serving.security import AppSettings
@@ -178,3 +182,100 @@ def test_a_client_that_goes_is_told_apart() -> None:
             await stream.unless_gone(gone, asyncio.sleep(WAIT_S))
 
     run(case)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner, max_size=3) | st.lists(st.integers(0, 99))
+    ),
+    max_leaves=30,
+)
+
+
+@given(VALUES, st.sampled_from([None, 1, "\t"]), st.integers(1, 40))
+def test_json_in_pieces(value: object, indent: int | str | None, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "_PIECE", piece)
+        assert bodies._Decoder().decode(json.dumps(value, indent=indent)) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["[1,]", "[1,2,]", "[,1]", "[1,,2]", "[ , 1]", "[1 2,3]", "[01,2]", "[1,2", "[1,2}", "[1,2]]", "[1,-]", "[1, ]"]
+)
+def test_json_in_pieces_refuses_what_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_PIECE", 2)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(json.JSONDecodeError) as found:
+        bodies._Decoder().decode(text)
+    assert abs(found.value.pos - expected.value.pos) <= 2
+
+
+def test_bodies_of_many_parts() -> None:
+    """Each would cost microseconds."""
+    with pytest.raises(ApiError, match="more than 100000 lists and objects") as error:
+        bodies.read_body(CompletionRequest, b'{"prompt":[' + b"[]," * 100_000 + b"[]]}")
+    assert error.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[" * 40_000, b"\xff\xfe{", b'{"n": 1e999}', b"9" * 5000, b"null", b"[]", b'"x"', b'{"prompt": "\\ud800"}']
+)
+def test_large_bodies_that_are_none(body: bytes) -> None:
+    with pytest.raises((RequestValidationError, HTTPException)):
+        bodies.read_body(CompletionRequest, body)
+
+
+@pytest.mark.parametrize("size", [bodies.LARGE_BYTES - 1, bodies.LARGE_BYTES])
+def test_large_bodies_are_read_beside_the_event_loop(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And answered as small ones are, right or wrong."""
+    answers: list[tuple[int, Any]] = []
+
+    async def case() -> None:
+        made = app.make_app(Slow(), AppSettings(log_requests=False))  # type: ignore[arg-type]
+
+        async def post(route: str, given: dict[str, Any]) -> None:
+            messages: list[Any] = [{"type": "http.request", "body": json.dumps(given).encode().ljust(size), "more_body": False}]
+            sent: list[Any] = []
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                return await asyncio.Event().wait()
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope: dict[str, Any] = {
+                "type": "http", "method": "POST", "path": route, "query_string": b"", "http_version": "1.1", "scheme": "http",
+                "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "client": ("127.0.0.1", 1),
+            }  # fmt: skip
+            await made(scope, receive, send)
+            answers.append((sent[0]["status"], json.loads(sent[1]["body"])))
+
+        async with made.router.lifespan_context(made):
+            await post("/tokenize", {"prompt": "abc"})
+            await post("/v1/completions", {"prompt": [5], "temprature": 1})
+            await post("/v1/completions", {"prompt": [5], "max_tokens": 0})
+            await post("/v1/completions", {"prompt": [5, -1]})
+            await post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2})
+
+    threads: list[str] = []
+    read = bodies.read_body
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*arguments)
+
+    monkeypatch.setattr(bodies, "read_body", noted)
+    run(case)
+    assert [name.partition("_")[0] for name in threads] == ["rowcast-read"] * (5 if size >= bodies.LARGE_BYTES else 0)
+    assert answers[0] == (200, {"count": 3, "max_model_len": 16, "tokens": [1, 1, 1], "token_strs": None})
+    told = [(status, found["error"]["param"], found["error"]["code"]) for status, found in answers[1:]]
+    assert told == [
+        (400, "temprature", "unknown_field"),
+        (400, "max_tokens", "invalid_value"),
+        (400, "prompt", "invalid_value"),
+        (400, "top_logprobs", "conflict"),
+    ]

@@ -18,12 +18,13 @@ from http_serving import CONTEXT, NAME, WAIT_S, Served
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from rowcast import LLM, CompletionOutput, SamplingParams, UserError, __version__
+from rowcast import LLM, CompletionOutput, OutOfMemoryError, SamplingParams, UserError, __version__
 from rowcast.runtime.outputs import Logprob
 from rowcast.serving import documents
 from rowcast.serving.answers import token_bytes
 from rowcast.serving.app import make_app
 from rowcast.serving.backend import Ask, ModelCard, Piece, State, unavailable
+from rowcast.serving.errors import as_api_error
 from rowcast.serving.logs import MOST_LINES, Exchange, RequestLog
 from rowcast.serving.security import ApiKey, AppSettings, is_loopback, read_api_keys
 
@@ -313,7 +314,9 @@ def test_deadlines(client: OpenAI) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
         ({"logit_bias": {"101": 1}}, "logit_bias", "101"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "at most 1024"),
-        ({"extra_body": {"ladder": "no such rung"}}, None, "no such rung"),
+        ({"extra_body": {"ladder": "no such rung"}}, "ladder", "no such rung"),
+        ({"extra_body": {"mode": "approximate"}}, "mode", "mode=approximate takes"),
+        ({"n": 25, "temperature": 1, "logprobs": True, "top_logprobs": 20}, "top_logprobs", "asks for 525 log-probabilities"),
         ({"extra_body": {"mode": "fast"}}, "mode", "exact"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"messages": []}, "messages", "at least 1"),
@@ -332,6 +335,7 @@ def test_chats_that_cannot_be(client: OpenAI, more: dict[str, Any], param: str |
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
+        ({"prompt": ["a"] * 32, "n": 4, "temperature": 1, "logprobs": 4}, "too_many_logprobs", "set logprobs to 3 or less"),
         ({"prompt": "a" * CONTEXT}, "context_length_exceeded", f"has {CONTEXT} tokens"),
         ({"prompt": [[5] * 2000]}, "context_length_exceeded", "has 2000 tokens"),
         ({"prompt": [101]}, "invalid_value", "101 is outside the vocabulary"),
@@ -349,7 +353,28 @@ def test_chats_that_cannot_be(client: OpenAI, more: dict[str, Any], param: str |
 def test_completions_that_cannot_be(client: OpenAI, more: dict[str, Any], code: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**{"model": NAME, "prompt": "x", **more})
-    assert caught.value.code == code and words in caught.value.message
+    assert caught.value.code == code and words in caught.value.message and caught.value.param
+
+
+@pytest.mark.parametrize(
+    ("sentence", "param"),
+    [
+        ("the ladder 'x' does not end in plain; it has ngram / plain", "ladder"),
+        ("'ngram' in the ladder 'self / ngram / plain' is none of the rungs in its place", "ladder"),
+        ("mode=approximate takes a sparse rung", "mode"),
+        ("min_tokens is 5 but must be at most max_tokens, 3; change either.", "min_tokens"),
+        ("prompt token id 101 is outside the vocabulary, 0 to 100", "messages"),
+        ("the prompt has 9 tokens, but the context is 8", "messages"),
+        ("/models/x has no tokenizer (no tokenizer.json); copy one there", "messages"),
+        ("this model has no chat template; use generate", "messages"),
+        ("the chat template refuses the messages (alternate); change them", "messages"),
+        ("something else", None),
+    ],
+)
+def test_the_field_of_a_refusal(sentence: str, param: str | None) -> None:
+    """As OpenAI's clients read it; a conversation's prompt is its messages."""
+    assert as_api_error(UserError(sentence), prompt="messages").param == param
+    assert as_api_error(OutOfMemoryError(sentence)).param == "max_tokens"
 
 
 def test_bodies_that_are_none(served: Served) -> None:

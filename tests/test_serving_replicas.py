@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rowcast.runtime.llm import LLM
 from rowcast.serving import ray_link, ray_session
 from rowcast.serving.backend import Ask, Backend, ModelCard, Piece, ServingError, State, Usage, engine_failed
 from rowcast.serving.ray_arguments import Arguments, app_settings
-from rowcast.serving.ray_backend import IngressSettings, RayBackend
+from rowcast.serving.ray_backend import IngressSettings, RayBackend, _Job
 from rowcast.serving.ray_live import together
 from rowcast.serving.ray_session import Command, Hello, Session
 from rowcast.serving.replay import Diverged, HandedOut
@@ -99,6 +100,24 @@ def test_a_sample_ends_once() -> None:
     assert out.new(Piece(1, "ab", [1, 2], finish_reason="length")) == Piece(1, "b", [2], finish_reason="length")
     last = Piece(0, "a", [1], finish_reason="stop", stop_reason=7, usage=Usage(1, 0, 3))
     assert out.new(last) == Piece(0, "", [], usage=last.usage)
+
+
+def test_answers_that_have_ended_hold_no_place_on_a_replica() -> None:
+    """Others get it, though the request's last answer goes on. Whatever comes twice or is moved, nothing is given back twice."""
+    ask = Ask("r", [1], SamplingParams(n=3, temperature=1, seed=1), "")
+    taken: Any = SimpleNamespace(cancelled=False, give=lambda _: None, arrived_s=0.0, alarm=None)
+    backend: Any = SimpleNamespace(
+        _loads=[0, 3], _queue=SimpleNamespace(generated=lambda *_: None), server_metrics=SimpleNamespace(observe=lambda *_: None)
+    )
+    link: Any = SimpleNamespace(number=1)
+    job = _Job(1, ask, taken, SimpleNamespace(), None, link=link, places=3)  # type: ignore[arg-type]
+    for sample, left in ((0, 2), (2, 1)):
+        RayBackend._gained(backend, job, Piece(sample, "x", [5]))
+        assert backend._loads == [0, left + 1]
+        RayBackend._gained(backend, job, Piece(sample, "y", [6], finish_reason="length"))
+        assert backend._loads == [0, left]
+    RayBackend._leave(backend, job)
+    assert backend._loads == [0, 0]
 
 
 def test_who_has_the_beginning_runs_it_unless_it_is_busy() -> None:

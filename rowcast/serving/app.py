@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rowcast import __version__
@@ -24,6 +25,7 @@ from rowcast.serving import documents as doc
 from rowcast.serving.answers import Answer, ChatAnswer, CompletionAnswer, token_bytes
 from rowcast.serving.asks import Asker, new_id
 from rowcast.serving.backend import Ask, Backend
+from rowcast.serving.bodies import Reader
 from rowcast.serving.errors import ApiError, as_api_error, invalid_body, json_text
 from rowcast.serving.logs import Exchange, RequestLog
 from rowcast.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -33,6 +35,12 @@ from rowcast.serving.stream import EventStream, Running, answer_events, unless_g
 _PAGE = Path(__file__).parent / "page"
 _LIVE_S = 0.25
 """Between two snapshots of /live/stream."""
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 _ASK_FIRST = {"cache-control": "no-cache"}
 _CREATE = doc.errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 _READ = doc.errors(401, 403, 500, 503)
@@ -43,6 +51,7 @@ def make_app(backend: Backend, settings: AppSettings | None = None, on_answer: O
     settings = settings or AppSettings()
     log = RequestLog(enabled=settings.log_requests)
     asker = Asker(backend, settings)
+    reader = Reader(_BODIES)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,6 +59,7 @@ def make_app(backend: Backend, settings: AppSettings | None = None, on_answer: O
             yield
         finally:
             asker.close()
+            reader.close()
             log.close()
 
     app = FastAPI(
@@ -60,6 +70,7 @@ def make_app(backend: Backend, settings: AppSettings | None = None, on_answer: O
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.router.route_class = reader.route_class()
     app.add_middleware(
         Guard, settings=settings, log=log, max_body_bytes=lambda: asker.max_body_bytes, on_answer=on_answer
     )  # fmt: skip
@@ -141,7 +152,7 @@ def _add_generation(app: FastAPI, backend: Backend, asker: Asker, log: RequestLo
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, through the model's own chat template."""
         exchange: Exchange = request.scope["exchange"]
-        exchange.completion_id = new_id("chatcmpl")
+        exchange.completion_id, exchange.prompt_field = new_id("chatcmpl"), "messages"
         ask = await unless_gone(request.receive, asker.chat(body, exchange.completion_id, exchange.client))
         return await respond(request, [ask], body, ChatAnswer, top_logprobs=body.top_logprobs or 0)
 

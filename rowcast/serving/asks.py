@@ -24,6 +24,9 @@ _LONG_CHARS = 1 << 17
 """Longer ones wait for each other, and nobody else for them."""
 _THREADS = 2
 
+MOST_LOGPROBS = 512
+"""Log-probabilities that one request is told of a step: of each answer that of the token, and those of the likeliest ones."""
+
 
 class Asker:
     """Checks requests against the model and the server's limits. Raises ApiError and UserError for what cannot be."""
@@ -84,6 +87,7 @@ class Asker:
             raise ApiError(
                 400, "echo is not supported together with logprobs: leave out either", param="echo", code="unsupported"
             )
+        _check_logprobs(len(request.prompt) * n, request.logprobs, "logprobs")
         params = request.params(detokenize=self.has_tokenizer())
         prompts = await self._prompts(request.prompt)
         if request.echo:
@@ -97,6 +101,7 @@ class Asker:
     async def chat(self, request: ChatRequest, completion_id: str, client: str) -> Ask:
         self.check_model(request.model)
         self._check_choices(1, request.n or 1)
+        _check_logprobs(request.n or 1, request.top_logprobs, "top_logprobs")
         params = request.params(detokenize=True)
         ids = await self._conversation(conversation(request.messages))
         return self._ask(completion_id, ids, params, request, client, "messages")
@@ -175,6 +180,19 @@ class Asker:
             return work(tokenizer)
         threads = self._threads if size <= _LONG_CHARS else self._long
         return await asyncio.get_running_loop().run_in_executor(threads, work, tokenizer)
+
+
+def _check_logprobs(answers: int, likeliest: int | None, param: str) -> None:
+    """Raises ApiError where a step has too many: they are held, and written, for all answers at the same time."""
+    wanted = answers * (1 + (likeliest or 0))
+    if likeliest is not None and wanted > MOST_LOGPROBS:
+        raise ApiError(
+            400,
+            f"{param}={likeliest} for {answers} answers asks for {wanted} log-probabilities at a time, and at most {MOST_LOGPROBS} are "
+            f"given: set {param} to {MOST_LOGPROBS // answers - 1} or less, or ask for fewer answers",
+            param=param,
+            code="too_many_logprobs",
+        )
 
 
 def new_id(prefix: str) -> str:

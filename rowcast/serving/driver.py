@@ -201,7 +201,7 @@ class Driver(threading.Thread):
             with desk.changed:
                 taken = desk.queue.first()
                 fits = taken is None or self._fits(llm.engine.scheduler, taken)
-                desk.room = max(0, llm.plan.max_num_seqs - sum(other.params.n for other in self._running)) if fits else 0
+                desk.room = max(0, llm.plan.max_num_seqs - self._places) if fits else 0
                 if taken is None or not fits:
                     return
                 desk.queue.pop(len(taken.prompt_ids))
@@ -229,17 +229,26 @@ class Driver(threading.Thread):
                 batch.append((taken, [], error))
 
     def _fits(self, scheduler: Scheduler, taken: Taken) -> bool:
-        """Whether the engine would run it at its next step. One that does not fit by its size goes in, too, where none waits for memory
+        """Whether the engine would run it, or some of its answers, at its next step: the others wait in there for places as they come
+        free, so that nobody's place stays empty for them. One that does not fit by its size goes in, too, where none waits for memory
         in there: the prefix cache may have most of it."""
         if not self._running:
             return True
-        if sum(other.params.n for other in self._running) + taken.params.n > scheduler.max_num_seqs:
+        if self._places >= scheduler.max_num_seqs:
             return False
         if not scheduler.waiting:
             return True
         blocks = sum(scheduler.blocks_for(seq.length) for seq in scheduler.waiting)
         blocks += taken.params.n * scheduler.blocks_for(len(taken.prompt_ids) + 1)
         return blocks <= scheduler.pool.free_blocks
+
+    @property
+    def _places(self) -> int:
+        """Answers that the engine has yet to end."""
+        return sum(
+            taken.params.n if taken.request is None else sum(seq.finish_reason is None for seq in taken.request.sequences)
+            for taken in self._running
+        )
 
     def _collect(self, llm: ReplicaLLM, taken: Taken, batch: Batch) -> None:
         """What a request gained."""

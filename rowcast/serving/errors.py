@@ -14,7 +14,13 @@ from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.runtime.params import SamplingParams
 from rowcast.serving.backend import ServingError
 
-_SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+_NAMED = frozenset(f.name for f in fields(SamplingParams)) | {"mode"}
+_TOLD = (
+    (re.compile(r"the ladder |'.*' in the ladder "), "ladder"),
+    (re.compile(r"(the )?prompt |.* tokenizer\b"), "prompt"),
+    (re.compile(r"the chat template |this model has no chat template|the conversation |message \d"), "messages"),
+)
+"""What sentences begin with that are of a field and do not begin with its name."""
 
 INVALID = "invalid_request_error"
 
@@ -54,17 +60,19 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-def as_api_error(error: Exception, request_id: str = "") -> ApiError:
-    """What to tell a client of any exception. One that is nobody's mistake but ours says nothing but where the log has it."""
+def as_api_error(error: Exception, request_id: str = "", prompt: str = "prompt") -> ApiError:
+    """What to tell a client of any exception. One that is nobody's mistake but ours says nothing but where the log has it. `prompt`:
+    the field that has the prompt."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ServingError):
         after = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
         return ApiError(error.status, str(error), kind=error.kind, code=error.code, headers=after)
     if isinstance(error, OutOfMemoryError):
-        return ApiError(400, str(error), code="out_of_memory")
+        return ApiError(400, str(error), param="max_tokens", code="out_of_memory")
     if isinstance(error, UserError):
-        return ApiError(400, str(error), param=_param(str(error)), code="invalid_value")
+        param = _param(str(error))
+        return ApiError(400, str(error), param=prompt if param == "prompt" else param, code="invalid_value")
     return ApiError(
         500,
         f"the server failed at this request: its log says more under the id {request_id}",
@@ -121,9 +129,11 @@ def _finite(value: object) -> object:
 
 
 def _param(sentence: str) -> str | None:
-    """The field that a sentence of SamplingParams begins with."""
+    """The field that a UserError's sentence is about."""
     found = re.match(r"[a-z_]+", sentence)
-    return found[0] if found and found[0] in _SAMPLING else None
+    if found and found[0] in _NAMED:
+        return found[0]
+    return next((field for begins, field in _TOLD if begins.match(sentence)), None)
 
 
 def _short(value: object) -> str:

@@ -36,6 +36,8 @@ class Exchange:
     status: int = 0
     """499 where the client went before it had its answer."""
     completion_id: str | None = None
+    prompt_field: str = "prompt"
+    """Of its body, that has the prompt."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     generated_tokens: int | None = None

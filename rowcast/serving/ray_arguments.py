@@ -70,6 +70,7 @@ class Arguments:
     density: float | None = None
     calibration: str | None = None
     dtype: str | None = None
+    weights: str | None = None
     device: str | None = None
     gpu_memory: str | int | None = None
     host_memory: str | int | None = None

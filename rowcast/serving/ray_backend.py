@@ -70,6 +70,8 @@ class _Job:
     handed_out: HandedOut = field(default_factory=HandedOut)
     link: Link | None = None
     """Whose replica runs it; None while it waits."""
+    places: int = 0
+    """That it has there: one for each answer that has not ended."""
     popped: bool = False
     """It was given to a replica before, so that it is the queue's no longer."""
     losses: int = 0
@@ -245,7 +247,8 @@ class RayBackend:
                 job.popped = True
                 self.server_metrics.observe("server_queue_seconds", time.monotonic() - job.taken.arrived_s)
             job.link = self._links[self._router.choose(job.ask.prompt, loads)]
-            self._loads[job.link.number] += job.ask.params.n
+            job.places = job.ask.params.n
+            self._loads[job.link.number] += job.places
             left_s = None if job.until_s is None else max(0.0, job.until_s - time.monotonic()) + _ENGINE_SLACK_S
             job.link.ask(job.number, replace(job.ask, deadline_s=left_s))
 
@@ -255,7 +258,7 @@ class RayBackend:
     def _leave(self, job: _Job) -> None:
         """It is its replica's no longer."""
         assert job.link is not None
-        self._loads[job.link.number] -= job.ask.params.n
+        self._loads[job.link.number] -= job.places
         job.link = None
 
     def _reject(self, reason: str) -> None:
@@ -334,6 +337,9 @@ class RayBackend:
         if job.taken.cancelled:  # its reader was dropped
             self._cancel(job)
             return
+        if piece.finish_reason is not None and job.places and job.link is not None:
+            job.places -= 1
+            self._loads[job.link.number] -= 1
         before = job.handed_out.tokens
         try:
             new = job.handed_out.new(piece)

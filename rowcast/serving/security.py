@@ -197,7 +197,7 @@ class Guard:
         except ClientGone:
             exchange.status = 499
         except Exception as error:
-            told = as_api_error(error, request_id)
+            told = as_api_error(error, request_id, exchange.prompt_field)
             if told.status == 500 and told.code == "internal":
                 self._log.failure(error, request_id)
             exchange.error = told.code

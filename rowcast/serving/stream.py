@@ -7,7 +7,7 @@ where one sample's pieces grow into one; `connections` closes connections that t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
@@ -122,7 +122,7 @@ class Running:
             await _cancel(*tasks)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """What `work` gives. Raises ClientGone, with `work` cancelled, when the client goes first.
 
     Precondition: the request's body was read.
@@ -172,7 +172,7 @@ class EventStream(Response):
                 if text:
                     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
         except Exception as error:  # it has begun: what is wrong can only be an event
-            told = as_api_error(error, self._exchange.request_id)
+            told = as_api_error(error, self._exchange.request_id, self._exchange.prompt_field)
             if told.code == "internal":
                 self._log.failure(error, self._exchange.request_id)
             self._exchange.error = told.code
