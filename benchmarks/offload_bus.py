@@ -1,4 +1,4 @@
-"""The rate of the bus to a GPU, for `offload.py`."""
+"""The rates of the buses to GPUs, for `offload.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from rowcast.cluster.distributed_comm import DistributedComm, synchronise
 from rowcast.offload.host_store import HostStore
 
 
@@ -24,3 +25,11 @@ def bus_rate(device: torch.device) -> float:
         times.append(time.perf_counter() - started)
     store.close()
     return source.nbytes / min(times)
+
+
+def all_rates(device: torch.device, comm: DistributedComm | None) -> list[float]:
+    """Of all ranks, which copy at the same time."""
+    if comm is None:
+        return [bus_rate(device)]
+    synchronise()
+    return [float(rate) for rate in comm.exchange(torch.tensor([bus_rate(device)], dtype=torch.float64)).flatten().tolist()]

@@ -18,7 +18,7 @@ from rowcast.runtime.spec import ModelSpec, layer_parameters, parameter_count
 WIDTH = 2
 GROUPS = 256
 """Of a layer's neurons."""
-SLACK = 0.03
+SLACK = 0.02
 """Of the budget, left to the allocator."""
 
 
@@ -33,6 +33,10 @@ class Budget:
     context: int
     """Tokens."""
     device: str
+    step: int = MAX_BATCH_TOKENS
+    """Most tokens of a pass."""
+    world: int = 1
+    """Ranks, each with so much of a GPU of its own."""
 
 
 def streamed(spec: ModelSpec, budget: Budget) -> Plan:
@@ -40,20 +44,27 @@ def streamed(spec: ModelSpec, budget: Budget) -> Plan:
     return _plan(spec, budget, "plain", None, "streamed", "streamed", 0)
 
 
+def low_bits(spec: ModelSpec, budget: Budget, ladder: str) -> Plan:
+    """As `streamed`, for a ladder with all weights in a few bits, which stay."""
+    return _plan(spec, budget, ladder, None, "streamed", "streamed", 0)
+
+
 def filled(spec: ModelSpec, budget: Budget) -> Plan:
     """As much as fits stays, the same of every layer; attention first."""
     for layers in range(spec.num_layers, 0, -1):
-        free = _free(_plan(spec, budget, "plain", None, "resident", "streamed", 0, layers), budget)
+        free = _plan(spec, budget, "plain", None, "resident", "streamed", 0, layers).margin_bytes
         if free >= 0:
-            groups = _groups(spec, free) if layers == spec.num_layers else 0
+            groups = _groups(rank_share(spec, budget.world), free) if layers == spec.num_layers else 0
             return _plan(spec, budget, "plain", None, "resident", "streamed", groups, layers)
     return streamed(spec, budget)
 
 
-def rows(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None) -> Plan:
-    """Attention and the LM head stay, and of the neurons the most frequent that fit beside the cache of those that are fetched."""
-    plan = _plan(spec, budget, ladder, calibration, "resident", "rows", 0)
-    return _plan(spec, budget, ladder, calibration, "resident", "rows", _groups(spec, _free(plan, budget) * (1 - budget.cache)))
+def rows(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None, tier: str = "rows") -> Plan:
+    """Attention and the LM head stay, and of the neurons the most frequent that fit beside the cache of those that are fetched from
+    `tier`: rows of host memory, or peer, another GPU's."""
+    plan = _plan(spec, budget, ladder, calibration, "resident", tier, 0)
+    stay = _groups(rank_share(spec, budget.world), plan.margin_bytes * (1 - budget.cache))
+    return _plan(spec, budget, ladder, calibration, "resident", tier, stay)
 
 
 def with_kv_away(
@@ -79,10 +90,6 @@ def with_kv_away(
 class _Draft:
     spec: ModelSpec
     fingerprint: str
-
-
-def _free(plan: Plan, budget: Budget) -> float:
-    return plan.margin_bytes - SLACK * budget.cap_bytes
 
 
 def _groups(spec: ModelSpec, free: float) -> int:
@@ -112,27 +119,27 @@ def _plan(
 ) -> Plan:
     """`outer`: where attention and the LM head lie. `resident`: groups of each layer's neurons that stay, of the others `others`.
     `layers`: those after so many have their attention streamed."""
-    on_gpu, parsed = budget.device == "cuda", Ladder.parse(ladder)
-    whole = _whole(spec, budget, ladder, calibration, {})
-    neurons, head = _neuron_bytes(spec), spec.vocab_size * spec.embed_size * WIDTH
-    attention = layer_parameters(spec) * WIDTH - neurons
-    rest = parameter_count(spec) * WIDTH - spec.num_layers * (attention + neurons) - head * (1 if spec.tied_embeddings else 2)
+    on_gpu, parsed, world = budget.device == "cuda", Ladder.parse(ladder), budget.world
+    whole, share, ranks = _whole(spec, budget, ladder, calibration, {}, world), rank_share(spec, world), list(range(world))
+    neurons, head = _neuron_bytes(share), share.vocab_size * spec.embed_size * WIDTH
+    attention = layer_parameters(share) * WIDTH - neurons
+    rest = parameter_count(share) * WIDTH - spec.num_layers * (attention + neurons) - head * (1 if spec.tied_embeddings else 2)
     shares = []
     for layer in range(spec.num_layers):
         where = "streamed" if layers is not None and layer >= layers else outer
-        shares.append(Share([0], "attention", layer, where, 0, 1, 1, attention))
+        shares.append(Share(ranks, "attention", layer, where, 0, 1, 1, attention))
         for tier, first, count in (("resident", 0, resident), (others, resident, GROUPS - resident)):
             if count:
-                shares.append(Share([0], "neurons", layer, tier, first, count, GROUPS, neurons * count // GROUPS))
-        shares.append(Share([0], "KV", layer, "resident", 0, 1, 1, whole.kv_bytes // spec.num_layers))
-    shares.append(Share([0], "LM head", -1, outer, 0, 1, 1, head))
+                shares.append(Share(ranks, "neurons", layer, tier, first, count, GROUPS, neurons * count // GROUPS))
+        shares.append(Share(ranks, "KV", layer, "resident", 0, 1, 1, whole.kv_bytes // spec.num_layers))
+    shares.append(Share(ranks, "LM head", -1, outer, 0, 1, 1, head))
     if not spec.tied_embeddings:
-        shares.append(Share([0], "embeddings", -1, "host", 0, 1, 1, head))
+        shares.append(Share(ranks, "embeddings", -1, "host", 0, 1, 1, head))
     held = rest + sum(share.bytes for share in shares if share.tier == "resident" and share.part != "KV")
     # Where nothing is streamed but by long passes, buffers come out of what is left.
-    ring = 2 * min(layer_parameters(spec) * WIDTH, STREAM_BYTES) if "streamed" in (outer, others) else 0
+    ring = 2 * min(layer_parameters(share) * WIDTH, STREAM_BYTES) if "streamed" in (outer, others) else 0
     fetched = 0
-    if others == "rows":
+    if others in ("rows", "peer"):
         fetched = round(2 * neurons * min(0.5, max(rung.mlp for rung in parsed.rungs if rung.mlp is not None)))
     constants = Constants()
     context = constants.context_bytes + constants.graphs_bytes if on_gpu else 0
@@ -142,7 +149,7 @@ def _plan(
         budget_bytes=budget.cap_bytes,
         weight_bytes=held,
         work_bytes=whole.work_bytes + ring + fetched + context + round(SLACK * budget.cap_bytes),
-        forecast=_forecast(shares, budget, ladder),
+        forecast=replace(_forecast(shares, budget, ladder), gpus=["a GPU"] * world, tensor_parallel=world),
     )
 
 
@@ -172,7 +179,7 @@ def _whole(
         budget_bytes=1 << 40,
         max_model_len=budget.context,
         max_num_seqs=1,
-        max_num_batched_tokens=MAX_BATCH_TOKENS,
+        max_num_batched_tokens=budget.step,
         world=world,
         needs=replace(needs, mode="exact" if ladder.endswith("plain") else "approximate"),
     )

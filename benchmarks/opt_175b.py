@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -35,54 +33,21 @@ from typing import Any
 
 import opt_175b_ranks
 import torch
-from opt_175b_floors import Bytes, eager_layers, kept, mean_kept
-from opt_175b_ranks import PARTS, ask, by_part, watched
-from ray import cloudpickle
+from _eager import eager_layers
+from _figures import Claim
+from opt_175b_floors import Bytes, kept, mean_kept
+from opt_175b_parts import Session, batches, foretell, kill, memory, params, prompts, token
+from opt_175b_ranks import watched
 from tensor_parallel import write_calibration
 
-from rowcast import LLM, SamplingParams
+from rowcast import LLM
 from rowcast.bench.gpu_timing import copy_bandwidth
-from rowcast.cluster.executor import GangExecutor
 from rowcast.cluster.gang import Limits
-from rowcast.cluster.ray_launcher import RayLauncher
-from rowcast.runtime.params import SamplingParams as Params
 
 WHAT = ("dense", "sparse", "memory", "plan", "kill", "token", "batch", "transformers")
-POINTS = ((0.5, "dejavu-ahead"), (0.25, "dejavu-ahead"), (0.5, "dejavu"))
-"""Share of the heads, and what chooses neurons; the first has all parts, the others batch 1 only."""
-
-
-class Session:
-    """What was found, and the time that is left."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.began = time.monotonic()
-        self.found: dict[str, Any] = {"benchmark": "opt_175b", "model": args.model, "ranks": args.ranks}
-        self.failed: list[str] = []
-        self.bandwidth = 1e10
-
-    @property
-    def left_s(self) -> float:
-        return float(self.args.seconds) - (time.monotonic() - self.began)
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
-
-    def part(self, what: str, name: str, needs_s: float, run: Callable[[], object]) -> None:
-        """Run it if it was asked for and there is time; keep what it returns under `name`."""
-        if what not in self.args.parts:
-            return
-        if self.left_s < needs_s * self.args.pace:
-            self.say(f"{name} is left out: {self.left_s:.0f} s are left")
-            self.failed.append(f"{name}: no time")
-            return
-        try:
-            self.found[name] = run()
-        except Exception as error:  # the others may run
-            self.say(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}")
-            traceback.print_exc(limit=-4, file=sys.stderr)
-            self.failed.append(f"{name}: {error!s:.200}")
+CARDS = ("H200", "H100")
+POINTS = ((0.5, "dejavu-ahead"), (0.25, "dejavu-ahead"), (0.5, "dejavu"), (0.25, "dejavu"))
+"""Share of the heads, and what chooses neurons; the first that is asked for has all parts, the others batch 1 only."""
 
 
 def write_predictors(args: argparse.Namespace, folder: Path) -> Path:
@@ -108,7 +73,7 @@ def engine(session: Session, ladder: str, folder: Path, calibration: Path | None
         f"random:{args.model}",
         tensor_parallel_size=args.ranks,
         limits=Limits(start_s=120.0, step_s=60.0),
-        launcher=RayLauncher(gpus=int(args.device == "cuda"), actor=watched(str(folder))),
+        launcher=launcher(args, folder),
         ladder=ladder,
         mode="exact" if ladder == "plain" else "approximate",
         calibration=calibration,
@@ -124,6 +89,18 @@ def engine(session: Session, ladder: str, folder: Path, calibration: Path | None
         yield llm, {"load_s": load_s, "warm_s": time.perf_counter() - started - load_s}
 
 
+def launcher(args: argparse.Namespace, folder: Path) -> Any:
+    """Of ranks that answer questions, or of processes of this machine, which do not."""
+    if args.launcher == "local":
+        return "local"
+    from ray import cloudpickle
+
+    from rowcast.cluster.ray_launcher import RayLauncher
+
+    cloudpickle.register_pickle_by_value(opt_175b_ranks)  # type: ignore[no-untyped-call]  # the cluster's processes have no such module
+    return RayLauncher(gpus=int(args.device == "cuda"), actor=watched(str(folder)))
+
+
 def wait_for_memory() -> None:
     """Until the ranks before have given theirs back."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -132,15 +109,6 @@ def wait_for_memory() -> None:
         if all(int(used) < 6000 for used in asked if used.isdigit()):
             return
         time.sleep(0.5)
-
-
-def prompts(llm: LLM, args: argparse.Namespace, count: int, seed: int = 0) -> list[list[int]]:
-    drawn = torch.randint(llm.spec.vocab_size, (count, args.prompt_tokens), generator=torch.Generator().manual_seed(seed))
-    return [[int(token) for token in row] for row in drawn]
-
-
-def params(tokens: int, **more: Any) -> Params:
-    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **more)
 
 
 def alone(session: Session, llm: LLM, ladder: str, floor: Bytes, times: dict[str, float]) -> dict[str, Any]:
@@ -178,135 +146,6 @@ def alone(session: Session, llm: LLM, ladder: str, floor: Bytes, times: dict[str
     return found
 
 
-def memory(session: Session, llm: LLM, folder: Path, what: str) -> dict[str, Any]:
-    """Bytes by rank, beside the plan's."""
-    plan, ranks = llm.plan, range(session.args.ranks)
-    taken = ask(folder, ranks, "memory", 0, lambda: llm.generate([1, 2, 3], params(4)))
-    parts = {"weights": plan.weight_bytes, "rungs": plan.rung_bytes, "KV": plan.kv_bytes, "work": plan.work_bytes}
-    planned = sum(parts.values())
-    session.say(f"memory, {what}: planned {planned / 1e9:.2f} GB a rank: " + told(parts, 1e9, "GB"))
-    for rank, one in zip(ranks, taken, strict=True):
-        session.say(f"  rank {rank}: " + told(one, 1e9, "GB"))
-    return {"planned": parts, "planned_bytes": planned, "ranks": taken}
-
-
-def told(found: dict[str, Any], scale: float, unit: str) -> str:
-    return ", ".join(f"{name} {value / scale:.2f}" for name, value in found.items()) + f" {unit}"
-
-
-def token(session: Session, llm: LLM, folder: Path, floor: Bytes, what: str) -> dict[str, Any]:
-    """A token's time by part, of rank 0, beside the floors."""
-    if session.args.device != "cuda":
-        raise ValueError("kernels are a GPU's")
-    [prompt] = prompts(llm, session.args, 1, seed=1)
-    [kernels] = ask(folder, range(1), "profile", 12, lambda: llm.generate(prompt, params(24)))
-    found = by_part([(start, took, name) for start, took, name in kernels], llm.spec.num_layers)
-    found["floor_ms"] = {part: 1e3 * read / session.bandwidth for part, read in floor.parts.items()}
-    session.say(f"a token of {what} by part, {found['token_ms']:.2f} ms under the profiler, rank 0 (floor):")
-    for part in PARTS:
-        session.say(
-            f"  {part:11} {found['ms'][part]:7.3f} ms ({found['floor_ms'][part]:.3f}), busy {found['busy_ms'].get(part, 0):.3f}"
-        )
-    for name, (count, ms) in list(found["kernels"].items())[:14]:
-        session.say(f"    {name:64} {count:7.1f} a token, {1e3 * ms / count:7.1f} us each, {ms:7.3f} ms")
-    return found
-
-
-def batches(session: Session, llm: LLM, what: str) -> list[dict[str, Any]]:
-    """Steps of several sequences, whose prompts have been run before."""
-    args, found = session.args, []
-    several = prompts(llm, args, max(args.batch), seed=2)
-    last = llm.plan.ladder[-1].partition(":")[0]
-    for size in sorted(args.batch):
-        if session.left_s < 12 * session.args.pace:
-            session.say(f"batches of {size} and more are left out")
-            break
-        for tokens in (6, args.batch_tokens):  # the first has graphs captured
-            requests = [llm.engine.add(prompt, params(tokens)) for prompt in several[:size]]
-            steps: list[float] = []
-            while not all(request.finished for request in requests):
-                started = time.perf_counter()
-                decodes = all(request.sequences[0].output_ids for request in requests)
-                llm.engine.step()
-                if decodes and not any(request.finished for request in requests):
-                    steps.append(time.perf_counter() - started)
-        counts = [request.stats.rungs[last] for request in requests]
-        one = {
-            "batch": size,
-            "step_ms": 1e3 * median(steps),
-            "read_bytes": sum(c.bytes_read for c in counts) / (args.batch_tokens - 1),
-        }
-        session.say(f"batch {size:2}, {what}: {one['step_ms']:.2f} ms a step, {one['read_bytes'] / 1e9:.2f} GB a rank and step")
-        found.append(one)
-    return found
-
-
-def kill(session: Session, llm: LLM) -> dict[str, Any]:
-    """A rank's process is killed in mid-generation; what comes then, beside an undisturbed run."""
-    args = session.args
-    [prompt] = prompts(llm, args, 1, seed=1)
-    expected = llm.generate(prompt, params(args.max_tokens))[0].outputs[0].token_ids
-    executor = llm.engine._executor
-    assert isinstance(executor, GangExecutor) and executor.gang is not None
-    failures, tokens, killed_at, back_s = executor.failures, [], 0.0, 0.0
-    for chunk in llm.stream(prompt, params(args.max_tokens)):
-        if killed_at and chunk.token_ids and not back_s:
-            back_s = time.perf_counter() - killed_at
-        tokens += chunk.token_ids
-        if not killed_at and len(tokens) >= args.max_tokens // 2:
-            lost = len(tokens)
-            os.kill(executor.gang.pids[-1], signal.SIGKILL)
-            killed_at = time.perf_counter()
-    same = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), None)
-    found: dict[str, Any] = {
-        "killed_after": lost,
-        "seconds": back_s,
-        "failures": executor.failures - failures,
-        "tokens": len(tokens),
-    }
-    found |= {"differs_at": same}
-    if same is not None:
-        at = llm.generate([*prompt, *expected[:same]], params(1, logprobs=20))[0].outputs[0].logprobs
-        assert at is not None
-        known = {which: at[0][which].logprob for which in (tokens[same], expected[same]) if which in at[0]}
-        found["gap"] = abs(known[tokens[same]] - known[expected[same]]) if len(known) == 2 else None
-    session.say(
-        f"a rank killed after {lost} of {args.max_tokens} tokens: the next one after {back_s:.1f} s, {len(tokens)} in all, "
-        + ("all as undisturbed" if same is None else f"as undisturbed up to number {same}, a tie within {found['gap']}")
-    )
-    return found
-
-
-def foretell(session: Session, ladder: str, calibration: Path | None) -> dict[str, Any]:
-    """The planner's forecast for as many cards of the datasheet."""
-    from rowcast.runtime.plan_for import MachineWish, plan_for
-
-    args = session.args
-    plan = plan_for(
-        args.model,
-        MachineWish(gpus=f"{args.ranks}x{args.card}"),
-        ladder=ladder,
-        mode="exact" if ladder == "plain" else "approximate",
-        calibration=calibration,
-        dtype="bfloat16",
-        context=args.prompt_tokens + args.max_tokens,
-        prompt=args.prompt_tokens,
-        tensor_parallel=args.ranks,
-    )
-    forecast = plan.forecast
-    assert forecast is not None
-    stages = {stage.name: 1e3 * sum(stage.seconds.values()) for stage in forecast.stages}
-    classes = next(each.classes for each in forecast.memory if each.card != "host")
-    held = sum(size for name, size in classes.items() if name != "margin")
-    session.say(
-        f"planned for {args.ranks} x {args.card}, {ladder}: {1e3 * forecast.seconds_per_token:.2f} ms a token, first token after "
-        f"{forecast.first_token_s:.2f} s, {held / 1e9:.2f} GB a GPU; " + told(stages, 1, "ms")
-    )
-    return {"ms_per_token": 1e3 * forecast.seconds_per_token, "first_token_s": forecast.first_token_s, "stages_ms": stages} | {
-        "held_bytes": held
-    }
-
-
 def dense(session: Session, folder: Path) -> None:
     floor = None
     with engine(session, "plain", folder, None) as (llm, times):
@@ -339,17 +178,38 @@ def sparse(session: Session, folder: Path, calibration: Path) -> None:
             session.part("token", f"token, {name}", 10, lambda: token(session, llm, folder, floor, name))  # noqa: B023
 
 
+def claims(found: dict[str, Any]) -> Iterator[Claim]:
+    """What is wanted of a whole OPT-175B on four GPUs; of fewer layers the times are no claims."""
+    dense, points = found.get("dense"), [one for name, one in found.items() if name.startswith("sparse") and one]
+    if dense:
+        yield Claim("dense decoding: share of the floor", dense["share_of_floor"], 0.75)
+    if not points:
+        return
+    best = min(points, key=lambda one: one["ms_per_token"])
+    if found["model"] == "opt-175b":
+        yield Claim(f"{best['ladder']}: ms a token", best["ms_per_token"], 10.0, at_most=True)
+    if dense:
+        yield Claim(f"{best['ladder']} over dense", dense["ms_per_token"] / best["ms_per_token"], 2.3)
+    if eager := found.get("transformers"):
+        yield Claim(
+            f"{best['ladder']} over Transformers, eager, its layers one after the other",
+            eager["token_ms"] / best["ms_per_token"],
+            15.0,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-175b", help="A well-known model's name, or the path of a config.json.")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--parts", nargs="+", default=list(WHAT), choices=WHAT, help="dense and sparse in this order")
     parser.add_argument(
-        "--points", type=int, nargs="+", default=[0, 1, 2], choices=range(len(POINTS)), help="Of the sparse ones."
+        "--points", type=int, nargs="+", default=[1, 0, 3, 2], choices=range(len(POINTS)), help="Of the sparse ones."
     )
+    parser.add_argument("--launcher", choices=("ray", "local"), default="ray", help="local: without memory and token")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--card", default="H200", help="What the plan is for.")
+    parser.add_argument("--card", help="What the plan is for; left out: the GPU's, if it is one of CARDS.")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-model-len", type=int, default=704)
@@ -360,7 +220,6 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=1.0, help="Times what a part is thought to take.")
     args = parser.parse_args()
     session = Session(args)
-    cloudpickle.register_pickle_by_value(opt_175b_ranks)  # type: ignore[no-untyped-call]  # the cluster's processes do not look for modules here
     name = args.device
     if args.device == "cuda":
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the driver keeps no memory of a GPU
@@ -368,7 +227,13 @@ def main() -> None:
             name = pool.submit(torch.cuda.get_device_name).result()
         asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         session.say(f"{len(asked.stdout.splitlines())} GPUs, torch {torch.__version__}")
-    session.found |= {"device": name, "bandwidth": session.bandwidth, "torch": torch.__version__}
+    args.card = args.card or next((card for card in CARDS if card in name), CARDS[0])
+    session.found |= {
+        "planned_for": f"{args.ranks} x {args.card}",
+        "device": name,
+        "bandwidth": session.bandwidth,
+        "torch": torch.__version__,
+    }
     session.say(f"{args.model}, {args.ranks} x {name}, a copy reaches {session.bandwidth / 1e12:.2f} TB/s")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool_of_one:
         (questions := Path(folder, "questions")).mkdir()
@@ -388,14 +253,19 @@ def main() -> None:
                 "transformers",
                 "transformers",
                 20,
-                lambda: layers(eager_layers, args.model, args.device, args.prompt_tokens).result(),
+                lambda: layers(eager_layers, args.model, args.device, args.dtype, args.prompt_tokens).result(),
             )
         if one := session.found.get("transformers"):
-            session.say(f"Transformers, eager: {one['layer_ms']:.2f} ms a layer, x 96 {one['of_96_layers_ms']:.0f} ms; {one}")
+            session.say(
+                f"Transformers, eager: {one['layer_ms']:.2f} ms a layer, with all of them {one['token_ms']:.0f} ms; {one}"
+            )
     for name, one in session.found.items():
         if name.startswith("sparse") and one and session.found.get("dense"):
             one["speed_up"] = session.found["dense"]["ms_per_token"] / one["ms_per_token"]
             session.say(f"{name}: {one['speed_up']:.2f}x dense")
+    session.found["claims"] = [{**asdict(each), "met": each.met} for each in claims(session.found)]
+    for each in session.found["claims"]:
+        session.say(f"{each['what']}: {each['value']:.3g}, {each['bound']:g} wanted: {'met' if each['met'] else 'MISSED'}")
     session.found["failed"] = session.failed
     print(json.dumps(session.found), flush=True)
     sys.exit(1 if session.failed else 0)

@@ -1,12 +1,8 @@
-"""What `opt_175b.py` holds its figures against: a token's bytes by part, and Transformers' layers."""
+"""What `opt_175b.py` holds its figures against: a token's bytes by part."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from statistics import median
-
-import torch
 
 from rowcast.calibration.fitting import default_rank
 from rowcast.runtime.spec import ModelSpec
@@ -50,33 +46,3 @@ def kept(layers: int) -> list[float]:
 
 def mean_kept(layers: int) -> float:
     return round(sum(kept(layers)) / layers, 4)
-
-
-def eager_layers(model: str, device: str, context: int) -> dict[str, float]:
-    """Milliseconds of one of Transformers' decoder layers, one token over `context`: two depths, and what a layer more takes."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from rowcast.runtime.checkpoint import open_checkpoint
-
-    config = OPTConfig(**{key: value for key, value in open_checkpoint(f"random:{model}").config.items() if key != "model_type"})
-    times: dict[int, float] = {}
-    torch.set_default_dtype(torch.bfloat16)
-    for layers in (2, 6, 2, 6):
-        config.num_hidden_layers = layers
-        with torch.device(device), torch.inference_mode():
-            whole = OPTForCausalLM(config).eval()
-            cache = whole(torch.randint(config.vocab_size, (1, context)), use_cache=True).past_key_values
-            taken = []
-            for _ in range(60):
-                ids = torch.randint(config.vocab_size, (1, 1))
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                whole(ids, past_key_values=cache, use_cache=True)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                taken.append(time.perf_counter() - started)
-        times[layers] = min(times.get(layers, 1e9), median(taken[20:]))
-        del whole, cache
-    layer_ms = 1e3 * (times[6] - times[2]) / 4
-    return {"layer_ms": layer_ms, "of_96_layers_ms": layer_ms * 96, "ms_with_2": 1e3 * times[2], "ms_with_6": 1e3 * times[6]}

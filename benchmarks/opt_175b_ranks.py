@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rowcast.cluster.ray_launcher import RankActor
-
 PREDICTORS = ("lowbit_kernel", "top_ids", "top_mask", "above_", "union_kernel", "_head_scores", "_choose_heads", "rerank")
 """Parts of the names of kernels that choose neurons and heads."""
 PARTS = ("attention", "MLP", "predictors", "all-reduce", "LM head", "gaps")
@@ -21,8 +19,9 @@ Kernel = tuple[float, float, str]
 """Start and duration in microseconds, name."""
 
 
-def watched(folder: str) -> type[RankActor]:
+def watched(folder: str) -> Any:
     """A rank that answers the questions which `ask` leaves in the folder, on the ranks' own machine."""
+    from rowcast.cluster.ray_launcher import RankActor
 
     class Watched(RankActor):
         def run(self, address: str, token: str, rank: int) -> None:

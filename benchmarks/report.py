@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from report_figures import PLANNED_HEAD, Result, claims, details, draw, figures, foretold, has_figures
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 PAGE = ROOT / "docs/benchmarks.md"
@@ -27,8 +29,6 @@ GPU are medians over warm runs with fresh random inputs. The floor of a time is 
 that was measured in the same run, counting bytes read and written. Shapes have random weights, unless a model is named: they show time
 and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md).
 """
-
-Result = dict[str, Any]
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -131,14 +131,46 @@ def anything(result: Result) -> Iterator[str]:
         else:
             yield name.replace("_", " "), f"{found:.4g}" if isinstance(found, float) else str(found)
 
-    report = {name: value for name, value in result["report"].items() if name not in ("benchmark", "device", "model", "versions")}
+    report = {
+        name: value
+        for name, value in result["report"].items()
+        if name not in ("benchmark", "device", "model", "note", "versions")
+    }
     yield from table(("figure", ""), rows(report))
+
+
+def with_figures(result: Result) -> Iterator[str]:
+    """Of a benchmark that prints figures and claims."""
+    if rate := result["report"].get("bandwidth"):
+        yield from (f"Floors are bytes at {rate / 1e9:.0f} GB/s, which was measured in the same run.", "")
+    head, *rows = figures(result)
+    yield from table(head, iter(rows))
+    if len(rows) > 1:
+        yield from ("", f"![Times beside floors and plans](images/{result['name']}.svg)")
+    for lines in (list(claims(result)), list(details(result))):
+        if lines:
+            yield from ("", *lines)
+
+
+def predictions(results: Sequence[Result]) -> Iterator[str]:
+    """The planner's, of all results together."""
+    rows = list(foretold(results))
+    if rows:
+        yield from (
+            "## Predicted and measured",
+            "",
+            "Of every result that has both; the plans' own pages say what they were made for.",
+            "",
+        )
+        yield from table(PLANNED_HEAD, iter(rows))
+        yield ""
 
 
 def opt_175b(result: Result) -> Iterator[str]:
     """Of benchmarks/opt_175b.py: decoding of one sequence, memory, a token's time by part, batches, a lost rank."""
     report = result["report"]
-    yield f"{report['ranks']} ranks; a copy reaches {report['bandwidth'] / 1e12:.2f} TB/s. Bytes are of a rank."
+    plans = f" Plans are for {report['planned_for']}." if "planned_for" in report else ""
+    yield f"{report['ranks']} ranks; a copy reaches {report['bandwidth'] / 1e12:.2f} TB/s. Bytes are of a rank.{plans}"
     yield ""
     planned = {name.partition("_")[2]: each for name, each in report.items() if name.startswith("plan_")}
     runs = [each for name, each in report.items() if each and (name == "dense" or name.startswith("sparse"))]
@@ -192,8 +224,13 @@ def opt_175b(result: Result) -> Iterator[str]:
         )
         yield ""
     if eager := report.get("transformers"):
-        yield f"Transformers, eager, one GPU: {eager['layer_ms']:.2f} ms a layer, 96 times that {eager['of_96_layers_ms']:.0f} ms."
+        yield (
+            f"Transformers, eager, one GPU: {eager['layer_ms']:.2f} ms a layer ({eager['layers']} of them ran), all of the shape's "
+            f"with the head {eager['token_ms']:.0f} ms by count."
+        )
         yield ""
+    if report.get("claims"):
+        yield from (*claims({**result, "report": {**report, "failed": []}}), "")
     for why in report.get("failed", []):
         yield f"Not measured: {why}."
         yield ""
@@ -225,8 +262,11 @@ def page(results: Sequence[Result]) -> str:
             f"    {result['command']}",
             "",
         ]
-        lines += [*TABLES.get(result["name"].partition("-")[0], anything)(result), ""]
-    return "\n".join(lines)
+        if note := report.get("note"):
+            lines += [f"**{note}.**", ""]
+        other = with_figures if has_figures(result) else anything
+        lines += [*TABLES.get(result["name"].partition("-")[0], other)(result), ""]
+    return "\n".join([*lines, *predictions(results)])
 
 
 def kept() -> list[Result]:
@@ -254,8 +294,10 @@ def main() -> None:
         (RESULTS / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = kept()
     for result in results:
-        if draw := PICTURES.get(result["name"].partition("-")[0]):
-            draw(result)
+        if picture := PICTURES.get(result["name"].partition("-")[0]):
+            picture(result)
+        elif has_figures(result) and (drawn := draw(result)) is not None:
+            save(drawn, result["name"])
     PAGE.write_text(page(results))
     print(f"{PAGE.relative_to(ROOT)}: {len(results)} results", file=sys.stderr)
 

@@ -1,13 +1,14 @@
 """Decoding over several GPUs, batch 1: milliseconds a token against the floor, and sparse ladders against the dense one.
 
     python benchmarks/tensor_parallel.py [--model opt-30b] [--ranks 2] [--ladder plain "self:mlp=0.1,by=dejavu,heads=0.5" ...]
-                                         [--prompt-tokens 512] [--max-tokens 64] [--repeat 3]
+                                         [--prompt-tokens 512] [--max-tokens 64] [--repeat 3] [--transformers]
 
 A model's shape with random weights, which each rank makes on its GPU. The floor is the bytes that a rank's passes read over what a copy
 reaches on GPU 0. A token's time is that between tokens as the driver sees them, "on the GPU" the part of it that rank 0's passes take:
 the rest is scheduling. Ladders that end in a sparse rung need a calibration; the one written here has random predictors of the size
 that `rowcast calibrate` makes: times are those of a calibrated model, and the output is worth as little as the weights. A ladder that
-fails is told, and the next one is run. Ratios are to the first ladder. The last line is JSON.
+fails is told, and the next one is run. Ratios are to plain decoding. --transformers: some of the layers on one GPU, eager, times those
+of the shape. A table on standard error; the last line, on standard output, is JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from _eager import eager_layers
+from _figures import Figure, Session, planned
 
 from rowcast import LLM, SamplingParams
 from rowcast.bench.gpu_timing import copy_bandwidth
@@ -86,10 +90,10 @@ def calibrated(args: argparse.Namespace, ladder: str) -> Iterator[Path | None]:
         yield write_calibration(Path(folder), args.model, "dejavu-ahead" if "dejavu-ahead" in ladder else "dejavu")
 
 
-def measure(args: argparse.Namespace, ladder: str, bandwidth: float) -> dict[str, Any]:
+def measure(args: argparse.Namespace, ladder: str, bandwidth: float) -> Figure:
     """One ladder, in ranks of its own."""
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
-    common: dict[str, Any] = {"dtype": "bfloat16", "device": args.device, "max_num_seqs": 2, "max_model_len": args.max_model_len}
+    common: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "max_num_seqs": 2, "max_model_len": args.max_model_len}
     mode = "exact" if ladder.split("/")[-1].strip() == "plain" else "approximate"
     started = time.perf_counter()
     with (
@@ -114,7 +118,8 @@ def measure(args: argparse.Namespace, ladder: str, bandwidth: float) -> dict[str
         llm.generate(prompts[0].tolist(), params)  # compiles and captures
         warm_s = time.perf_counter() - started
         runs = [llm.generate(prompt.tolist(), params)[0] for prompt in prompts[1:]]
-        notes = llm.plan.notes
+        wish: dict[str, Any] = {"context": args.prompt_tokens + args.max_tokens, "prompt": args.prompt_tokens}
+        foretold = planned(args.model, ladder, dtype=args.dtype, tensor_parallel=args.ranks, calibration=calibration, **wish)
     last = llm.plan.ladder[-1].partition(":")[0]
     stats = [run.metrics for run in runs]
     counts = [each.rungs[last] for each in stats]
@@ -123,21 +128,18 @@ def measure(args: argparse.Namespace, ladder: str, bandwidth: float) -> dict[str
         sum(c.seconds for name, c in each.rungs.items() if name != "prefill") / (args.max_tokens - 1) for each in stats
     )
     read = median(c.bytes_read / c.tokens for c in counts)
-    return {
-        "ladder": ladder,
-        "ms_per_token": 1e3 * wall,
-        "graph_ms_per_token": 1e3 * graphs,
+    more = {
+        "on_gpu_ms": 1e3 * graphs,
         "scheduling": wall / graphs - 1,
-        "bytes_per_token_and_rank": read,
-        "floor_ms": 1e3 * read / bandwidth,
-        "share": read / bandwidth / wall,
-        "ttft_s": median(each.ttft_s or 0.0 for each in stats),
+        "first_token_s": median(each.ttft_s or 0.0 for each in stats),
         "density": median(each.density.get(last, 1.0) for each in stats),
         "head_density": median(each.head_density.get(last, 1.0) for each in stats),
         "load_s": load_s,
         "warm_s": warm_s,
-        "notes": notes,
     }
+    return Figure(
+        name=ladder, ladder=ladder, s_per_token=wall, bytes=read, floor_s=read / bandwidth, planned_s=foretold, more=more
+    )
 
 
 def main() -> None:
@@ -147,35 +149,43 @@ def main() -> None:
     parser.add_argument("--ladder", nargs="+", default=LADDERS)
     parser.add_argument("--launcher", default="local")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--transformers", action="store_true", help="beside it, on one GPU")
+    parser.add_argument("--floor", type=float, default=0.75, help="least share of the floor that plain decoding is to reach")
+    parser.add_argument("--speed-up", type=float, default=2.2, help="least one of the best sparse ladder")
     args = parser.parse_args()
     shape, args.model = args.model, f"random:{args.model}"
-    bandwidth, name = 1e10, args.device
-    if args.device == "cuda":
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the driver keeps no memory of a GPU
+    bandwidth, name, eager = 1e10, args.device, None
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # the driver keeps no memory of a GPU
+        if args.device == "cuda":
             bandwidth, name = pool.submit(copy_bandwidth).result(), pool.submit(torch.cuda.get_device_name).result()
-    print(f"{shape}, {args.ranks} x {name}, a copy reaches {bandwidth / 1e12:.2f} TB/s", flush=True)
-    found: list[dict[str, Any]] = []
+        if args.transformers:
+            eager = pool.submit(eager_layers, shape, args.device, args.dtype, args.prompt_tokens).result()
+    session = Session("tensor_parallel", shape, name, ranks=args.ranks, bandwidth=bandwidth, transformers=eager)
+    session.say(f"{shape}, {args.ranks} x {name}, a copy reaches {bandwidth / 1e12:.2f} TB/s; Transformers, eager: {eager}")
+    peers = {} if eager is None else {"Transformers, eager": eager["token_ms"] / 1e3}
+    found: dict[str, Figure] = {}
     for ladder in args.ladder:
         try:
-            one = measure(args, ladder, bandwidth)
+            found[ladder] = session.add(replace(measure(args, ladder, bandwidth), peers=peers))
         except Exception as error:  # of a rank, of memory: the others may run
-            print(f"{ladder:40} failed: {error}", file=sys.stderr, flush=True)
-            continue
-        found.append(one)
-        one["speed_up"] = found[0]["ms_per_token"] / one["ms_per_token"]
-        print(
-            f"{ladder:40} {one['ms_per_token']:7.3f} ms a token, floor {one['floor_ms']:7.3f}, share {one['share']:.2f}, "
-            f"{one['speed_up']:.2f}x; on the GPU {one['graph_ms_per_token']:7.3f}, scheduling {one['scheduling']:.1%}; "
-            f"{one['bytes_per_token_and_rank'] / 1e9:.2f} GB a token and rank, neurons {one['density']:.2f}, heads "
-            f"{one['head_density']:.2f}; loaded in {one['load_s']:.0f} s, warm after {one['warm_s']:.0f} s, ttft {one['ttft_s']:.2f} s",
-            flush=True,
-        )
-    print(json.dumps({"model": shape, "ranks": args.ranks, "device": name, "bandwidth": bandwidth, "ladders": found}))
-    sys.exit(0 if len(found) == len(args.ladder) else 1)
+            session.fail(ladder, error)
+    plain = found.get("plain")
+    sparse = {ladder: one.s_per_token for ladder, one in found.items() if ladder != "plain"}
+    if plain is not None:
+        session.claim("plain decoding: share of the floor", plain.floor_s / plain.s_per_token, args.floor)
+        session.claim("time between steps over that on the GPU", plain.more["scheduling"], 0.05, at_most=True)
+    if sparse:
+        best = min(sparse, key=lambda ladder: sparse[ladder])
+        if plain is not None:
+            session.claim(f"{best} over plain decoding", plain.s_per_token / sparse[best], args.speed_up)
+        for peer, took in peers.items():
+            session.claim(f"{best} over {peer}", took / sparse[best], 15)
+    sys.exit(session.end())
 
 
 if __name__ == "__main__":

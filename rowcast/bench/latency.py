@@ -77,8 +77,15 @@ class Rowcast:
 
     def __init__(self, model: str | Checkpoint, dtype: torch.dtype, device: Literal["cpu", "cuda"], eager: bool) -> None:
         self.llm = LLM(
-            model, ladder="plain", dtype=_name(dtype), device=device, eager=eager, prefix_cache=False, progress=False
-        )  # the peer runs each prompt, too
+            model,
+            ladder="plain",
+            dtype=_name(dtype),
+            weights="unpacked",  # the peer's are
+            device=device,
+            eager=eager,
+            prefix_cache=False,  # the peer runs each prompt, too
+            progress=False,
+        )
 
     def prefill(self, ids: list[int]) -> None:
         self.llm.generate(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False))

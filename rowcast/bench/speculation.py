@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,12 +26,12 @@ from rowcast import LLM, SamplingParams
 from rowcast.bench.latency import read_bandwidth
 from rowcast.bench.pace import Mark, Pace, pace
 from rowcast.bench.shapes import ShapeLLM, open_shape
+from rowcast.bench.speculation_gaps import find_gaps
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestStats
-from rowcast.runtime.philox import gumbel
 from rowcast.runtime.planning import Target, Wish, make_plan
 from rowcast.runtime.request import Request
 from rowcast.runtime.step import PREFILL, RungCounts
@@ -213,7 +212,10 @@ def run(settings: Settings) -> dict[str, Any]:
     bandwidth = read_bandwidth(torch.device(place["device"]).type)
     report["bandwidth_bytes_per_s"] = bandwidth
     plain = samples["plain"]
-    gaps = _gaps(settings, context, prompts, samples) if settings.comparable else {}
+    gaps = {}
+    if settings.comparable:
+        outputs = {ladder: [visit.outputs for visit in visits] for ladder, visits in samples.items()}
+        gaps = find_gaps(outputs, prompts, settings.temperature, settings.seed, lambda: _load(settings, "plain", context))
     report["ladders"] = {}
     for ladder in ladders:
         entry = {"ladder": resolved[ladder], **_summary(resolved[ladder], samples[ladder], plain, bandwidth)}
@@ -374,37 +376,3 @@ def _summary(ladder: str, samples: Sequence[Sample], plain: Sequence[Sample], ba
         "floor_s_per_token": bytes_read / bandwidth,
         "floor_reached": bytes_read / bandwidth / each,
     }
-
-
-def _gaps(
-    settings: Settings, context: int, prompts: Sequence[list[int]], samples: dict[str, list[Sample]]
-) -> dict[str, list[dict[str, Any]]]:
-    """By ladder: where its outputs leave plain's of the same round, and by how much plain prefers its own token there.
-
-    That is the gap between the two tokens' scores, log-probability over temperature plus noise: near 0, a tie that two ways of
-    summing break differently.
-    """
-    found: dict[str, list[dict[str, Any]]] = {ladder: [] for ladder in samples}
-    llm: LLM | None = None
-    for ladder, visits in samples.items():
-        for round_, (ours, plain) in enumerate(zip(visits, samples["plain"], strict=True)):
-            for i, (mine, theirs) in enumerate(zip(ours.outputs, plain.outputs, strict=True)):
-                if mine == theirs:
-                    continue
-                at = next(j for j, (a, b) in enumerate(zip_longest(mine, theirs)) if a != b)
-                llm = llm or _load(settings, "plain", context)
-                scores = _scores(llm, prompts[i] + theirs[:at], settings, settings.seed + i)
-                gap = float(scores[theirs[at]] - scores[mine[at]])
-                found[ladder].append({"round": round_, "prompt": i, "position": at, "gap": gap})
-    return found
-
-
-def _scores(llm: LLM, ids: list[int], settings: Settings, seed: int) -> torch.Tensor:
-    """What the next token is the argmax of, [V] float64: log-probabilities over temperature, plus the noise of plain decoding."""
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=-1, detokenize=False)
-    [entry] = llm.generate(ids, params)[0].outputs[0].logprobs or []
-    scores = torch.tensor([entry[token].logprob for token in range(llm.spec.vocab_size)], dtype=torch.float64)
-    if settings.temperature == 0:
-        return scores
-    noise = gumbel(torch.tensor([seed]), torch.tensor([0]), torch.tensor([len(ids)]), range(llm.spec.vocab_size))
-    return scores / settings.temperature + noise[0]

@@ -35,7 +35,7 @@ def cases(device_name: str) -> Iterator[Case]:
 def _heads() -> Iterator[Case]:
     basis, rows, draw = structured_head(_VOCABULARY, _WIDTH)
     built = CertifiedHead(rows, bits=(4, 3), directions=basis)
-    stages = [lm_head.Stage(stage.proxy, stage.correction, stage.radii) for stage in built._stages]
+    stages = [lm_head.Stage(stage.proxy, stage.correction, stage.radii) for stage in built.stages]
     for tokens, k in ((1, 1), (8, 1), (1, 64)):
         inputs = [draw(tokens) for _ in range(_ROTATED)]
         found = [lm_head.top(rows, stages, basis, x, k) for x in inputs]

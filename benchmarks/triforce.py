@@ -1,0 +1,257 @@
+"""TriForce's ladder on one GPU: a long prompt's KV beside the weights, plain decoding against its floor, ladders against it.
+
+    python benchmarks/triforce.py                                  # all cases: needs 141 GB
+    python benchmarks/triforce.py --case llama-3.1-8b
+    python benchmarks/triforce.py --case batches --model PATH/config.json --scale 0.01      # a rehearsal
+
+Shapes with random weights; acceptance is simulated: each proposal stands with --outer before the whole model and --inner before the
+rungs below, under the rule coupled, all verification done. Of a prompt its last tokens are run, the other entries are random numbers:
+decoding reads as many as if they had been. Cases:
+
+    on-chip        Llama-2-7B-128K, 124,928 tokens; the ladder of the paper (arXiv 2404.11912), then with a 4-bit or sparse middle rung
+    llama-3.1-8b   130,048 tokens, 8 KV heads; the draft is a 68M shape with its vocabulary
+    batches        2 x 56K, 6 x 19K and 10 x 12K tokens of Llama-2-7B-128K
+
+A round's tokens vary by chance: a ladder's time is that of a round over the tokens that its acceptances give on average, so that few
+rounds are enough; `as run` is what was seen. A table on standard error, one line of JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from _figures import Figure, Session, bandwidth, planned, release, variant
+from _simulated import SimulatedLLM, fill_kv, skip_prompts
+
+from rowcast import SamplingParams
+from rowcast.bench.shapes import open_shape
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.step import RungCounts
+
+MODEL, OTHER, DRAFT = "yarn-llama-2-7b-128k", "llama-3.1-8b", "llama-68m"
+CASES = ("on-chip", "llama-3.1-8b", "batches")
+BATCHES = ((2, 57_344, 1024), (6, 19_456, 768), (10, 12_288, 768))
+"""Sequences, tokens of each prompt, entries of the retrieval rung (table 4)."""
+ROUNDS, WARM_ROUNDS, MOST_OF_ROUND = 48, 8, 24
+"""MOST_OF_ROUND: tokens."""
+BUDGET = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One prompt length and the ladders beside plain decoding."""
+
+    name: str
+    model: str
+    draft: str
+    sequences: int
+    prompt: int
+    ladders: dict[str, str]
+    """By name; `DRAFT` in their text is the draft's."""
+    bounds: dict[str, float]
+    """Least speed-up of the fastest ladder whose name begins so."""
+
+
+def ladders(budget: int, gammas: Sequence[str], middles: dict[str, str]) -> dict[str, str]:
+    """By middle rung and pair of gammas. `middles`: what it reads of the weights, as a rung's settings."""
+    found = {}
+    for name, settings in middles.items():
+        for pair in gammas:
+            inner, outer = pair.split(",")
+            own = f"{settings}," if settings else ""
+            found[f"{name} {pair}"] = (
+                f"draft:model=DRAFT,kv=256,gamma={inner} / self:{own}kv={budget},score=mean,gamma={outer} / plain"
+            )
+    return found
+
+
+def cases(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """Those asked for."""
+
+    scale: float = args.scale
+
+    def scaled(tokens: int) -> int:
+        return max(256, round(tokens * scale) // 16 * 16)
+
+    model = args.model or MODEL
+    draft = variant(DRAFT, folder, "draft", vocab_size=_vocabulary(model))
+    found = []
+    if "on-chip" in args.case:
+        budget = min(BUDGET, scaled(args.prompt) // 2)
+        middles = {"triforce": ""} | {f"middle {each}": each for each in args.middle}
+        bounds = {"triforce": 2.6, "middle": 3.2}
+        found.append(Case("on-chip", model, draft, 1, scaled(args.prompt), ladders(budget, args.gammas, middles), bounds))
+    if "llama-3.1-8b" in args.case:
+        other = args.model or OTHER
+        small = variant(DRAFT, folder, "draft-for-8b", vocab_size=_vocabulary(other))
+        prompt = scaled(130_048)
+        chosen = ladders(min(BUDGET, prompt // 2), args.gammas, {"triforce": "", "middle bits=4": "bits=4"})
+        found.append(Case("llama-3.1-8b", other, small, 1, prompt, chosen, {"triforce": 1.9}))
+    if "batches" in args.case:
+        for sequences, tokens, budget in BATCHES:
+            prompt = scaled(tokens)
+            chosen = ladders(min(budget, prompt // 2), args.batch_gammas, {"triforce": ""})
+            found.append(Case(f"{sequences} x {prompt}", model, draft, sequences, prompt, chosen, {"triforce": 1.9}))
+    return found
+
+
+def _vocabulary(model: str) -> int:
+    vocabulary: int = spec_from_config(open_shape(model).config).vocab_size
+    return vocabulary
+
+
+def measure(session: Session, args: argparse.Namespace, case: Case, rate: float) -> None:
+    """Plain decoding, then the ladders."""
+    plain = None
+    speed_ups: dict[str, float] = {}
+    for name, text in {"plain": "plain", **case.ladders}.items():
+        if not session.time_for(f"{case.name}, {name}", 12 * args.pace):
+            continue
+        try:
+            found = timed(args, case, name, text.replace("DRAFT", f"random:{case.draft}"), rate)
+        except Exception as error:  # of memory, say: the others may run
+            session.fail(f"{case.name}, {name}", error)
+            release()
+            continue
+        session.add(found)
+        if name == "plain":
+            plain = found
+            if case.name == "on-chip":
+                session.claim("on-chip, plain decoding over its floor", found.floor_s / found.s_per_token, 0.8)
+        elif plain is not None:
+            speed_ups[name] = plain.s_per_token / found.s_per_token
+    for start, bound in case.bounds.items():
+        mine = {name: value for name, value in speed_ups.items() if name.startswith(start)}
+        if mine:
+            best = max(mine, key=lambda name: mine[name])
+            session.claim(f"{case.name}, {best} over plain decoding", mine[best], bound)
+
+
+def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: float) -> Figure:
+    """One ladder, loaded anew."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    most = (WARM_ROUNDS + args.rounds) * (1 if name == "plain" else MOST_OF_ROUND)
+    common: dict[str, Any] = {"dtype": args.dtype, "max_num_seqs": case.sequences, "max_model_len": case.prompt + most + 64}
+    llm = SimulatedLLM(
+        open_shape(case.model, device=device), ladder=ladder, prefix_cache=False, progress=False, device=device.type, **common
+    )
+    llm.rates(args.outer, args.inner)
+    fill_kv(llm)
+    skip_prompts(llm)
+    draw = random.Random(0)
+    prompts = [draw.choices(range(llm.spec.vocab_size), k=case.prompt) for _ in range(case.sequences)]
+    counted = run(llm, prompts, most, args.rounds)
+    names = list(counted.rungs)
+    proposals = counted.rungs[names[-2]].proposed if name != "plain" else []
+    # Each proposal stands with the outer rate where all before it did.
+    mean = 1 + sum(args.outer ** (place + 1) * each / counted.rounds for place, each in enumerate(proposals))
+    read = sum(each.bytes_read for each in counted.rungs.values()) / counted.rounds / mean
+    more: dict[str, Any] = {"load_s": llm.load_stats["seconds"], "first_s": counted.first_s}
+    if name != "plain":
+        more |= {"tokens_per_round": counted.tokens / counted.rounds, "on_average": mean, "ms_per_round": 1e3 * counted.step_s}
+        steps = counted.rounds / case.sequences
+        more |= {f"ms_per_round {rung}": 1e3 * each.seconds / steps for rung, each in counted.rungs.items()}
+    chances = {} if name == "plain" else {"acceptance": f"self={args.outer},draft={args.inner}"}
+    wish: dict[str, Any] = {"context": case.prompt + most, "prompt": case.prompt, "batch": case.sequences, **chances}
+    foretold = planned(f"random:{case.model}", ladder, dtype=args.dtype, **wish)
+    del llm
+    release()
+    return Figure(
+        name=f"{case.name}, {name}",
+        ladder=ladder.replace(f"random:{case.draft}", "DRAFT"),
+        s_per_token=counted.step_s / mean / case.sequences,
+        bytes=read,
+        floor_s=read / rate,
+        planned_s=None if foretold is None else foretold / case.sequences,
+        more=more,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Rounds of all sequences together."""
+
+    step_s: float
+    """Mean time of a step, in which each sequence has a round."""
+    first_s: float
+    """Until each has its first token."""
+    rounds: int
+    """Of the sequences, as are `tokens` and `rungs`."""
+    tokens: int
+    rungs: dict[str, RungCounts]
+
+
+def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: int) -> Counted:
+    """Decode for so many steps, after some in which kernels are compiled, graphs captured, and the draft reads the prompts."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0.8, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    started = time.perf_counter()
+    requests = [engine.add(ids, replace(params, seed=i)) for i, ids in enumerate(prompts)]
+    while not all(request.stats.generated_tokens for request in requests):
+        engine.step()
+    first_s = time.perf_counter() - started
+    for _ in range(WARM_ROUNDS):
+        engine.step()
+    for request in requests:  # what follows is counted
+        request.stats.rungs = {}
+        request.stats.rounds = request.stats.round_tokens = 0
+    steps = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - started)
+    rungs: dict[str, RungCounts] = {}
+    for request in requests:
+        for name, each in request.stats.rungs.items():
+            rungs.setdefault(name, RungCounts()).add(each)
+        engine.abort(request)
+    done, written = (sum(getattr(request.stats, what) for request in requests) for what in ("rounds", "round_tokens"))
+    return Counted(fmean(steps), first_s, done, written, rungs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--model", help="another shape for all cases")
+    parser.add_argument("--prompt", type=int, default=124_928, help="of on-chip, tokens")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all prompts")
+    parser.add_argument("--gammas", nargs="+", default=["2,6", "2,10"], help="of the draft and of the middle rung")
+    parser.add_argument("--batch-gammas", nargs="+", default=["2,6"])
+    parser.add_argument("--middle", nargs="*", default=["bits=4", "mlp=0.3,by=q4"], help="middle rungs that read fewer weights")
+    parser.add_argument("--outer", type=float, default=0.92)
+    parser.add_argument("--inner", type=float, default=0.6)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed ones of each way")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing more is begun")
+    parser.add_argument("--pace", type=float, default=1.0, help="times what a part is thought to take")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    session = Session("triforce", args.model or MODEL, device, args.seconds, outer=args.outer, inner=args.inner, rule="coupled")
+    session.head["note"] = (
+        f"Acceptance is simulated: each proposal stands with {args.outer:g} before the whole model and {args.inner:g} before the rungs "
+        "below it (rule coupled), all verification done; a token's time is a round's over the tokens that it has on average. Weights "
+        "are random, and so is the KV of the prompts but for their last 64 tokens"
+    )
+    rate = bandwidth(device)
+    session.head["bandwidth"] = rate
+    session.say(
+        f"a copy reaches {rate / 1e12:.2f} TB/s; acceptance is simulated: outer {args.outer}, inner {args.inner}, coupled"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(args, Path(folder)):
+            measure(session, args, case, rate)
+    return session.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

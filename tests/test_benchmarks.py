@@ -1,0 +1,181 @@
+"""What benchmarks work out by themselves: placements by force, claims, expected tokens, prompts that are not run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import hire
+import offload_places
+import real_text
+import report
+import triforce
+from _figures import Figure, Session, variant
+from _simulated import SimulatedLLM, skip_prompts
+
+from rowcast.bench.shapes import open_shape
+from rowcast.kernels.lowbit import BLOCK
+from rowcast.placement.plan import Plan
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.lm_head import CertifiedHead
+
+GIB = 1 << 30
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def held(plan: Plan, tier: str, part: str) -> int:
+    assert plan.forecast is not None
+    return sum(share.bytes for share in plan.forecast.shares if (share.tier, share.part) == (tier, part))
+
+
+def test_two_ranks_place_half_of_the_model_each() -> None:
+    spec = spec_from_config(open_shape("opt-66b").config)
+    one, two = (offload_places.Budget(48 * GIB // world, 0.5, 128, "cuda", 256, world) for world in (1, 2))
+    whole, half = (offload_places.streamed(spec, budget) for budget in (one, two))
+    assert half.world == 2 and half.forecast is not None and half.forecast.shares[0].ranks == [0, 1]
+    assert held(half, "streamed", "neurons") * 2 == pytest.approx(held(whole, "streamed", "neurons"), rel=0.01)
+    kept = offload_places.filled(spec, two)
+    assert 0 <= kept.margin_bytes < 0.02 * two.cap_bytes
+    assert held(kept, "streamed", "neurons") < held(half, "streamed", "neurons")
+    assert kept.weight_bytes + kept.kv_bytes + kept.rung_bytes + kept.work_bytes <= two.cap_bytes
+
+
+def test_all_weights_in_four_bits_of_a_70b_shape_fit_beside_what_is_streamed() -> None:
+    spec = spec_from_config(open_shape("llama-2-70b").config)
+    plan = offload_places.low_bits(spec, offload_places.Budget(24 * GIB, 0, 600, "cuda", 256, 2), "self:bits=4,gamma=16 / plain")
+    assert plan.margin_bytes > 0 and plan.rung_weight_bytes > 17e9
+
+
+def test_claims_and_figures_are_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session("tried", "a shape", torch.device("cpu"))
+    session.add(Figure(name="plain", s_per_token=0.02, floor_s=0.01, bytes=1e9, planned_s=0.03, peers={"other": 0.1}))
+    session.claim("large", 3.0, 2.6)
+    session.claim("small", 0.2, 0.05, at_most=True)
+    assert session.end() == 0
+    session.fail("more", "no room\nat all")
+    assert session.end() == 1
+    out, err = capsys.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert [claim["met"] for claim in told["claims"]] == [True, False]
+    assert told["failed"] == ["more: no room"] and told["figures"][0]["peers"] == {"other": 0.1}
+    assert "planned 30.000 ms (+50%), other 100.00 ms (5.00x)" in err
+
+
+def test_the_page_says_what_was_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session("tried", "a shape", torch.device("cpu"), note="Acceptance is simulated", bandwidth=2e12)
+    session.add(Figure(name="plain", s_per_token=0.02, floor_s=0.01, bytes=1e9))
+    session.end()
+    kept = {"title": "Tried", "date": "2026-11-27", "command": "tried", "name": "tried-cpu"}
+    lines = report.page([{**kept, "report": json.loads(capsys.readouterr().out)}]).splitlines()
+    assert lines.index("**Acceptance is simulated.**") < next(i for i, line in enumerate(lines) if line.startswith("| plain"))
+    assert "Floors are bytes at 2000 GB/s, which was measured in the same run." in lines
+
+
+def test_a_text_that_was_learnt_from_is_noticed(tmp_path: Path) -> None:
+    text, other, excerpt = (tmp_path / name for name in ("novel.txt", "wiki.txt", "elsewhere/novel.txt"))
+    excerpt.parent.mkdir()
+    for path in (text, other, excerpt):
+        path.write_text(str(path))
+    told = [{"name": path.name, "tokens": 100, "sha256": sha256(path.read_bytes()).hexdigest()} for path in (text, other)]
+    (tmp_path / "rowcast.json").write_text(json.dumps({"texts": [told[0] | {"held_out": 5}, told[1] | {"held_out": 100}]}))
+    (tmp_path / "model.gguf").touch()
+    for model in (tmp_path, tmp_path / "model.gguf"):
+        assert [real_text.learnt(str(model), path) for path in (text, excerpt, other)] == [True, True, False]
+    assert not real_text.learnt("SmolLM2-135M-Instruct", text)
+
+
+def test_tokens_of_a_round_are_those_that_its_proposals_give(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, and one more, where each stands."""
+    monkeypatch.setattr(triforce, "WARM_ROUNDS", 1)
+    llm = simulated(shape, "ngram:gamma=2 / self:kv=160,gamma=3 / plain", outer=1.0, inner=1.0)
+    counted = triforce.run(llm, [[7] * 300], 40, 3)
+    proposals = counted.rungs["self"].proposed
+    assert counted.rounds == 3
+    assert 1 + sum(proposals) / counted.rounds == counted.tokens / counted.rounds > 2
+
+
+def test_a_prompt_that_is_not_run_has_all_its_entries(shape: str) -> None:
+    llm = simulated(shape, "self:kv=160,gamma=2 / plain", outer=0.9, inner=0.5)
+    ran: list[int] = []
+    real = llm.engine._executor._top.decoder.run  # type: ignore[attr-defined]
+
+    def counting(steps: Any, kv: Any) -> torch.Tensor:
+        ran.append(sum(len(step.tokens) for step in steps))
+        return real(steps, kv)  # type: ignore[no-any-return]
+
+    llm.engine._executor._top.decoder.run = counting  # type: ignore[attr-defined]
+    skip_prompts(llm)
+    requests = [llm.engine.add([i] * 200, triforce_params()) for i in (5, 6)]
+    while not all(request.stats.generated_tokens > 3 for request in requests):
+        llm.engine.step()
+    assert ran[:2] == [64, 64]
+    view = llm.engine._executor._top.view  # type: ignore[attr-defined]
+    assert sorted(view.length(seq.seq_id) >= 200 for request in requests for seq in request.sequences) == [True, True]
+
+
+def triforce_params() -> Any:
+    from rowcast import SamplingParams
+
+    return SamplingParams(temperature=0.8, seed=1, max_tokens=30, ignore_eos=True, detokenize=False)
+
+
+def simulated(shape: str, ladder: str, *, outer: float, inner: float) -> SimulatedLLM:
+    llm = SimulatedLLM(
+        open_shape(shape), ladder=ladder, dtype="float32", device="cpu", max_model_len=512, progress=False, prefix_cache=False
+    )
+    llm.rates(outer, inner)
+    return llm
+
+
+def test_the_structured_head_needs_few_rows(tmp_path: Path) -> None:
+    """And the calibration beside it is one that opens."""
+    config = variant(
+        "llama-68m",
+        tmp_path,
+        "wide",
+        hidden_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=4096,
+        tie_word_embeddings=False,
+    )
+    opened = open_shape(config)
+    spec = spec_from_config(opened.config)
+    source = hire.Structured(spec, torch.device("cpu"))
+    assert source.basis.shape[0] % BLOCK == 0
+    (tmp_path / "calibration").mkdir()
+    hire.write_directions(tmp_path / "calibration", opened, source.basis, 0.05)
+    Calibration.open(tmp_path / "calibration", opened.source.fingerprint())
+    embed = next(name for name in source.names() if "embed" in name)
+    hidden = torch.nn.functional.normalize(source.read(embed, slice(0, 32)), dim=1) * 16
+    head = CertifiedHead(source.read("lm_head.weight"), bits=(4, 3), directions=source.basis)
+    top = head.top(hidden, 1)
+    assert not top.fallback.any() and top.rescored.float().mean() < 0.05 * 4096
+    dense = hidden @ source.read("lm_head.weight").T
+    assert torch.equal(top.ids[:, 0], dense.argmax(1))
