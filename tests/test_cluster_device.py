@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_cluster_ranks import found
 from test_device_rounds import GREEDY, SEEDED, SOME
+from test_offload_llm import away, shares
 from test_sparse_ladder import calibrate
 from test_speculation import SELF
 from tiny import tiny_model
@@ -71,3 +72,19 @@ def test_neurons_and_heads_are_chosen_where_they_lie(launcher: WarmLauncher, tmp
     tiny_model("opt", tmp_path / "model", hidden_size=64, word_embed_proj_dim=64, num_attention_heads=16, num_hidden_layers=1)
     calibration = calibrate(tmp_path / "model", tmp_path / "calibration")
     same_tokens(launcher, tmp_path / "model", [[LONG] * sequences], ladder=rung, mode="approximate", calibration=calibration)
+
+
+def test_ranks_that_are_not_alike(launcher: WarmLauncher, model: Path) -> None:
+    """A plan for unlike cards may have the KV of one rank in host memory and that of the other not: all of them run the same passes,
+    in the same way."""
+    ladder = "self:kv=16,chunk=4,sinks=4,recent=4,score=mean,gamma=2 / plain"
+    how: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4}
+    alone = LLM(model, ladder=ladder, **how)
+    turns = [[SEEDED, GREEDY], [SEEDED, replace(SEEDED, repetition_penalty=1.3)]]
+    expected = [found(alone.generate(SOME[:2], params)) for params in turns]
+    resident = dict.fromkeys(("attention", "neurons", "LM_head", "embeddings"), ("resident",))
+    plan = away(replace(alone.plan, world=WORLD), shares(None, alone.spec.num_layers, KV=("streamed",), **resident))
+    launcher.faults = [dict.fromkeys(range(WORLD), "interpret")]
+    once = Limits(failures=1, step_s=20)
+    with LLM(model, plan=plan, tensor_parallel_size=WORLD, launcher=launcher, limits=once) as llm:
+        assert [found(llm.generate(SOME[:2], params)) for params in turns] == expected

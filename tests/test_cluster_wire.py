@@ -12,6 +12,9 @@ import pytest
 
 from rowcast.cluster import wire
 from rowcast.cluster.wire import (
+    Answer,
+    Ask,
+    Asked,
     Command,
     Done,
     Failed,
@@ -19,6 +22,7 @@ from rowcast.cluster.wire import (
     Message,
     Order,
     Progress,
+    Proposed,
     Ready,
     Rendezvous,
     Stop,
@@ -68,6 +72,9 @@ MESSAGES: list[Message] = [
         [SeqResult(4, [1], [LOGPROBS], [LOGPROBS], {"plain": COUNTS}), SeqResult(5, [], moved=Moved(3, stalled_s=0.5))],
     ),
     Failed(7, "user", "A sentence."),
+    Ask(1, [Asked(4, [5, 6], 3, [2, 3], 65535), Asked(5, [], 1, [0, 1], 0)]),
+    Answer([Proposed([7, 8], [b"\x00\x00\x80?", None], 9, {"draft": COUNTS})], [[1.0, 2, 1, 0.5]], [[4, 0, 1, 3, 2]], None),
+    Answer([], [], [], "A sentence."),
 ]
 
 
@@ -116,6 +123,11 @@ def packed(*content: Any) -> bytes:
         ),
         (packed(wire.VERSION, "Done", 1, 2, [[1, [], None, None, [], None]]), "no map"),
         (packed(wire.VERSION, "Failed", 1, "user", msgpack.ExtType(5, b"x")), "no msgpack"),
+        (packed(wire.VERSION, "Ask", 1, [[4, [5, "6"], 3, [2], 0]]), "Asked|wants.drafted is no list of numbers"),
+        (packed(wire.VERSION, "Answer", [[[7], [1.5], 0, {}]], [], [], None), "laws is 1.5, no bytes"),
+        (packed(wire.VERSION, "Answer", [[[7], [], 0, {"draft": []}]], [], [], None), "has 0 fields"),
+        (packed(wire.VERSION, "Answer", [], [["1"]], [], None), "passes is no list of numbers"),
+        (packed(wire.VERSION, "Answer", [], [], [[0.5]], None), "outcomes is no list of numbers"),
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes, words: str) -> None:

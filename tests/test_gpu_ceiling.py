@@ -224,6 +224,14 @@ def test_models_of_one_process_have_their_sum(gpu: Gpu) -> None:
     assert gpu.limit == (1 + 2) * GIB and gpu.reserved == 3 * GIB
 
 
+def test_a_model_that_could_not_be_loaded_allows_nothing(gpu: Gpu) -> None:
+    """Whoever keeps the error keeps its ceiling."""
+    kept = Ceiling(CUDA, plan())
+    kept.end()
+    Ceiling(CUDA, replace(resident(budget_bytes=2 * GIB), ceiling_bytes=3 * GIB))
+    assert gpu.limit == 2 * GIB
+
+
 def test_a_plan_that_the_ceiling_has_no_room_for(gpu: Gpu) -> None:
     gpu.context = 3 * GIB
     gpu.count()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
-from rowcast.kernels.gpu import lm_head
+from rowcast.kernels.gpu import lm_head, lowbit
 from rowcast.kernels.gpu.lm_head import Capacities, Found, Stage
 from rowcast.runtime.sparse.lm_head import CertifiedHead, directions
 
@@ -39,8 +40,8 @@ def search(
     rows: Tensor, h: Tensor, basis: Tensor, bits: Sequence[int], k: int, capacities: Capacities | None = None
 ) -> tuple[Found, CertifiedHead]:
     built = CertifiedHead(rows.to(DEVICE), bits=bits, directions=basis.to(DEVICE) if len(basis) else None)
-    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built._stages]
-    return lm_head.top(rows.to(DEVICE), stages, built._directions, h.to(DEVICE), k, capacities), built
+    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built.stages]
+    return lm_head.top(rows.to(DEVICE), stages, built.directions, h.to(DEVICE), k, capacities), built
 
 
 def dense(rows: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ def test_replays_over_a_large_head(k: int) -> None:
     rows = (torch.randn(total, columns, device=DEVICE, generator=g) / 32).bfloat16()
     basis = torch.linalg.qr(torch.randn(columns, M, device=DEVICE, generator=g)).Q.T.contiguous()
     built = CertifiedHead(rows, bits=(4, 3), directions=basis)
-    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built._stages]
+    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built.stages]
     h = torch.ones(tokens, columns, dtype=torch.bfloat16, device=DEVICE)
     lm_head.top(rows, stages, basis, h, k)
     graph = torch.cuda.CUDAGraph()
@@ -163,3 +164,62 @@ def test_replays_over_a_large_head(k: int) -> None:
         torch.testing.assert_close(found.values, values, rtol=0.0079, atol=0.0079)
         overflows |= set(found.fallback.tolist())
     assert overflows == {True, False} or k == 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "k", "capacities"),
+    [
+        (torch.float32, (4, 3), 1, None),
+        (torch.float32, (2, 2, 4), 20, Capacities(V, V)),
+        (torch.bfloat16, (8,), 5, None),
+        (torch.float32, (4, 3), 1, Capacities(1, V)),
+        (torch.bfloat16, (4, 3), 5, Capacities(V, 4)),
+    ],
+    ids=["two", "three", "one", "first overflows", "last overflows"],
+)
+def test_all_logits(dtype: torch.dtype, bits: tuple[int, ...], k: int, capacities: Capacities | None) -> None:
+    """The best are exact, the others those of the reference and below them; where a list overflows all are the dense ones."""
+    rows, h, basis = easy(3, dtype, 7)
+    built = CertifiedHead(rows.to(DEVICE), bits=bits, directions=basis.to(DEVICE))
+    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built.stages]
+    found = lm_head.logits(rows.to(DEVICE), stages, built.directions, h.to(DEVICE), k, capacities)
+    values, ids = dense(rows, h, k)
+    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * 1.01
+    best = found.values.cpu().topk(k)
+    torch.testing.assert_close(best.values, values, rtol=tolerance, atol=tolerance)
+    assert torch.equal(found.values.cpu().argmax(1), ids[:, 0])
+    *refined, listed, of_all = found.counts.tolist()
+    if capacities and min(capacities.refined, capacities.exact) < V:
+        assert (listed, of_all) == (0, V)
+        assert all(stage <= capacities.refined for stage in refined)
+    else:
+        assert k <= listed < V and not of_all
+    whole = (h.double() @ rows.double().T).float()
+    if of_all:
+        torch.testing.assert_close(found.values.cpu(), whole, rtol=2 * tolerance, atol=2 * tolerance)
+    else:
+        _, radius = built.bounds(h.to(DEVICE))
+        assert ((found.values - whole.to(DEVICE)).abs() <= radius + 1e-4).all()
+        reference = built.logits(h.to(DEVICE), k).float()
+        # The threshold by groups keeps a few rows more.
+        assert ((found.values - reference).abs() < 2 * tolerance * (1 + reference.abs())).float().mean() > 0.95
+
+
+def test_a_stage_behind_a_list_that_overflowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads rows that there are, though nothing was listed for it; and no more of them than its list has places."""
+    rows, h, basis = easy(2, torch.float32, 9)
+    built = CertifiedHead(rows.to(DEVICE), bits=(2, 2, 4), directions=basis.to(DEVICE))
+    stages = [Stage(stage.proxy, stage.correction, stage.radii) for stage in built.stages]
+    product, empty, looked = lowbit._run, lm_head._New.int32, []
+
+    def watched(*args: Any, ids: Tensor | None = None, count: Tensor | None = None, **options: Any) -> Tensor:
+        if ids is not None and count is not None:
+            looked.append(min(int(count[0]), len(ids)))
+            assert not looked[-1] or 0 <= int(ids[: looked[-1]].min()) <= int(ids[: looked[-1]].max()) < V
+        return product(*args, ids=ids, count=count, **options)
+
+    monkeypatch.setattr(lowbit, "_run", watched)
+    monkeypatch.setattr(lm_head._New, "int32", lambda self, *shape: empty(self, *shape).fill_(1 << 30))
+    found = lm_head.logits(rows.to(DEVICE), stages, built.directions, h.to(DEVICE), 3, Capacities(7, V))
+    assert looked == [7, 7] and found.counts.tolist() == [7, 7, 0, V]
+    torch.testing.assert_close(found.values.cpu(), h @ rows.T, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from test_sparse_ladder import tensors
 from test_speculation import GREEDY as LONG_GREEDY
 from test_speculation import SEEDED as LONG_SEEDED
 from test_speculation import ids, prompts
+from thread_comm import ThreadComm, run_ranks
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
@@ -140,6 +141,25 @@ def test_ranks_round_their_own_shares(llama: Model) -> None:
         (logits, llama.banks.head(x)),
     ):
         assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_two_ranks_are_the_same_model(llama: Model) -> None:
+    """Shares of 45 neurons and of 32 columns of heads cut groups of 64: both ranks round the whole group."""
+    alone = llama.logits(llama.loaded(4), [TOKENS])
+    step = SeqStep(0, llama.tokens, 0, list(range(8)), PROMPT, sample=True)
+
+    def rank(comm: ThreadComm) -> Tensor:
+        view = LowBitWeights.load(llama.spec, llama.source, comm, 4, dtype=torch.float32, device=CPU)
+        banks = BankWeights(llama.spec, llama.source, comm, dtype=torch.float32, device=CPU)
+        beside = LowBitWeights.beside(banks, llama.source, comm, 4, dtype=torch.float32, device=CPU)
+        for ours, theirs in zip(parts(beside), parts(view), strict=True):
+            assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.scales, theirs.scales)
+        kv = PagedKV(llama.spec, Shard(comm.rank, 2), num_blocks=8, block_size=4, dtype=torch.float32, device=CPU)
+        decoder = Decoder(view, comm, CPU)
+        return decoder.logits(decoder.run([step], kv))
+
+    for found in run_ranks(2, rank):
+        torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
 
 
 def test_of_banks_and_loaded_are_the_same(model: Model) -> None:

@@ -249,7 +249,9 @@ def planned(ladder: str, **wishes: Any) -> Plan:
     """The plan that an LLM makes, without the model."""
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     target = Target(checkpoint, spec_from_config(checkpoint.config), checkpoint.source.fingerprint(), load_tokenizer(checkpoint))
-    return make_plan(target, Wish(ladder=ladder, dtype="float32", device="cpu", max_model_len=8192, **wishes), {}).plan
+    return make_plan(
+        target, Wish(ladder=ladder, dtype="float32", weights="unpacked", device="cpu", max_model_len=8192, **wishes), {}
+    ).plan
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,9 @@ def test_smollm2_under_a_cap(smollm2: dict[str, list[list[int]]], ladder: str, t
         planned(ladder, gpu_memory=CAP).save(tmp_path / "plan")
         llm = LLM(plan=tmp_path / "plan", progress=False)
     else:
-        llm = LLM(ladder=ladder, dtype="float32", device="cpu", gpu_memory=CAP, max_model_len=8192, progress=False)
+        llm = LLM(
+            ladder=ladder, dtype="float32", weights="unpacked", device="cpu", gpu_memory=CAP, max_model_len=8192, progress=False
+        )
     forecast = llm.plan.forecast
     assert forecast is not None and llm.plan.device == "cpu"
     assert {share.tier for share in forecast.shares if share.part == "KV"} == {"streamed"}

@@ -31,6 +31,7 @@ from rowcast.runtime.protocols import KVView, Reads, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import on_device, selection
 from rowcast.runtime.sparse.heads import HeadSelector
+from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead
 from rowcast.runtime.sparse.scorers import FewBits, InputMap, LowRank, Proxy, Scorer
 from rowcast.runtime.sparse.selection import Selector
 from rowcast.runtime.sparse.weights import SPARSE_TOKENS, SparseWeights
@@ -180,6 +181,30 @@ def test_each_token_gets_what_the_host_gives(tmp_path: Path, family: str, cut: s
     assert sets.view.device_reads() == Reads()
 
 
+@pytest.mark.parametrize("random", [False, True])
+def test_the_certified_head_on_the_device(opt: Model, random: bool) -> None:
+    """The largest logits are the host's, exactly: one of each token, or as many as the host's; and what is read is counted."""
+    rows = opt.banks.outer.head_rows
+    assert rows is not None
+    lm = CertifiedHead(rows, bits=(4, 3))
+    view = SparseWeights(opt.banks, [chooses(proxy)(bank) for bank in opt.banks.ffn], lm=lm)
+    assert view.on_device and view.reads_more_at_random
+    view.begin_round(NO_KV, [0], late=False, random=random)
+    for tokens in (1, 3, 17):
+        x = opt.inputs(tokens, tokens)
+        view.begin(Tokens(*(torch.zeros(tokens, dtype=torch.int64),) * 3, ()), NO_KV)
+        found, whole, wanted = view.head(x), opt.banks.head(x), TOP if random else 1
+        synchronize()
+        reads, best = view.device_reads(), whole.topk(min(wanted, len(rows)))
+        torch.testing.assert_close(found.gather(1, best.indices), best.values)
+        assert torch.equal(found.argmax(1), whole.argmax(1))
+        least = rows.nbytes if tokens == 17 else lm.bytes
+        assert least <= reads.bytes - view._outer_bytes <= least + (0 if tokens == 17 else 2 * rows.nbytes)
+        assert reads.fallbacks == 0
+        dense = torch.isclose(found, whole, atol=1e-6, rtol=1e-6).float().mean()
+        assert dense == 1 if tokens == 17 else random or dense < 1
+
+
 def head_view(model: Model, keep: int, cut: str | None = "bits") -> SparseWeights:
     """`cut`: of neurons; None: all of them."""
     generator = torch.Generator().manual_seed(8)
@@ -246,7 +271,7 @@ class LatePasses:
         self._late, self.end = late, Passes.PROMPT
         for one in (self.passes, self.complete):
             one.view.device_reads()
-            one.view.begin_round(one.kv, [0], late=type(late) is int)
+            one.view.begin_round(one.kv, [0], late=type(late) is int, random=False)
             for entries in one.kv.entries(0):
                 entries[one.blocks[3:]] = entries[one.blocks[2], 1:] = torch.nan  # behind the prompt
 
@@ -294,7 +319,7 @@ def test_entries_are_complete_before_the_ring_is_full(opt: Model, most: int, cou
     kv.reserve(SeqStep(0, [0] * (both.end - Passes.PROMPT), Passes.PROMPT, both.passes.blocks, Passes.PROMPT, sample=True))
     kv.commit(0, both.end - Passes.PROMPT)
     if count == 1:
-        both.passes.view.begin_round(kv, [0, 1], late=False)
+        both.passes.view.begin_round(kv, [0, 1], late=False, random=False)
     else:
         both.passes.view.begin(
             Tokens(*(torch.zeros(1, dtype=torch.int64),) * 3, [SeqStep(0, [1], both.end, [], 9, sample=True)]), kv
@@ -390,6 +415,16 @@ def test_a_last_rung_is_what_the_host_drives(llama: Model, ladder: str) -> None:
         assert one.density == other.density
 
 
+def test_a_certified_head_in_a_round_of_the_device(llama: Model) -> None:
+    """It drafts what plain decoding confirms; without its exact rows hardly anything would stand."""
+    params = replace(GREEDY, max_tokens=7)
+    llm = make_llm(llama, "self:lm=hire,gamma=3 / plain")
+    assert by_itself(llm)
+    [output] = llm.generate(ASKED[:1], params)
+    assert ids([output]) == ids(make_llm(llama, "plain").generate(ASKED[:1], params))
+    assert output.metrics.acceptance["self"] == 1
+
+
 def test_cuts_that_the_host_makes_stay_its(llama: Model) -> None:
     assert not by_itself(make_llm(llama, "self:mlp=0.4,by=gate,gamma=2 / plain"))
     assert not by_itself(make_llm(llama, "self:mlp=0.4,group=4,gamma=2 / plain"))
@@ -398,7 +433,14 @@ def test_cuts_that_the_host_makes_stay_its(llama: Model) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "ladder", ["self:mlp=0.5,gamma=2 / plain", "self:mlp=0.3,by=q2,over=1.5", "ngram:gamma=3 / self:mlp=0.5"]
+    "ladder",
+    [
+        "self:mlp=0.5,gamma=2 / plain",
+        "self:mlp=0.5,lm=hire,gamma=2 / plain",
+        "self:mlp=0.3,by=q2,over=1.5",
+        "ngram:gamma=3 / self:mlp=0.5",
+        "self:mlp=0.5,lm=hire",
+    ],
 )
 def test_captured_rounds_give_what_eager_ones_give(llama: Model, ladder: str, dtype: str) -> None:
     mode = "exact" if "plain" in ladder else "approximate"

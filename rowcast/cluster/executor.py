@@ -71,6 +71,11 @@ class GangExecutor:
                 break
             except RankFailure as failure:
                 self._failed(failure)
+            except UserError:
+                raise
+            except BaseException:  # the ranks may have taken it
+                self._freed.append([setup.seq_id])
+                raise
         self._sequences[setup.seq_id] = _Sequence(setup, list(setup.output_ids))
         if self.draft is not None:
             self.draft.add(setup)

@@ -46,6 +46,8 @@ _DYING_S = 0.3
 _STOP_S = 5.0
 """That ranks have to end in order."""
 
+_NO_DRAFT = Answer([], [], [], "the round was broken off while its draft ran in the driver")
+
 M = TypeVar("M", bound=Message)
 
 
@@ -84,8 +86,12 @@ class Gang:
         self._bar = bar
         self._serial = 0
         self._draft: Callable[[Ask], Answer] | None = None
-        self._broken_off = False
-        """The last call did not see all ranks answer."""
+        self._drafting_s = 0.0
+        """Spent in it."""
+        self._carried_out = 0
+        """Serial number of the last command that rank 0 has answered: during the next one it asks for drafts."""
+        self._torn = False
+        """The sending of a message was broken off, so that only some ranks may have it."""
         self._driver = os.getpid()
         self._placed: dict[int, int] = {}
         self._ranks: Ranks | None = None
@@ -120,22 +126,23 @@ class Gang:
 
     def call(self, command: Command, draft: Callable[[Ask], Answer] | None = None) -> list[SeqResult]:
         """Have all ranks carry it out; its serial number is given here. Returns rank 0's results. `draft`: answers what they ask
-        meanwhile.
+        meanwhile; its time is not the ranks'.
 
         Raises RankFailure. A UserError that all ranks raise is raised here, and the gang lives on; one that only some raise ends it.
+        After any other exception, such as KeyboardInterrupt, the ranks may be at it still: the next call drops what they say of it.
         """
         assert self.alive
-        if self._broken_off and self._draft is not None:
-            raise RankFailure("a command was broken off, of which the ranks may still wait for drafts")
-        self._serial += 1
-        self._draft, self._broken_off = draft, True
-        self._send(replace(command, serial=self._serial))
-        try:
-            replies = self._gather(Done, self._limits.step_s)
-            self._broken_off = False
-        except UserError:
-            self._broken_off = False  # all have said so
-            raise
+        if self._torn:
+            raise RankFailure("a message to the ranks was broken off")
+        if self._draft is not None and self._carried_out < self._serial:
+            self._draft = lambda _: _NO_DRAFT
+            with suppress(UserError):
+                self._gather(Done, self._limits.step_s, ranks=range(1))
+        data = encode(replace(command, serial=self._serial + 1))
+        self._torn = True
+        self._serial, self._draft = self._serial + 1, draft
+        self._send_bytes(data)
+        replies = self._gather(Done, self._limits.step_s)
         if len({reply.digest for reply in replies}) > 1:
             raise RankFailure("the ranks do not agree on a round's tokens")
         return replies[0].results
@@ -148,6 +155,9 @@ class Gang:
     def stop(self) -> None:
         """End it in order; what does not end within some seconds is killed. May be called twice, and after `kill`."""
         if not self.alive or os.getpid() != self._driver:
+            return
+        if self._draft is not None and self._carried_out < self._serial:  # they may wait for drafts
+            self.kill()
             return
         with suppress(RankFailure):
             self._send(Stop())
@@ -167,13 +177,17 @@ class Gang:
 
     def _send(self, message: Message, first: int = 0) -> None:
         """To all ranks from `first` on."""
-        data = encode(message)
+        self._send_bytes(encode(message), first)
+
+    def _send_bytes(self, data: bytes, first: int = 0) -> None:
+        self._torn = True
         for rank, link in enumerate(self._links[first:], start=first):
             try:
                 link.send_bytes(data)
             except ConnectionError as error:
                 assert self._ranks is not None
                 raise RankFailure(f"rank {rank} {self._ranks.dead().get(rank, 'has closed its socket')}") from error
+        self._torn = False
 
     def _gather(self, wanted: type[M], timeout_s: float, ranks: range | None = None) -> list[M]:
         """One such message of each rank, in rank order; what else they say is looked after meanwhile."""
@@ -187,11 +201,15 @@ class Gang:
             for rank, link in enumerate(self._links):
                 if link.socket not in ready:
                     continue
+                drafting_s = self._drafting_s
                 message = self._message(rank, link)
+                until += self._drafting_s - drafting_s
+                if isinstance(message, Failed) and message.kind == "error":
+                    died = self._dead(wait=True)  # of which it may be the consequence
+                    raise RankFailure(died or f"rank {rank} raised {_last_line(message.text)}\n{message.text}")
+                if wanted is Done and rank not in ranks:
+                    continue
                 if isinstance(message, Failed):
-                    if message.kind == "error":
-                        died = self._dead(wait=True)  # of which it may be the consequence
-                        raise RankFailure(died or f"rank {rank} raised {_last_line(message.text)}\n{message.text}")
                     if not refused:
                         until = min(until, time.monotonic() + _TOGETHER_S)
                     refused[rank] = message
@@ -225,11 +243,29 @@ class Gang:
             self._note_progress(rank, message)
             return None
         if isinstance(message, Ask) and self._draft is not None:
-            self._send(self._draft(message))
+            if rank:
+                raise RankFailure(f"rank {rank} asked for a draft, as rank 0 does for all")
+            self._answer(message)
             return None
-        if isinstance(message, (Done, Failed)) and 0 <= message.serial < self._serial:
-            return None  # to a command whose caller was interrupted
+        if isinstance(message, (Done, Failed)) and message.serial >= 0:
+            if rank == 0:
+                self._carried_out = message.serial
+            if message.serial < self._serial:
+                return None  # to a command whose caller was interrupted
         return message
+
+    def _answer(self, ask: Ask) -> None:
+        """Tell all ranks what the draft proposes; where it is interrupted, that nothing comes."""
+        assert self._draft is not None
+        started = time.monotonic()
+        try:
+            answer = self._draft(ask)
+        except BaseException:
+            with suppress(RankFailure):
+                self._send(_NO_DRAFT)
+            raise
+        self._drafting_s += time.monotonic() - started
+        self._send(answer)
 
     def _lost(self, ready: dict[object, int]) -> str | None:
         """A rank that has ended or fallen silent, and how, if there is one."""

@@ -188,7 +188,8 @@ def load(order: Order, store: Store, rank: int, gpu: int, link: Link) -> Executo
         return Maximal(sampler) if plan.verification == "maximal" else Coupled(sampler)
 
     def driver_relay(sampler: Sampler) -> DriverRelay:
-        return DriverRelay(link, leads=rank == 0, sampler=sampler, device=torch.device(plan.device))
+        laws = plan.verification == "maximal"
+        return DriverRelay(link, leads=rank == 0, sampler=sampler, device=torch.device(plan.device), laws=laws)
 
     reporter = _Reporter(link.send)
     executor = assemble(

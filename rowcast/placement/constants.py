@@ -90,8 +90,8 @@ class Constants:
         return (self.all_reduce_s or ALL_REDUCE_S)[link] * (1 + math.log2(ranks)) / 2
 
     def lowbit(self, bits: int) -> float:
-        """Share of the copy rate that products with few tokens over low-bit weights reach."""
-        return (self.lowbit_share or LOWBIT_SHARES)[bits]
+        """Share of the copy rate that products with few tokens over low-bit weights reach; of 2 and 3 bits that of 4 is assumed."""
+        return (self.lowbit_share or LOWBIT_SHARES)[8 if bits == 8 else 4]
 
 
 ALL_REDUCE_S = {"nvlink": 6.5e-6, "pcie": 19e-6, "host": 40e-6, "network": 30e-6}

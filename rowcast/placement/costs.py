@@ -66,7 +66,7 @@ def modes(ladder: LadderUse, layout: Layout) -> list[Mode]:
     found = [Mode()]
     for kv_away in (False, True):
         for rows in (False, True) if sparse else (False,):
-            for cpu in (False, True):
+            for cpu in (False, True) if not ladder.packed else (False,):
                 for streamed in (False, True):
                     mode = Mode(streamed, rows, cpu, kv_away)
                     if mode not in found:

@@ -30,7 +30,7 @@ def not_yet(plan: Plan, world: int = 1) -> list[str]:
         found.append(f"a pipeline of {forecast.pipeline_stages} stages")
     for part, tier in _away(forecast):
         told = f"{part} {_TIERS[tier]}"
-        if tier not in _DONE.get(part, ()):
+        if tier not in (_DONE_PACKED if plan.weights == "packed" else _DONE).get(part, ()):
             found.append(told)
         elif tier in ("disk", "peer") and world > 1:
             found.append(f"{told} by {world} ranks")
@@ -53,6 +53,8 @@ _DONE = {
     "KV": ("streamed",),
 }
 """Where parts may lie beside the memory next to the compute."""
+_DONE_PACKED = {part: tuple(tier for tier in tiers if tier in ("streamed", "host")) for part, tiers in _DONE.items()}
+"""Likewise, of weights that are packed."""
 
 _NEEDS = {
     "attention": (r"\bheads=", "chooses heads"),

@@ -120,7 +120,7 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
         table = spec.vocab_size * spec.embed_size * width / tp
         if site.stage == len(layout.stages) - 1:
             add(i, HEAD, [-1], PIECES[HEAD], table * placed, (uses * lm)[:, None, None])
-        if site.stage == 0 and (not spec.tied_embeddings or len(layout.stages) > 1 or ladder.alone_bits):
+        if site.stage == 0 and (not spec.tied_embeddings or len(layout.stages) > 1 or (ladder.alone_bits and ladder.own_head)):
             add(i, EMBEDDINGS, [-1], PIECES[EMBEDDINGS], table, np.zeros((len(rungs), 1, 1)))
     merged = {name: np.concatenate(parts) for name, parts in columns.items()}
     return Groups(**merged, reads=np.concatenate(read, axis=1))

@@ -17,7 +17,7 @@ from rowcast.placement.plan_file import Rule, WrongField
 from rowcast.placement.units import MAX_BYTES, format_bytes
 from rowcast.placement.workload import Input
 
-FORMAT = 5
+FORMAT = 6
 """Raised when a field changes its meaning; files of another format are refused."""
 
 VERIFICATIONS = ("coupled", "maximal")
@@ -25,6 +25,9 @@ VERIFICATIONS = ("coupled", "maximal")
 
 MODES = ("exact", "approximate")
 """Who has the last word: the whole model, or a sparse or low-bit rung."""
+
+WEIGHTS = ("packed", "unpacked")
+"""How weights that a checkpoint has packed into few bits are held: as they are, or in the number format of passes."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -79,6 +82,8 @@ class Plan:
     """KV of one position in all layers."""
     notes: list[str]
     """Why automatic choices came out as they did."""
+    weights: str = "unpacked"
+    """Of `WEIGHTS`."""
     spec: str = ""
     """Digest of the model's shape."""
     machine: str = ""
@@ -189,6 +194,7 @@ _RULES: dict[tuple[type, str], Rule] = {
     (Plan, "world"): Rule(least=1, most=1 << 16),
     (Plan, "verification"): Rule(among=VERIFICATIONS),
     (Plan, "mode"): Rule(among=MODES),
+    (Plan, "weights"): Rule(among=WEIGHTS),
     (Plan, "dtype"): Rule(among=tuple(DTYPE_BYTES)),
     **{(Forecast, name): _ONE_AT_LEAST for name in ("tensor_parallel", "pipeline_stages", "context", "prompt", "batch")},
     (Forecast, "bottleneck"): Rule(among=LINKS),

@@ -91,7 +91,7 @@ class LadderNeeds:
     weight_bytes: int = 0
     """Weights of the drafts, and what sparse and low-bit rungs add."""
     spared_bytes: int = 0
-    """Weights of the model in its own format that no rung needs."""
+    """Weights of the model in its own format that no rung needs, less those that it is held as in their place (`packed`)."""
     pass_bytes: int | None = None
     """Weights that a pass of the last rung reads; None: those of a plain model."""
     token_bytes: int = 0
@@ -112,6 +112,8 @@ class LadderNeeds:
     """Rounds run on the device: what their graphs hold is counted."""
     law_rows: int = 0
     """Float32 rows of logits that a round keeps for each sequence that speculates."""
+    packed: bool = False
+    """The model's weights are held as its checkpoint packs them: `spared_bytes` is by how much they are less."""
     anyone: bool = False
     """Sequences without room in those caches speculate, too: a draft keeps its whole KV."""
 
@@ -227,6 +229,7 @@ def resident_plan(
         pass_bytes=pass_bytes(share, width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=token_bytes,
         notes=chosen,
+        weights="packed" if needs.packed else "unpacked",
     )
 
 

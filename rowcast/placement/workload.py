@@ -112,6 +112,10 @@ class LadderUse:
     alone_bits: int = 0
     """Bits of the weights that its rungs read where none of them reads the target's own: these are placed, and the target's products
     are not held. 0: the target's own are."""
+    packed: bool = False
+    """Those are the target's own, as its checkpoint packs them."""
+    own_head: bool = True
+    """The LM head is among them; else it is the embeddings' table."""
     inputs: tuple[Input, ...] = ()
     """Acceptances, densities, hit rates and where they are from."""
 

@@ -89,11 +89,14 @@ class Acceptances:
     calibration: Calibration | None
     relu: bool
     """Whether the model's neurons are ReLU's."""
+    adapted: tuple[tuple[float, float], ...] = ()
+    """By density: what the model's config says of q4, where the model was adapted."""
 
     @classmethod
     def of(cls, asked: str | float | None, spec: ModelSpec, calibration: Calibration | None) -> Acceptances:
         """`asked`: such as 0.9, "0.9" or "self:kv=4096=0.92,draft=0.5". Raises UserError."""
-        return cls(_parsed(asked), calibration, spec.activation == "relu")
+        adapted = () if spec.adapted is None else spec.adapted.acceptance
+        return cls(_parsed(asked), calibration, spec.activation == "relu", adapted)
 
     def check(self, ladders: list[Ladder]) -> None:
         """Raise UserError where something was given for a rung that no ladder has."""
@@ -128,6 +131,10 @@ class Acceptances:
             return Acceptance(value, _worst(value), value, "measured", source)
         if rung.bits is not None:
             return _BITS[rung.bits]
+        if self.adapted and rung.mlp is not None and rung.heads is None and (rung.by or "q4") in ("q4", "q8", "oracle"):
+            value = _line(rung.mlp, ((0.0, 0.0), *self.adapted, *(() if self.adapted[-1][0] == 1 else ((1.0, 1.0),))))
+            source = "the model's config: by q4, when it was adapted; least: coupled at its worst"
+            return Acceptance(value, _worst(value), value, "measured", source)
         value, told = 1.0, []
         if rung.mlp is not None:
             value *= self._of_neurons(rung)

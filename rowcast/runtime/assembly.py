@@ -41,6 +41,7 @@ from rowcast.runtime.ladder.simulated import Simulated
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.offloaded.elsewhere import Elsewhere
+from rowcast.runtime.offloaded.packed import OffloadedPacked, packed_view
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Tiers
@@ -97,8 +98,10 @@ def assemble(
         return executor
 
     try:
-        return loaded()
+        with devices.current(device):
+            return loaded()
     except BaseException as error:
+        ceiling.end()  # the error's trace holds it
         _let_go(error)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError, RuntimeError)):
             raise
@@ -126,14 +129,14 @@ class _Assembly:
 
     def __init__(self, planned: Planned, spec: ModelSpec, device: torch.device, comm: Comm, decisions: Decisions | None) -> None:
         self._plan, self._ladder, self._drafts = planned.plan, planned.ladder, planned.drafts
-        self._calibration = planned.calibration
+        self._calibration, self._forms = planned.calibration, planned.forms
         self._comm, self._shard = comm, Shard(comm.rank, comm.world)
         self._decisions = decisions
         self._spec = spec
         self._device = device
         self._dtype = devices.DTYPES[planned.plan.dtype]
         self._tiers = Tiers.of(planned.plan, comm.rank, spec.num_layers)
-        self._away: OffloadedBanks | None = None
+        self._away: OffloadedBanks | OffloadedPacked | None = None
         self._full = self._store()
         self._views = {rung: self._view(rung) for rung in self._ladder.rungs if rung.kind != "ngram" and self._runs(rung)}
         self._others = Choices(planned.ladder).others
@@ -216,20 +219,22 @@ class _Assembly:
         if apart := [rung for rung in self._ladder.lower if rung.at != "ranks"]:
             log.info("rounds are driven by the host: %s does not run on every rank", apart[0])
             return None
-        why = None if can else "it has no GPU's kernels, or ROWCAST_GPU_ROUNDS is 0"
+        why, driven = None if can else "it has no GPU's kernels, or ROWCAST_GPU_ROUNDS is 0", False
         if can:
             from rowcast.runtime.device_round.rounds import DeviceRounds
 
             why = DeviceRounds.why_not(lower, top) if isinstance(coupled, Coupled) else "verification is maximal"
-        # All ranks ask: their environments may differ.
-        if self._comm.world > 1 and self._comm.exchange(torch.tensor([int(why is not None)])).any():
-            why = why or "another rank's rows are chosen by the host"
+            driven = DeviceRounds.is_driven(lower, top)
+        # All ranks ask: their environments may differ, and so may where they have their parts. All make the same passes.
+        if self._comm.world > 1:
+            others, drive = self._comm.exchange(torch.tensor([why is not None, driven], dtype=torch.int64)).any(0).tolist()
+            why, driven = why or ("another rank's rows are chosen by the host" if others else None), bool(drive)
         if why is not None:
             log.info("rounds are driven by the host: %s", why)
             return None
         capture = self._device.type == "cuda" and not eager
         log.info("rounds run on the device, %s", "captured in graphs" if capture else "launched call by call")
-        return DeviceRounds(lower, top, sampler, lookahead=self._plan.lookahead, capture=capture, rates=rates)
+        return DeviceRounds(lower, top, sampler, lookahead=self._plan.lookahead, capture=capture, rates=rates, driven=driven)
 
     def _spec_of(self, rung: Rung) -> ModelSpec:
         return self._spec if rung.model is None else self._drafts[rung.model].spec
@@ -240,7 +245,8 @@ class _Assembly:
         low_bit = {key: key.bits for key in keys if isinstance(key, Rung) and key.bits is not None}
         # Dense passes on a CPU take a library's layout, which has no rows to choose; on a GPU they take the banks.
         on_gpu = self._device.type != "cpu" or gpu.serves(self._device) or self._tiers is not None
-        dense = None in keys and not on_gpu
+        packed = None in keys and self._forms is not None
+        dense = None in keys and not on_gpu and not packed
         whole_view = BankWeights if on_gpu else DenseWeights
         width = self._dtype.itemsize
         share, solo = rank_share(self._spec, self._comm.world), SoloComm()
@@ -256,10 +262,15 @@ class _Assembly:
             for name, draft in drafts.items():
                 views[name] = whole_view(draft.spec, draft.checkpoint.source, solo, **how)
             outer = banks = None
-            if dense:
-                whole = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
+            if packed:
+                assert self._forms is not None
+                whole = views[None] = packed_view(self._spec, checkpoint.source, self._comm, self._forms, self._tiers, **how)
+                self._away = whole if isinstance(whole, OffloadedPacked) else None
                 outer = whole.outer
-            if sparse or (None in keys and on_gpu):
+            if dense:
+                dense_view = views[None] = DenseWeights(self._spec, checkpoint.source, self._comm, **how)
+                outer = dense_view.outer
+            if sparse or (None in keys and on_gpu and not packed):
                 banks = self._banks(checkpoint, outer, how)
                 views.setdefault(None, banks)
                 sparse_view = OffloadedSparse if isinstance(banks, OffloadedBanks) else SparseWeights
@@ -308,7 +319,10 @@ class _Assembly:
         spec, width = self._spec_of(rung), self._dtype.itemsize
         if rung.kind != "draft":
             spec = rank_share(spec, self._comm.world)
-        weights = pass_bytes(spec, width) if rung.kind == "draft" else expected_bytes(spec, rung, width, self._calibration)
+        packed = None if self._forms is None else self._forms.sizes(self._spec, width, self._comm.world)
+        weights = expected_bytes(spec, rung, width, self._calibration, packed)
+        if rung.kind == "draft":
+            weights = pass_bytes(spec, width)
         return weights + min(entries, rung.kv or entries) * kv_bytes_per_token(spec, width)
 
     def _view(self, rung: Rung) -> KVView:

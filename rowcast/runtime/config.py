@@ -7,14 +7,18 @@ does not know is refused, never ignored. Where the config comes from (a file, a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from rowcast.errors import UserError
 from rowcast.runtime.fields import Fields, short
 from rowcast.runtime.positions import MOST_TOKENS, bloom_slopes, mpt_slopes, rope_spec, round_to_bfloat16
-from rowcast.runtime.spec import AlibiSpec, ModelSpec
+from rowcast.runtime.spec import AdaptedSpec, AlibiSpec, ModelSpec
 
 _MOST_LAYERS = 10_000
+
+ADAPTED = "rowcast_adapted"
+"""In a config, what `rowcast adapt` says of the checkpoint: `density`, and `acceptance` by density."""
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -30,7 +34,24 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields.refuse("quantization_config", "use the checkpoint with unquantised weights, or a GGUF file")
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         fields.refuse(key, "use a dense model, mixture-of-experts layers are not supported")
-    return parse(fields)
+    spec = parse(fields)
+    return spec if fields.get(ADAPTED) is None else replace(spec, adapted=_adapted(fields.section(ADAPTED)))
+
+
+def _adapted(fields: Fields) -> AdaptedSpec:
+    def share(value: object) -> bool:
+        return type(value) in (int, float) and 0 < value <= 1  # type: ignore[operator]
+
+    density, measured = fields.get("density"), fields.get("acceptance", {})
+    if not share(density):
+        raise fields.wrong("density", "a share above 0 and up to 1")
+    try:
+        points = tuple(sorted((float(key), value) for key, value in measured.items()))
+    except (AttributeError, TypeError, ValueError):
+        points = ((0.0, 0.0),)
+    if not all(share(each) for point in points for each in point):
+        raise fields.wrong("acceptance", "shares by density, both above 0 and up to 1")
+    return AdaptedSpec(float(density), points)
 
 
 def _head_dim(fields: Fields, hidden: int, heads: int, default: int | None = None) -> int:

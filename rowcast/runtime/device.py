@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +41,11 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     if index >= visible:
         raise UserError(f"device={asked!r} is not there: {visible} GPUs are visible, use --device cpu or auto")
     return torch.device("cuda", index), f"device {device}: asked for"
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it the thread's current device meanwhile, on which kernels are launched and streams are looked up."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_dtype(asked: str, stored: str, device: torch.device) -> tuple[str, str]:

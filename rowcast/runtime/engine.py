@@ -129,7 +129,7 @@ class Engine:
         try:
             for sample_index in range(params.n):
                 self._add_sample(request, sample_index, bad_word_ids or [], chosen)
-        except UserError:
+        except BaseException:
             self.abort(request)
             raise
         self._requests += 1

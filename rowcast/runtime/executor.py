@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.resident import LOGIT_ELEMENTS
+from rowcast.runtime.device import current
 from rowcast.runtime.device_round.program import BATCHES
 from rowcast.runtime.ladder.climb import NOT_NUMBERS, Climb, Climber, Pass, Relay
 from rowcast.runtime.ladder.control import Controller
@@ -117,14 +118,15 @@ class LocalExecutor:
     @torch.inference_mode()
     def step(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         try:
-            if self.elsewhere is not None and self._broken_off:
-                self.elsewhere.repair()
-            self._broken_off = True
-            results = self._round(steps)
-            self._broken_off = False
-            if self.ceiling is not None:
-                self.ceiling.stepped()
-            return results
+            with current(self._sampler.device):
+                if self.elsewhere is not None and self._broken_off:
+                    self.elsewhere.repair()
+                self._broken_off = True
+                results = self._round(steps)
+                self._broken_off = False
+                if self.ceiling is not None:
+                    self.ceiling.stepped()
+                return results
         except torch.OutOfMemoryError as error:
             tokens = sum(len(step.tokens) for step in steps)
             raise OutOfMemoryError(
@@ -242,10 +244,11 @@ class LocalExecutor:
                 last.controller.forget_kv(seq_id)
 
     def remove(self, seq_id: int) -> None:
+        if self._sequences.pop(seq_id, None) is None:
+            return
         for rung in (self._top, *self._lower):
             rung.free(seq_id)
         self._sampler.remove(seq_id)
-        self._sequences.pop(seq_id, None)
 
     def check(self, seq_ids: Collection[int]) -> None:
         """It remembers these sequences and no others. For tests and idle moments."""

@@ -17,6 +17,7 @@ from rowcast.placement.plan import DTYPE_BYTES, MODES
 from rowcast.placement.resident import BLOCK_SIZE
 from rowcast.placement.workload import Input, LadderUse, Workload
 from rowcast.runtime.acceptances import Acceptances
+from rowcast.runtime.checkpoint.packing import packing_of
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.hotness import hotness
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
@@ -26,6 +27,7 @@ from rowcast.runtime.ladder.uses import DraftConfig, plain_work_bytes
 from rowcast.runtime.ladder.uses import gamma_grid as gamma_grid
 from rowcast.runtime.ladder.uses import ladder_use as ladder_use
 from rowcast.runtime.ladder.uses import with_gammas as with_gammas
+from rowcast.runtime.packed_sizes import PackedForms, PackedSizes, forms_of_packing, packed_forms
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
@@ -52,10 +54,18 @@ class LadderWish:
     context: int = CONTEXT
     width: int = 2
     """Bytes of an element of weights and KV."""
+    packed: PackedSizes | None = None
+    """As which the model's weights are held."""
 
 
 def open_spec(model: str) -> tuple[ModelSpec, str]:
-    """What a model is, and the number format of its weights as its config says it ("" where it says nothing).
+    """What a model is, and the number format of its weights as its config says it ("" where it says nothing). As `open_model`."""
+    spec, stored, _ = open_model(model)
+    return spec, stored
+
+
+def open_model(model: str) -> tuple[ModelSpec, str, PackedForms | None]:
+    """The same, and how its weights are packed, if they are: as a config says it, or as a GGUF file has them.
 
     `model`: a directory with a config.json, a config.json, a GGUF file, or the hub id or short name of a well-known model, also with
     "random:" before it, as `LLM` takes it. Reads no weights and no network. Raises UserError in one sentence.
@@ -83,12 +93,24 @@ def open_spec(model: str) -> tuple[ModelSpec, str]:
     return _of_config(find_config(model), model)
 
 
+def check_packed(ladder: Ladder) -> None:
+    """Raise UserError for a rung that cannot run over weights that are packed."""
+    for rung in ladder.rungs:
+        if rung.sparse:
+            raise UserError(
+                f"weights=packed was given, and rung {rung} chooses rows of weights, which are not had of packed ones: use "
+                "weights=unpacked, or another ladder"
+            )
+
+
 def spec_digest(spec: ModelSpec) -> str:
-    """16 hex digits over all fields: what ties a plan that was made from a config to a model. The same in every run.
+    """16 hex digits over all fields but `adapted`: what ties a plan that was made from a config to a model. The same in every run.
 
     Of numbers six digits count: a GGUF file holds in 32 bits what a config has in 64.
     """
-    return hashlib.sha256(json.dumps(_six_digits(asdict(spec)), sort_keys=True).encode()).hexdigest()[:16]
+    values = asdict(spec)
+    del values["adapted"]
+    return hashlib.sha256(json.dumps(_six_digits(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _six_digits(value: object) -> object:
@@ -108,8 +130,9 @@ def candidates(spec: ModelSpec, wish: LadderWish) -> list[Ladder]:
     here = Circumstances(
         max_context=wish.context,
         kv_bytes_per_token=kv_bytes_per_token(spec, wish.width),
-        pass_bytes=lambda rung: expected_bytes(spec, rung, wish.width, calibration),
+        pass_bytes=lambda rung: expected_bytes(spec, rung, wish.width, calibration, wish.packed),
         calibrated=None if calibration is None else offered(calibration),
+        adapted=None if spec.adapted is None or wish.packed is not None else spec.adapted.density,
     )
     check_density(wish.density)
     check_kv_budget(wish.kv_budget)
@@ -123,6 +146,8 @@ def candidates(spec: ModelSpec, wish: LadderWish) -> list[Ladder]:
     for ladder in found:
         check_views(ladder, wish.context)
         check_sparse(ladder, spec, calibration, wish.ladder == "auto")
+        if wish.packed is not None:
+            check_packed(ladder)
     return list(dict.fromkeys(found))
 
 
@@ -142,11 +167,13 @@ def workload(
     acceptance: str | float | None = None,
     hit_rate: float | None = None,
     fingerprint: str | None = None,
+    forms: PackedForms | None = None,
 ) -> Workload:
     """What a plan is for, from what was asked for, under the command line's names.
 
-    `context` None: `CONTEXT` tokens at most. `prompt` None: the whole context. `fingerprint`: of the model's weights, where they are
-    at hand, for the calibration to be of. Ladders come with all gammas to choose from. Raises UserError.
+    `context` None: `CONTEXT` tokens at most. `prompt` None: the whole context. `fingerprint`: of the model's weights, where they
+    are at hand, for the calibration to be of. `forms`: its weights are held so. Ladders come with all gammas to choose from.
+    Raises UserError.
     """
     spec, _ = open_spec(model)
     context, inputs = _checked_context(spec, context)
@@ -158,6 +185,7 @@ def workload(
     if not 0 <= rate <= 1:
         raise UserError(f"hit_rate={rate} is not a share: give a number from 0 to 1")
     width = _width(dtype)
+    packed = None if forms is None else forms.sizes(spec, width)
     learnt = None if calibration is None else Calibration.open(calibration, fingerprint)
     wish = LadderWish(
         ladder=ladder,
@@ -168,6 +196,7 @@ def workload(
         calibration=learnt,
         context=context,
         width=width,
+        packed=packed,
     )
     found = candidates(spec, wish)
     drafts = _open_drafts(found, spec)
@@ -186,11 +215,12 @@ def workload(
             acceptance=chances,
             drafts=drafts,
             batch=batch,
+            packed=packed,
         )
 
     densities = [rung.mlp for each in found for rung in each.rungs if rung.mlp is not None]
     if densities:
-        inputs.append(_density_input(min(densities), wish))
+        inputs.append(_density_input(min(densities), wish, spec))
     if hit_rate is None:
         inputs.append(Input("hit rate", 0.0, "assumed", "no row that is fetched is in the GPU's cache"))
     else:
@@ -211,20 +241,24 @@ def workload(
     )
 
 
-def _of_config(config: object, model: str) -> tuple[ModelSpec, str]:
+def _of_config(config: object, model: str) -> tuple[ModelSpec, str, PackedForms | None]:
     if not isinstance(config, dict):
         raise UserError(f"{model} is not a config: it has to be a JSON object, such as a model's config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
-    return spec_from_config(config), stored.removeprefix("torch.") if isinstance(stored, str) else ""
+    packing = packing_of(config) if config.get("quantization_config") else None
+    spec = spec_from_config({key: value for key, value in config.items() if key != "quantization_config"})
+    forms = None if packing is None else forms_of_packing(packing, spec)
+    return spec, stored.removeprefix("torch.") if isinstance(stored, str) else "", forms
 
 
-def _open_gguf(path: Path) -> tuple[ModelSpec, str]:
+def _open_gguf(path: Path) -> tuple[ModelSpec, str, PackedForms | None]:
     try:
         from rowcast.runtime.checkpoint.opening import open_checkpoint
     except ImportError as error:
         raise UserError(f"{path} is a GGUF file, which is read with {error.name}: install that, or give a config.json") from error
     checkpoint = open_checkpoint(str(path))
-    return spec_from_config(checkpoint.config), checkpoint.stored_dtype
+    spec, source = spec_from_config(checkpoint.config), checkpoint.source
+    return spec, checkpoint.stored_dtype, packed_forms(source, spec)
 
 
 def _width(dtype: str) -> int:
@@ -249,12 +283,13 @@ def _auto(wish: LadderWish, here: Circumstances) -> list[str | Ladder]:
     kv = wish.kv_budget
     if kv is None and wish.context >= 2 * AUTO_KV[0]:
         kv = kv_for(wish.context)
-    known = None if calibrated is None else calibrated.density
+    known = here.adapted if calibrated is None or calibrated.density is None else calibrated.density
     density = wish.density if wish.density is not None else known
     if density is None and (calibrated is not None or wish.mode == "approximate"):
         density = DENSITY
-    light = [] if density is None else [Rung(kind="self", mlp=density)]
-    light += [Rung(kind="self", bits=8), Rung(kind="self", bits=4)]
+    light = [] if density is None or wish.packed is not None else [Rung(kind="self", mlp=density)]
+    if wish.packed is None or wish.mode == "approximate":
+        light += [Rung(kind="self", bits=8), Rung(kind="self", bits=4)]
     found: list[tuple[Rung, ...]] = []
     if wish.mode == "approximate":
         if density is not None:
@@ -273,12 +308,14 @@ def _auto(wish: LadderWish, here: Circumstances) -> list[str | Ladder]:
     return [Ladder(rungs) for rungs in found]
 
 
-def _density_input(density: float, wish: LadderWish) -> Input:
+def _density_input(density: float, wish: LadderWish, spec: ModelSpec) -> Input:
     """Where the share of a token's neurons is from."""
     if wish.density is not None or (wish.ladder not in PRESETS and "mlp=" in str(wish.ladder)):
         return Input("density", density, "given")
     if wish.calibration is not None and wish.calibration.description.get("density") == density:
         return Input("density", density, "measured", f"calibration {wish.calibration.path}: what its target asks for")
+    if spec.adapted is not None and spec.adapted.density == density:
+        return Input("density", density, "given", "the model's config: what it was adapted to")
     return Input("density", density, "assumed", "none was given")
 
 

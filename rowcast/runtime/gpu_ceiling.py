@@ -112,6 +112,10 @@ class Ceiling:
                 f"libraries and graphs, more than gpu_memory={format_bytes(allowed)}: ask for more, or lower max_model_len"
             )
 
+    def end(self) -> None:
+        """The model is not there: nothing is allowed for it any more, whoever still holds this."""
+        _models.discard(self)
+
     def stepped(self) -> None:
         """A step is over. `check` after the first, second, fourth, ... and every `_STEPS`: what lies beside tensors comes when kernels
         are first used, most of it early."""

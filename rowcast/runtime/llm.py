@@ -63,6 +63,7 @@ class LLM:
         density: float | None = None,
         calibration: str | Path | None = None,
         dtype: str = "auto",
+        weights: str = "auto",
         device: str = "auto",
         gpu_memory: str | int | None = None,
         host_memory: str | int | None = None,
@@ -80,33 +81,35 @@ class LLM:
     ) -> None:
         """Load a model.
 
-        `model`: a directory with safetensors, a GGUF file, a hub id, "random:NAME" (the shape of a well-known model, or of a config
-        file, with random weights and no tokenizer, for timing), or a checkpoint that was opened. `tensor_parallel_size`: ranks
-        that share its weights, with a plan the plan's; this class is one, `rowcast.LLM` any number. `ladder`: who drafts for it; a
-        preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder. `mode`: "exact":
-        the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse or low-bit rung, whose
-        law the output has; its quality is told on standard error as far as it was measured. `density`: share of the neurons that the
-        sparse rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate` wrote for this model; it has the
-        predictors of dejavu and lowrank and those of heads, says how many neurons each layer keeps and, unless `density` does, how
-        many on average, how many candidates hire ranks again, and which scorer a rung without `by` has: the one that it measured the
-        best acceptance of. `draft`: a smaller model with the same vocabulary, named as `model` is, or "ngram". `kv_budget`: KV
-        entries that the rung self of auto and triforce reads. `verification`: "coupled" gives the tokens of plain decoding at the same
-        seed; "maximal" tokens of the same law, more of them drafted ones, but which they are depends on batch, memory and timing,
-        too. `gpu_memory` ("24GiB" or bytes) is the most that a process takes of its GPU by the driver's count, context, libraries and
-        graphs included, so that a larger card stands in for a smaller one; what does not fit lies in host memory. `host_memory` is a
+        `model`: a directory with safetensors, a GGUF file, a hub id, "random:NAME" (the shape of a well-known model, or of a
+        config file, with random weights and no tokenizer, for timing), or a checkpoint that was opened. `tensor_parallel_size`:
+        ranks that share its weights, with a plan the plan's; this class is one, `rowcast.LLM` any number. `ladder`: who drafts
+        for it; a preset (auto, plain, ngram, triforce, dejavu, hire), a text such as "ngram / self:kv=512 / plain", or a Ladder.
+        `mode`: "exact": the ladder ends in `plain`, whose law the output has whatever drafts; "approximate": it ends in a sparse
+        or low-bit rung, whose law the output has; its quality is told on standard error as far as it was measured. `density`:
+        share of the neurons that the sparse rung of dejavu, hire and auto uses. `calibration`: a folder that `rowcast calibrate`
+        wrote for this model; it has the predictors of dejavu and lowrank and those of heads, says how many neurons each layer
+        keeps and, unless `density` does, how many on average, how many candidates hire ranks again, and which scorer a rung
+        without `by` has: the one that it measured the best acceptance of. `draft`: a smaller model with the same vocabulary,
+        named as `model` is, or "ngram". `kv_budget`: KV entries that the rung self of auto and triforce reads. `verification`:
+        "coupled" gives the tokens of plain decoding at the same seed; "maximal" tokens of the same law, more of them drafted
+        ones, but which they are depends on batch, memory and timing, too. `weights`: how a quantised checkpoint's (GPTQ, AWQ,
+        compressed-tensors, GGUF) are held: "packed", in the few bits that it has them in, which a pass then reads; "unpacked", in
+        the number format of a pass; "auto": packed on a GPU; on a CPU, and of a GGUF file, where memory is short. `gpu_memory`
+        ("24GiB" or bytes) is the most that a process takes of its GPU by the driver's count, context, libraries and graphs
+        included, so that a larger card stands in for a smaller one; what does not fit lies in host memory. `host_memory` is a
         budget for weights, KV and work space; libraries and the interpreter come on top. A model that fits on the GPU needs host
-        memory for one tensor at a time. `max_model_len`: longest sequence in
-        tokens, prompt and output together (the model's own). `max_num_seqs`: sequences that run at the same time (64).
-        `max_num_batched_tokens`: tokens in one step (2048); longer prompts are prefilled in chunks. `block_size`: tokens in a KV
-        block (16). `prefix_cache`: requests that begin with the same tokens share their K/V, those that have ended included, as long
-        as no other needs the memory; a request that wants a prompt's log-probabilities runs it all. `max_num_prefill_tokens`: tokens of
-        prompts in a step in which others generate. `prefill_stall_s`: as many as prolong such a step by about so many seconds, by how
-        fast prompts were run lately. With either, a short prompt does not wait for a long one; without, prompts have whatever
-        `max_num_batched_tokens` leaves, so that all of them are through soonest, as suits a list that is given at once. `seed` derives
-        the seeds of requests that name none. `plan`: a plan or a plan file; it decides all that is named before these four but where
-        the calibration lies, so none of it may be given with a plan. `eager`: launch a GPU's passes call by call
-        and not as captured graphs, with the same output. `progress`: show a bar on standard error
-        while loading; None: if that is a terminal.
+        memory for one tensor at a time. `max_model_len`: longest sequence in tokens, prompt and output together (the model's
+        own). `max_num_seqs`: sequences that run at the same time (64). `max_num_batched_tokens`: tokens in one step (2048);
+        longer prompts are prefilled in chunks. `block_size`: tokens in a KV block (16). `prefix_cache`: requests that begin with
+        the same tokens share their K/V, those that have ended included, as long as no other needs the memory; a request that
+        wants a prompt's log-probabilities runs it all. `max_num_prefill_tokens`: tokens of prompts in a step in which others
+        generate. `prefill_stall_s`: as many as prolong such a step by about so many seconds, by how fast prompts were run lately.
+        With either, a short prompt does not wait for a long one; without, prompts have whatever `max_num_batched_tokens` leaves,
+        so that all of them are through soonest, as suits a list that is given at once. `seed` derives the seeds of requests that
+        name none. `plan`: a plan or a plan file; it decides all that is named before these four but where the calibration lies,
+        so none of it may be given with a plan. `eager`: launch a GPU's passes call by call and not as captured graphs, with the
+        same output. `progress`: show a bar on standard error while loading; None: if that is a terminal.
 
         Raises UserError (a ValueError) in one sentence for anything that cannot be, OutOfMemoryError where memory is short.
         """
@@ -117,7 +120,13 @@ class LLM:
             "max_num_batched_tokens": max_num_batched_tokens,
             "block_size": block_size,
         }
-        texts: dict[str, object] = {"verification": verification, "mode": mode, "dtype": dtype, "device": device}
+        texts: dict[str, object] = {
+            "verification": verification,
+            "mode": mode,
+            "dtype": dtype,
+            "weights": weights,
+            "device": device,
+        }
         _check_types(texts, {**limits, "kv_budget": kv_budget, "seed": seed})
         self._check_ranks(tensor_parallel_size)
         for name, value in (("eager", eager), ("prefix_cache", prefix_cache)):
@@ -147,6 +156,7 @@ class LLM:
             density=density,
             calibration=None if calibration is None else _text("calibration", calibration),
             dtype=dtype,
+            weights=weights,
             device=device,
             gpu_memory=gpu_memory,
             host_memory=host_memory,

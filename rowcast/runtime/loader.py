@@ -15,7 +15,8 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.kernels import gpu
 from rowcast.kernels.linear import Linear, make_linear
-from rowcast.runtime.protocols import Source
+from rowcast.kernels.packed import Packed
+from rowcast.runtime.protocols import PackedTensors, Source
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weight_map import Names, find_prefix, names_for, qkv_pieces
@@ -165,6 +166,12 @@ class Loader:
         self.deal(stem, [(out, order)], whole, columns=columns)
         self.elements += out.numel()
 
+    def columns(self, stem: str, order: Tensor, whole: tuple[int, int]) -> Tensor:
+        """The columns `order` [n] of a matrix of shape `whole`, [R, n], on the device: rows of its transpose, as `rows` reads them."""
+        turned = torch.empty((len(order), whole[0]), dtype=self._dtype, device=self._device)
+        self.deal(stem, [(turned, order)], whole, columns=True)
+        return turned.T
+
     def deal(self, stem: str, outs: Sequence[tuple[Tensor, Tensor]], whole: tuple[int, int], *, columns: bool = False) -> None:
         """`rows` of several tables [n, D], on any devices, each with its own `order` [n], in one reading of the matrix."""
         name, total = self.name(f"{stem}.weight"), whole[1] if columns else whole[0]
@@ -182,6 +189,26 @@ class Loader:
                 ours = (target[span] >= 0).nonzero()[:, 0]
                 out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
                 self._placed(len(ours) * staged[0].nbytes)
+
+    def matrix(self, stem: str) -> Tensor:
+        """A whole matrix as the checkpoint has it, on the device. `stem` has its prefix."""
+        name = f"{stem}.weight"
+        if name not in self._source:
+            self.check(name, ())
+        found = self._source.read(name)
+        self._placed(found.numel() * self._dtype.itemsize)
+        return found.to(self._device)
+
+    def packed(
+        self, name: str, rows: slice, columns: slice, whole: tuple[int, int], device: torch.device | None = None
+    ) -> Packed:
+        """A part of a matrix of shape `whole` as the checkpoint packs it, on `device` (None: the loader's). `name` has its prefix;
+        columns are whole groups."""
+        assert isinstance(self._source, PackedTensors)
+        self.check(f"{name}.weight", whole)
+        found = self._source.packed(f"{name}.weight", rows, columns).to(device or self._device)
+        self._placed(found.rows * found.columns * self._dtype.itemsize)  # what it stands for: that is what is to come
+        return found
 
     def vector(self, stem: str, size: int) -> Tensor:
         vector = self.empty((size,))

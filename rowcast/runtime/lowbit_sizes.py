@@ -12,7 +12,8 @@ HEAD_BITS = {8: 8, 4: 8}
 
 
 def rounded_bytes(spec: ModelSpec, bits: int) -> int:
-    """Of the rounded matrices of all layers and of the LM head."""
+    """Of the rounded matrices of all layers and of the LM head. Of a rank's share that cuts groups of inputs: but for one more group of
+    the output and down projections, at most."""
     layer = sum(stored_bytes(rows, columns, bits) for rows, columns in _matrices(spec))
     return spec.num_layers * layer + stored_bytes(spec.vocab_size, spec.embed_size, HEAD_BITS[bits])
 

@@ -2,19 +2,23 @@
 
 Matrices are rounded as the bank layout has them, neurons in its order: the view is the same whether it is made of banks or of a
 checkpoint. The output and down projections are turned first, so that their products, too, run along a row: groups of the down
-projection are 64 neurons. A rank rounds its own share. Embeddings, norms and biases stay in the model's own format.
+projection are 64 neurons. A rank rounds its own share; where that cuts a group of inputs, it rounds and holds the whole group, and
+inputs that are another's count as 0, so that the weights are the same on any number of ranks. Embeddings, norms and biases stay in the
+model's own format.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels import lowbit
-from rowcast.kernels.lowbit import LowBit
-from rowcast.runtime.banks import AttentionBank, BankWeights, FfnBank, attention_bank, ffn_bank
+from rowcast.kernels.lowbit import BLOCK, LowBit
+from rowcast.runtime.banks import AttentionBank, BankWeights, FfnBank, attention_bank, ffn_bank, neuron_order
 from rowcast.runtime.loader import Loader, Progress
 from rowcast.runtime.lowbit_sizes import HEAD_BITS
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
@@ -39,6 +43,9 @@ class _Layer:
     down: LowBit
     """[D, N]."""
     down_bias: Tensor | None
+    out_edges: tuple[int, int] = (0, 0)
+    """Columns of `out` before and behind this rank's own."""
+    down_edges: tuple[int, int] = (0, 0)
 
     @property
     def bytes(self) -> int:
@@ -91,8 +98,9 @@ class LowBitWeights:
         device: torch.device,
         progress: Progress | None = None,
     ) -> LowBitWeights:
-        """`of_banks`; where a library holds their LM head in a layout of its own, `load` of their checkpoint."""
-        if banks.outer.head_rows is not None:
+        """`of_banks`; where a library holds their LM head in a layout of its own, or a rank's share cuts groups, `load` of their
+        checkpoint."""
+        if banks.outer.head_rows is not None and not any(_edges(banks.spec, banks.shard, which) for which in ("out", "down")):
             return cls.of_banks(banks, bits)
         return cls.load(banks.spec, source, comm, bits, dtype=dtype, device=device, outer=banks.outer, progress=progress)
 
@@ -127,7 +135,8 @@ class LowBitWeights:
         split, layers = HeadSplit(spec, load), []
         for i in range(spec.num_layers):
             attention = _attention(attention_bank(load, spec, i, split), bits)
-            layers.append(_Layer(*attention, *_mlp(ffn_bank(load, spec, i, seed, device, dtype), bits)))
+            layer = _Layer(*attention, *_mlp(ffn_bank(load, spec, i, seed, device, dtype), bits))
+            layers.append(_with_whole_groups(layer, load, spec, i, bits, seed))
         return cls(outer, split, layers, head, dtype.itemsize)
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
@@ -146,11 +155,16 @@ class LowBitWeights:
 
     def out(self, layer: int, heads: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, H, d] -> [T, D]
         weights = self._layers[layer]
-        return lowbit.product(weights.out, heads.flatten(1), weights.out_bias, residual, heads.dtype)
+        x = heads.flatten(1)
+        if any(weights.out_edges):
+            x = F.pad(x, weights.out_edges)
+        return lowbit.product(weights.out, x, weights.out_bias, residual, heads.dtype)
 
     def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         weights, spec = self._layers[layer], self.spec
         hidden = lowbit.ffn_hidden(weights.up, weights.up_bias, x, spec.activation, spec.gated)
+        if any(weights.down_edges):
+            hidden = F.pad(hidden, weights.down_edges)
         return lowbit.product(weights.down, hidden, weights.down_bias, residual, x.dtype)
 
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
@@ -166,3 +180,29 @@ def _mlp(bank: FfnBank, bits: int) -> tuple[LowBit, Tensor | None, LowBit, Tenso
     biases = [bias for bias in (bank.gate_bias, bank.up_bias) if bias is not None]
     bias = torch.cat(biases) if len(biases) > 1 else bank.up_bias
     return up, bias, lowbit.quantise(bank.down.T, bits), bank.down_bias
+
+
+def _edges(spec: ModelSpec, shard: Shard, which: Literal["out", "down"]) -> tuple[int, int] | None:
+    """Inputs before and behind a rank's own that are in a group with them; None: there are none."""
+    span, total = shard.span(spec.intermediate_size), spec.intermediate_size
+    if which == "out":
+        heads = shard.query_heads(spec)
+        span, total = slice(heads.start * spec.head_dim, heads.stop * spec.head_dim), spec.num_heads * spec.head_dim
+    before, behind = span.start % BLOCK, min(total, -(-span.stop // BLOCK) * BLOCK) - span.stop
+    return (before, behind) if before or behind else None
+
+
+def _with_whole_groups(layer: _Layer, load: Loader, spec: ModelSpec, index: int, bits: int, seed: int) -> _Layer:
+    """The layer with whole groups of inputs, where the rank's share cuts some."""
+    shard, hidden = load.shard, spec.hidden_size
+    if edges := _edges(spec, shard, "out"):
+        heads = shard.query_heads(spec)
+        columns = torch.arange(heads.start * spec.head_dim - edges[0], heads.stop * spec.head_dim + edges[1])
+        stem, whole = load.names.out.format(index), (hidden, spec.num_heads * spec.head_dim)
+        layer = replace(layer, out=lowbit.quantise(load.columns(stem, columns, whole), bits), out_edges=edges)
+    if edges := _edges(spec, shard, "down"):
+        span = shard.span(spec.intermediate_size)
+        order = neuron_order(spec, Shard(), index, seed)[span.start - edges[0] : span.stop + edges[1]]
+        stem, whole = load.names.down.format(index), (hidden, spec.intermediate_size)
+        layer = replace(layer, down=lowbit.quantise(load.columns(stem, order, whole), bits), down_edges=edges)
+    return layer

@@ -30,9 +30,11 @@ from rowcast.placement.resident import (
 )
 from rowcast.placement.units import parse_bytes
 from rowcast.placement.workload import Workload
-from rowcast.runtime.forecast import open_spec, spec_digest, workload
+from rowcast.runtime.forecast import open_model, open_spec, spec_digest, workload
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.packed_choice import with_weights
+from rowcast.runtime.packed_sizes import PackedForms
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.settings import settings
@@ -93,6 +95,7 @@ def plan_for(
     mode: str = "exact",
     calibration: str | Path | None = None,
     dtype: str = "auto",
+    weights: str = "auto",
     context: int | None = None,
     prompt: int | None = None,
     batch: int = 1,
@@ -101,7 +104,7 @@ def plan_for(
     tensor_parallel: int | None = None,
     groups: int = 10_000,
 ) -> Plan:
-    """The plan that commits a token soonest, for any weights of the model's shape.
+    """The plan that commits a token soonest, for any weights of the model's shape. `weights`: as `LLM`'s.
 
     Names and meanings as in `workload` and `decide`. Raises UserError, and OutOfMemoryError with the nearest change that fits.
     """
@@ -109,34 +112,54 @@ def plan_for(
         raise UserError(f"groups={groups} has to be from 1 to 1000000")
     chosen = choose_machine(wish or MachineWish())
     on_gpu = bool(chosen.machine.cards)
-    spec, stored = open_spec(model)
+    _, stored, forms = open_model(model)
     number, number_reason = _dtype(dtype, stored, on_gpu)
-    work = workload(
-        model=model,
-        ladder=ladder,
-        draft=draft,
-        kv_budget=kv_budget,
-        density=density,
-        mode=mode,
-        calibration=calibration,
-        dtype=number,
-        context=context,
-        prompt=prompt,
-        batch=batch,
-        acceptance=acceptance,
-        hit_rate=hit_rate,
-    )
+
+    def planned(forms: PackedForms | None, why: str) -> Plan:
+        work = workload(
+            model=model,
+            ladder=ladder,
+            draft=draft,
+            kv_budget=kv_budget,
+            density=density,
+            mode=mode,
+            calibration=calibration,
+            dtype=number,
+            context=context,
+            prompt=prompt,
+            batch=batch,
+            acceptance=acceptance,
+            hit_rate=hit_rate,
+            forms=forms,
+        )
+        notes = [chosen.told, number_reason, *([why] if why else [])]
+        return _plan(work, chosen, number, calibration, tensor_parallel, groups, forms, notes)
+
+    return with_weights(weights, forms, on_gpu, planned, lambda plan: plan)
+
+
+def _plan(
+    work: Workload,
+    chosen: Chosen,
+    number: str,
+    calibration: str | Path | None,
+    tensor_parallel: int | None,
+    groups: int,
+    forms: PackedForms | None,
+    notes: list[str],
+) -> Plan:
+    on_gpu, spec = bool(chosen.machine.cards), work.spec
     digest = spec_digest(spec)
     learnt = {}
     if chosen.here:
         rate = chosen.machine.cards[0].memory_rate if on_gpu else chosen.machine.nodes[0].host.memory_rate
         learnt = corrections.remembered(digest, number, "cuda" if on_gpu else "cpu", rate.origin)
     known = None if calibration is None else Calibration.open(calibration, None)
-    notes = [chosen.told, number_reason, *work_notes(work)]
+    notes = [*notes, *work_notes(work)]
     for held_back in _HELD_BACK:
         machine = chosen.machine.with_changes(gpu_memory_bytes=-held_back)
         decision = decide(work, machine, tensor_parallel=tensor_parallel, groups=groups, corrections=learnt or None)
-        needs = _needs(decision.ladder.name, work, known, on_gpu)
+        needs = _needs(decision.ladder.name, work, known, on_gpu, forms)
         forecast = replace(decision.forecast, memory=[_with_more(each, held_back) for each in decision.forecast.memory])
         if not _may_be_resident(forecast):
             break
@@ -160,7 +183,7 @@ def _with_more(device: DeviceMemory, held_back: int) -> DeviceMemory:
     return replace(device, budget_bytes=device.budget_bytes + held_back, classes=classes)
 
 
-def _needs(ladder: str, work: Workload, calibration: Calibration | None, on_gpu: bool) -> LadderNeeds:
+def _needs(ladder: str, work: Workload, calibration: Calibration | None, on_gpu: bool, forms: PackedForms | None) -> LadderNeeds:
     """What the engine takes for a ladder beside a plain model."""
     found = Ladder.parse(ladder)
     return ladder_needs(
@@ -176,6 +199,7 @@ def _needs(ladder: str, work: Workload, calibration: Calibration | None, on_gpu:
         block_size=BLOCK_SIZE,
         max_context=work.context,
         head_copy_bytes=lambda model: _head_copy_bytes(model, work.width, on_gpu),
+        packed=None if forms is None else forms.sizes(work.spec, work.width),
     )
 
 
@@ -334,5 +358,6 @@ def split_plan(
         pass_bytes=pass_bytes(work.spec, work.width) if needs.pass_bytes is None else needs.pass_bytes,
         kv_token_bytes=kv_bytes_per_token(work.spec, work.width),
         notes=list(notes),
+        weights="packed" if needs.packed else "unpacked",
         forecast=forecast,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -19,24 +18,23 @@ from rowcast.placement.units import format_bytes, parse_bytes
 from rowcast.runtime import device as devices
 from rowcast.runtime import gpu_ceiling
 from rowcast.runtime.checkpoint import Checkpoint
-from rowcast.runtime.forecast import spec_digest
+from rowcast.runtime.forecast import check_packed, spec_digest
 from rowcast.runtime.ladder.drafts import Draft, open_drafts
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
 from rowcast.runtime.ladder.memory import ladder_needs, lookahead
 from rowcast.runtime.ladder.presets import Circumstances, check_mode, resolve
-from rowcast.runtime.ladder.spec import Ladder, Rung
-from rowcast.runtime.lowbit_sizes import HEAD_BITS
+from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.offloaded.disk import disk_rate
 from rowcast.runtime.offloaded.plan import OffloadWish, offloading_plan
+from rowcast.runtime.packed_choice import planned_forms, with_weights
+from rowcast.runtime.packed_sizes import PackedForms, packed_forms
+from rowcast.runtime.plan_notes import quality, reached_shares, rounded
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
 from rowcast.settings import settings
-
-_REACHED = 0.01
-"""Shares that are missed by more, as there are no parts of heads and neurons, are told."""
 
 KV_SHARE = 0.75
 """Of the KV tokens that the last rung alone could have, what `auto` leaves it at least."""
@@ -64,6 +62,7 @@ class Wish:
     density: float | None = None
     calibration: str | None = None
     dtype: str = "auto"
+    weights: str = "auto"
     device: str = "auto"
     gpu_memory: str | int | None = None
     host_memory: str | int | None = None
@@ -86,6 +85,8 @@ class Planned:
     """What sparse rungs read."""
     quality: str | None = None
     """What is known of an approximate ladder's output."""
+    forms: PackedForms | None = None
+    """As which the model's weights are held packed; None: they are not."""
 
 
 def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> Planned:
@@ -93,6 +94,23 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
 
     Under the ladder `auto`, rungs that memory is too short for are left out. Raises UserError.
     """
+    forms = packed_forms(target.checkpoint.source, target.spec)
+    on_gpu = forms is not None and wish.weights == "auto" and _on_gpu(wish)
+
+    def make(forms: PackedForms | None, why: str) -> Planned:
+        return _make_plan(target, wish, opened, forms, why)
+
+    return with_weights(wish.weights, forms, on_gpu, make, lambda planned: planned.plan)
+
+
+def _on_gpu(wish: Wish) -> bool:
+    """Whether passes read weights at a GPU's rate, or as if they did."""
+    device, _ = devices.choose_device(wish.device)
+    return device.type != "cpu" or (wish.gpu_memory is not None and settings().cpu_as_gpu)
+
+
+def _make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint], forms: PackedForms | None, why: str) -> Planned:
+    """With weights that are held packed, or not; `why` is a note about that."""
     if wish.verification not in VERIFICATIONS:
         raise UserError(f"verification={wish.verification!r:.60} is not known: use {' or '.join(VERIFICATIONS)}")
     if wish.mode not in MODES:
@@ -123,21 +141,26 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     width = DTYPE_BYTES[dtype]
     check_kv_budget(wish.kv_budget)
     check_density(wish.density)
+    packed = None if forms is None else forms.sizes(spec, width, world)
     calibration = None if wish.calibration is None else Calibration.open(wish.calibration, target.fingerprint)
     max_context = min(wish.max_model_len or spec.max_context, spec.max_context)
     here = Circumstances(
         max_context=max_context,
         kv_bytes_per_token=kv_bytes_per_token(share, width),
-        pass_bytes=lambda rung: expected_bytes(share, rung, width, calibration),
+        pass_bytes=lambda rung: expected_bytes(share, rung, width, calibration, packed),
         calibrated=None if calibration is None else offered(calibration),
+        adapted=None if spec.adapted is None else spec.adapted.density,
     )
     ladder, adaptive, ladder_reasons = resolve(
         wish.ladder, here, mode=wish.mode, draft=wish.draft, kv_budget=wish.kv_budget, density=wish.density
     )
     check_views(ladder, max_context)
     check_sparse(ladder, spec, calibration, adaptive)
+    if forms is not None:
+        check_packed(ladder)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
-    notes = [device_reason, dtype_reason, budget_reason, *ladder_reasons, *_reached_shares(ladder, spec), *_rounded(ladder, here)]
+    first = [device_reason, dtype_reason, budget_reason, *([why] if why else [])]
+    notes = [*first, *ladder_reasons, *reached_shares(ladder, spec), *rounded(ladder, here)]
     sizes = {"block_size": BLOCK_SIZE} | {
         name: value
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size")
@@ -168,6 +191,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
             block_size=block_size,
             max_context=max_context,
             head_copy_bytes=head_copy_bytes,
+            packed=packed,
         )
         plan = resident_plan(
             spec,
@@ -184,7 +208,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         idle = [rung for rung in ladder.lower if rung.gamma is None and rung.pays_from >= plan.max_context]
         told = [f"rung {rung} never runs: {rung.pays_from} tokens are not reached, unless its gamma is pinned" for rung in idle]
         plan = replace(plan, notes=plan.notes + told, spec=spec_digest(spec), ceiling_bytes=ceiling)
-        return _planned(plan, ladder, used, calibration, target)
+        return _planned(plan, ladder, used, calibration, target, forms)
 
     try:
         if adaptive:
@@ -194,7 +218,7 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
         if device.type == "cpu" and not stand_in:
             raise
         limits = ceiling or budget, asked["host_memory"]
-        elsewhere = _offloaded(target, wish, opened, calibration, device, stand_in, dtype, limits, tuple(notes[:3]))
+        elsewhere = _offloaded(target, wish, opened, calibration, device, stand_in, dtype, limits, tuple(first), forms)
         if elsewhere is None:
             raise
         return elsewhere
@@ -212,8 +236,11 @@ def _offloaded(
     dtype: str,
     limits: tuple[int, int | None],
     notes: tuple[str, ...],
+    forms: PackedForms | None,
 ) -> Planned | None:
     """The plan with parts in host memory; None where no engine can execute it. `limits`: bytes of the GPU and of the host."""
+    if forms is not None:
+        forms = replace(forms, head=None) if forms.all else None
     asked = OffloadWish(
         model=str(target.checkpoint.path),
         ladder=wish.ladder,
@@ -234,6 +261,7 @@ def _offloaded(
         max_num_seqs=wish.max_num_seqs,
         max_batch_tokens=wish.max_num_batched_tokens,
         block_size=wish.block_size,
+        forms=forms,
     )
 
     def drafts_of(ladder: Ladder) -> Mapping[str, Draft]:
@@ -243,7 +271,7 @@ def _offloaded(
         return disk_rate(target.checkpoint.source, target.spec, devices.DTYPES[dtype])
 
     found = offloading_plan(asked, target.spec, target.fingerprint, drafts_of, notes, rate)
-    return None if found is None else _planned(*found, calibration, target)
+    return None if found is None else _planned(*found, calibration, target, forms)
 
 
 def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> Planned:
@@ -277,14 +305,21 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         raise UserError(
             f"the plan was made for other draft weights than those of {', '.join(drafts) or 'no draft'}: make the plan again"
         )
-    return _planned(chosen, ladder, drafts, calibration, target)
+    return _planned(chosen, ladder, drafts, calibration, target, planned_forms(chosen, target.checkpoint.source, target.spec))
 
 
-def _planned(plan: Plan, ladder: Ladder, drafts: Mapping[str, Draft], calibration: Calibration | None, target: Target) -> Planned:
+def _planned(
+    plan: Plan,
+    ladder: Ladder,
+    drafts: Mapping[str, Draft],
+    calibration: Calibration | None,
+    target: Target,
+    forms: PackedForms | None,
+) -> Planned:
     """A plan with what it reads, and what is known of its output's quality."""
     calibration = calibration if plan.calibration else None
-    quality = _quality(ladder.rungs[-1], calibration, target) if ladder.approximate else None
-    return Planned(plan, ladder, drafts, calibration, quality)
+    told = quality(ladder.rungs[-1], calibration, str(target.checkpoint.path)) if ladder.approximate else None
+    return Planned(plan, ladder, drafts, calibration, told, forms if plan.weights == "packed" else None)
 
 
 def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str | None) -> Calibration | None:
@@ -297,43 +332,6 @@ def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str |
         raise UserError(f"calibration={path} was given, but the plan was made with {made}: make the plan again")
     check_sparse(ladder, target.spec, calibration, plan.adaptive)
     return calibration
-
-
-def _quality(rung: Rung, calibration: Calibration | None, target: Target) -> str:
-    """What the calibration measured of this rung, or that it did not and how to."""
-    quality = {} if calibration is None else calibration.description.get("quality", {})
-    found, dense = quality.get(str(rung)), quality.get("dense")
-    if found is None or dense is None:
-        reads = "" if calibration is None else f" --calibration {quote(str(calibration.path))}"
-        run = f"rowcast eval {quote(str(target.checkpoint.path))} --text FILE --ladder {quote(str(rung))}{reads}"
-        return f"mode approximate: the quality of {rung} was not measured: run {run}"
-    return (
-        f"mode approximate: with {rung} the calibration measured perplexity {found['perplexity']:.2f}, with all weights "
-        f"{dense['perplexity']:.2f}, and acceptance as a draft {found['acceptance']:.3f}"
-    )
-
-
-def _reached_shares(ladder: Ladder, spec: ModelSpec) -> list[str]:
-    """What becomes of shares that are no whole number of heads or neurons."""
-    told = []
-    for rung in ladder.rungs:
-        for key, share, total in (("heads", rung.heads, spec.num_heads), ("mlp", rung.mlp, spec.intermediate_size)):
-            kept = 0 if share is None else max(1, round(share * total))
-            if share is not None and abs(kept / total - share) > _REACHED:
-                told.append(f"rung {rung}: {key}={share} of {total} is {kept}, a share of {kept / total:.3g}")
-    return told
-
-
-def _rounded(ladder: Ladder, here: Circumstances) -> list[str]:
-    """What becomes of the weights of low-bit rungs."""
-    told, whole = [], here.pass_bytes(Rung(kind="plain"))
-    for rung in dict.fromkeys(rung.weights for rung in ladder.rungs if rung.bits is not None):
-        assert rung is not None and rung.bits is not None
-        told.append(
-            f"rung {rung}: weights are rounded to {rung.bits} bits while they are loaded, those of the LM head to "
-            f"{HEAD_BITS[rung.bits]}; a pass reads {here.pass_bytes(rung) / whole:.2f} of what a plain one does"
-        )
-    return told
 
 
 def _check_executable(plan: Plan, ladder: Ladder, world: int) -> None:

@@ -13,6 +13,8 @@ from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from rowcast.kernels.packed import Packed
+from rowcast.kernels.packed_sizes import Form
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
 
@@ -188,6 +190,20 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class PackedTensors(Protocol):
+    """What a `Source` of a quantised checkpoint has beside: its matrices as they are stored."""
+
+    def form(self, name: str) -> Form | str:
+        """How a matrix is packed, where `kernels.packed` can hold it so; else why not, half a sentence. Raises KeyError."""
+        ...
+
+    def packed(self, name: str, rows: slice, cols: slice) -> Packed:
+        """A part of such a matrix, on the CPU: what `read` of it gives, but nothing is unpacked. Columns begin and end where groups
+        do, or at the matrix's edges."""
+        ...
+
+
 class WeightView(Protocol):
     """The products of one rank's share of the weights. Shapes: T tokens, D hidden, H and K local query and KV heads, d head size."""
 
@@ -240,9 +256,15 @@ class WeightView(Protocol):
 class ChoosesOnDevice(Protocol):
     """A weight view whose passes in the device's own rounds read more or less, as tokens need it."""
 
-    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
+    @property
+    def reads_more_at_random(self) -> bool:
+        """Whether passes differ where some tokens are not just those of the largest logits."""
+        ...
+
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool, random: bool) -> None:
         """Such passes over these sequences of `view` follow. `late`: they leave entries of the only one for those of later rounds, if
-        the view is lazy; else they find all complete. May wait for the device."""
+        the view is lazy; else they find all complete. `random`: some tokens are not just those of the largest logits. May wait for the
+        device."""
         ...
 
     def device_reads(self) -> Reads:

@@ -46,6 +46,16 @@ class AlibiSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptedSpec:
+    """What a checkpoint says of itself that `rowcast adapt` wrote."""
+
+    density: float
+    """Share of its neurons that its sparse rungs use where nothing else is said."""
+    acceptance: tuple[tuple[float, float], ...] = ()
+    """By density, ascending: how often what q4 finds is accepted by all of the model's own neurons, as measured."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One decoder-only model. All sizes are those of the whole model, not of a shard."""
 
@@ -100,6 +110,8 @@ class ModelSpec:
     embed_size: int = 0
     """Width of the embedding table; differs from hidden_size where project_in and project_out exist (OPT-350m)."""
     tied_embeddings: bool = True
+    adapted: AdaptedSpec | None = None
+    """None: the model was not trained to do with a part of its neurons. No part of what it computes."""
 
     @property
     def group_size(self) -> int:

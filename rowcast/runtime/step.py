@@ -241,7 +241,7 @@ class Executor(Protocol):
         ...
 
     def remove(self, seq_id: int) -> None:
-        """Forget the sequence altogether."""
+        """Forget the sequence altogether. Unknown ids are ignored."""
         ...
 
     def check(self, seq_ids: Collection[int]) -> None:

@@ -114,8 +114,8 @@ def decode(
     `most_entries`: no sequence has more entries than this, starts[b] + T; the result does not depend on it. `window`, `slopes` [H] and
     `absolute_bias_scale` as in `attend`; biases are float32 here, where torch rounds them to the dtype of q.
 
-    `heads` [C] int32 or int64, in any order, some perhaps twice: only these query heads are wanted, the first `head_count` [1] (int32)
-    of them; returns [B * T, C, d], 0 beyond the count. KV heads that none of them reads are not read.
+    `heads` [C] int32 or int64, in any order, some perhaps twice, -1: none: only these query heads are wanted, the first `head_count`
+    [1] (int32) of them; returns [B * T, C, d], 0 beyond the count and for none. KV heads that none of them reads are not read.
 
     `chunks`: only these entries are seen, and read. `most_shown`: with them, no sequence shows more entries than this, places in its
     list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.

@@ -198,7 +198,9 @@ def partial(
             for base in tl.range(head, tokens * columns, K * R):
                 place = base + tl.arange(0, R) * K
                 to = out_ptr + (sequence * tokens + place // columns).to(tl.int64) * out_token + place % columns * out_head
-                nobodys = (place < tokens * columns) & ((place // columns >= real) | (place % columns >= limit))
+                listed_head = tl.load(heads_ptr + place % columns, mask=place < tokens * columns, other=0)
+                nobodys = (place // columns >= real) | (place % columns >= limit) | (listed_head < 0)
+                nobodys &= place < tokens * columns
                 tl.store(to[None, :] + dim[:, None], nothing, mask=nobodys[None, :] & (dim[:, None] < d))
     if (real <= 0) | (first >= stop) | (tile * R >= real * G):
         return
@@ -226,6 +228,8 @@ def partial(
         if ids is None:
             position = entry
         readable = (position >= 0) & (entry < stop)
+        if ids is not None:  # Of a sequence that has not as many entries there are places among the sinks, too.
+            readable &= position < end + behind
         inside = (position if one_block else position % block_size).to(tl.int64)[:, None]
         k_at = k_base + block * k_block + inside * k_entry + dim[None, :]
         v_at = v_base + block * v_block + inside * v_entry + dim[None, :]
@@ -240,7 +244,7 @@ def partial(
                 scores += _to_bfloat16(slope[None, :] * _to_bfloat16(position.to(tl.float32))[:, None]) * bias_scale
             else:
                 scores += slope[None, :] * (position[:, None] - (at + behind)[None, :]).to(tl.float32)
-        seen = (entry[:, None] <= at[None, :]) & readable[:, None]
+        seen = (position[:, None] <= (at + behind)[None, :]) & readable[:, None]
         if has_window:
             seen &= position[:, None] > (at + behind)[None, :] - window
         scores = tl.where(seen, scores * _LOG2E, float("-inf"))
@@ -335,6 +339,8 @@ def combine(
     overlap: tl.constexpr,
 ):
     """D elements of one head of one token, from the parts of its splits: what `partial` left (arguments as there)."""
+    if overlap:  # Also where there is nothing to do: what follows knows by this kernel's end that `partial` has ended.
+        cuda.gdc_wait()
     row, column = tl.program_id(0), tl.program_id(1)
     sequence, token = row // tokens, row % tokens
     dim = tl.program_id(2) * D + tl.arange(0, D)
@@ -342,6 +348,7 @@ def combine(
     head, is_real = column, token < tokens
     if heads_ptr is not None:
         head = tl.load(heads_ptr + column).to(tl.int32)
+        is_real &= head >= 0
         if head_count_ptr is not None:
             is_real &= column < tl.load(head_count_ptr)
     if counts_ptr is not None:
@@ -360,8 +367,6 @@ def combine(
     low, high = _split_of(oldest, fine, knee, levels), _split_of(at, fine, knee, levels) + 1
     line = (row * H + head).to(tl.int64) * splits
     lines = tl.num_programs(0).to(tl.int64) * H * splits
-    if overlap:
-        cuda.gdc_wait()
     some = tl.arange(0, _STATS)
     highest = tl.full([_STATS], float("-inf"), tl.float32)
     for base in tl.range(low, high, _STATS):

@@ -24,7 +24,7 @@ class HeadRows:
     """The heads of T tokens, in C places."""
 
     heads: Tensor
-    """int32 [C]; places beyond the count hold the first head again."""
+    """int32 [C]; -1 beyond the count: attention would write the same head again and again."""
     rows: Tensor
     """int32 [C d]: the heads' rows of a table [H d, D]."""
     count: Tensor | None
@@ -258,7 +258,7 @@ def _head_rows(
     count = tl.minimum(tl.load(count_ptr), places)
     inside = place < count
     head = tl.load(ids_ptr + tl.where(inside, place, 0))
-    tl.store(heads_ptr + place, head)
+    tl.store(heads_ptr + place, tl.where(inside, head, -1))
     element = tl.arange(0, SIZE)
     tl.store(rows_ptr + place * size + element, head * size + element, mask=element < size)
     if own_ptr is not None:

@@ -19,7 +19,14 @@ import triton
 from torch import Tensor
 
 from rowcast.kernels.gpu import MOST_TOKENS, lowbit, products
-from rowcast.kernels.gpu.lm_head_kernels import bounds_kernel, choose_kernel, finer_kernel, parts_kernel, top_kernel
+from rowcast.kernels.gpu.lm_head_kernels import (
+    bounds_kernel,
+    choose_kernel,
+    finer_kernel,
+    merge_kernel,
+    parts_kernel,
+    top_kernel,
+)
 from rowcast.kernels.gpu.scratch import counters
 from rowcast.kernels.lowbit import BLOCK, LowBit
 
@@ -56,6 +63,16 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Logits:
+    """All logits of T tokens, and what they took."""
+
+    values: Tensor
+    """float32 [T, V]: those that may be among a token's k largest exactly, as in `Found`, the others by proxy."""
+    counts: Tensor
+    """int32 [stages + 1]: rows that each later stage read, then those read in full: of the list, and of all where one overflowed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Capacities:
     """Rows that lists can hold, over all tokens of a call."""
 
@@ -78,6 +95,79 @@ def top(
     1 <= k <= min(V, 64), 1 <= T <= 16; the bounds cover float32 sums in any order. Does not modify its arguments; can be captured.
     The first call must not be captured (`scratch.py`).
     """
+    search = _search(rows, stages, directions, x, k, capacities)
+    new, last, verdict, tokens = search.new, search.listed, search.verdict, len(x)
+    values, ids = new.float32(tokens, k), torch.empty(tokens, k, dtype=torch.int64, device=x.device)
+    fallback = torch.empty(tokens, dtype=torch.uint8, device=x.device)
+    kept = triton.next_power_of_2(k)
+    top_kernel[(_PARTS, tokens)](
+        search.exact,
+        last.ids,
+        last.owners,
+        search.whole,
+        verdict,
+        torch.empty(tokens, _PARTS, kept, dtype=torch.int64, device=x.device),
+        values,
+        ids,
+        fallback,
+        search.arrivals,
+        last.capacity,
+        len(rows),
+        K=k,
+        KEPT=kept,
+        CHUNK=max(2 * kept, _block(x.device)),
+        PROGRAMS=_PARTS,
+    )
+    return Found(values, ids, search.rescored, fallback.view(torch.bool))
+
+
+def logits(
+    rows: Tensor, stages: Sequence[Stage], directions: Tensor, x: Tensor, k: int = 1, capacities: Capacities | None = None
+) -> Logits:
+    """All logits, of which the `k` largest are exact and larger than all that are not: arguments as for `top`.
+
+    What a stage finds of a row it looks at takes the place of what those before found. Each token's logits are its own, but that one
+    whose list overflows has the rows of all tokens read.
+    """
+    capacities = capacities or Capacities.of(len(rows))
+    search = _search(rows, stages, directions, x, k, capacities, merged=True)
+    last, block, total = search.listed, _block(x.device), len(rows)
+    read = search.new.int32(len(stages) + 1)
+    merge_kernel[(triton.cdiv(total, block),)](
+        search.estimate, search.exact, last.ids, last.owners, search.counts, search.whole, search.verdict, read, len(x),
+        last.capacity, total, min(total, capacities.refined), REFINED=len(stages) - 1, BLOCK=block,
+    )  # fmt: skip
+    return Logits(search.estimate, read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The rows that may be among the best, read in full."""
+
+    new: _New
+    estimate: Tensor
+    """float32 [T, V], of all rows: by the first stage, and by later ones where they were to be merged."""
+    listed: _List
+    exact: Tensor
+    """[T, capacity]: of the list."""
+    whole: Tensor
+    """[T, V]: of all rows, if they were read."""
+    counts: Tensor
+    verdict: Tensor
+    """int32 [2]: rows that were read by the list, and of all."""
+    rescored: Tensor
+    arrivals: Tensor
+
+
+def _search(
+    rows: Tensor,
+    stages: Sequence[Stage],
+    directions: Tensor,
+    x: Tensor,
+    k: int,
+    capacities: Capacities | None,
+    merged: bool = False,
+) -> _Search:
     tokens, columns = x.shape
     total = len(rows)
     assert 0 < tokens <= MOST_TOKENS and 0 < k <= min(total, MOST_K) and 0 < len(stages) <= MOST_STAGES
@@ -109,7 +199,7 @@ def top(
     correction = first.correction
     fused = correction is not None and correction.bits == 4 and correction.codes.stride(1) == 1
     corrected = None if correction is None or fused else lowbit.product(correction, along)
-    estimate = lowbit.product(first.proxy, x, residual=corrected)
+    estimate = first_estimate = lowbit.product(first.proxy, x, residual=corrected)
 
     groups, each = (2, 128) if x.is_cuda else (16, 16)  # the interpreter has small heads
     blocks, best = triton.cdiv(total, groups * each), 1 if k == 1 else 2
@@ -158,9 +248,17 @@ def top(
                 num_warps=8,
             )
             estimate = refinement
+            if merged:
+                merge_kernel[(triton.cdiv(listed.capacity, _block(x.device)),)](
+                    first_estimate, refinement, listed.ids, listed.owners, listed.count, None, None, None, tokens, listed.capacity,
+                    total, 0, REFINED=0, BLOCK=_block(x.device),
+                )  # fmt: skip
         last = number == len(refinements)
         capacity = min(total, capacities.exact if last else capacities.refined)
-        after = _List(new.int32(capacity), new.int32(capacity), None if last else new.float32(tokens, capacity), counts[number:])
+        ids = new.int32(capacity)
+        if number and not last:
+            ids.zero_()  # Where the list before this one overflows nothing is put here, but the next stage reads as many rows.
+        after = _List(ids, new.int32(capacity), None if last else new.float32(tokens, capacity), counts[number:])
         places = estimate.shape[1]
         block = _block(x.device)
         choose_kernel[(triton.cdiv(places, block),)](
@@ -191,28 +289,7 @@ def top(
     verdict = counts[_CELLS - 2 :]
     exact = products.rows_in(rows, x, listed.ids, verdict[:1])
     whole = products.rows_in(rows, x, count=verdict[1:])
-    values, ids = new.float32(tokens, k), torch.empty(tokens, k, dtype=torch.int64, device=x.device)
-    fallback = torch.empty(tokens, dtype=torch.uint8, device=x.device)
-    kept = triton.next_power_of_2(k)
-    top_kernel[(_PARTS, tokens)](
-        exact,
-        listed.ids,
-        listed.owners,
-        whole,
-        verdict,
-        torch.empty(tokens, _PARTS, kept, dtype=torch.int64, device=x.device),
-        values,
-        ids,
-        fallback,
-        arrivals,
-        listed.capacity,
-        total,
-        K=k,
-        KEPT=kept,
-        CHUNK=max(2 * kept, _block(x.device)),
-        PROGRAMS=_PARTS,
-    )
-    return Found(values, ids, rescored, fallback.view(torch.bool))
+    return _Search(new, first_estimate, listed, exact, whole, counts, verdict, rescored, arrivals)
 
 
 @dataclass(frozen=True, slots=True)

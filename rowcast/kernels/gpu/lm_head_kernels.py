@@ -349,3 +349,51 @@ def top_kernel(
                 _write(tl.full([KEPT], 0, tl.int64) + tl.max(found, 0), rank, values, found_ids, token, K)
             else:
                 _write(tl.topk(found, KEPT), rank, values, found_ids, token, K)
+
+
+@triton.jit
+def merge_kernel(
+    logits,  # float32 [T, V]
+    values,  # [T, capacity]: of the listed rows
+    ids,  # int32 [capacity]
+    owners,  # int32 [capacity]
+    counts,  # int32 [1]: of the list; with a verdict of the REFINED lists that later stages read
+    whole,  # [T, V], or None with the next two
+    verdict,  # int32 [2]: rows that were read by the list, and of all
+    read,  # int32 [REFINED + 2]: rows that were read of each of those lists, and the verdict
+    tokens,
+    capacity,
+    total,
+    refined,  # places of those lists
+    REFINED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Put what is known better of some rows in its place; of all rows, where the verdict is that all were read. Program (block).
+
+    A list that overflowed holds nothing, but as many rows were read as it has places.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if whole is None:
+        limit = tl.load(counts)
+    else:
+        limit = tl.load(verdict)
+        if tl.program_id(0) == 0:
+            for stage in tl.static_range(REFINED):
+                tl.store(read + stage, tl.minimum(tl.load(counts + stage), refined))
+            tl.store(read + REFINED, limit)
+            tl.store(read + REFINED + 1, tl.load(verdict + 1))
+        if tl.load(verdict + 1) > 0:
+            inside = place < total
+            for token in range(tokens):
+                at = token * total + place
+                tl.store(logits + at, tl.load(whole + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+            return
+    if (limit > capacity) | (tl.program_id(0) * BLOCK >= limit):
+        return
+    listed = place < limit
+    row = tl.load(ids + place, mask=listed, other=0)
+    owned = tl.load(owners + place, mask=listed, other=0)
+    for token in range(tokens):
+        mine = listed & (((owned >> token) & 1) != 0)
+        better = tl.load(values + token * capacity + place, mask=mine, other=0.0).to(tl.float32)
+        tl.store(logits + token * total + row, better, mask=mine)

@@ -14,6 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rowcast.kernels.packed import Packed, pack
+from rowcast.kernels.packed_sizes import Form
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -122,3 +125,19 @@ def _q8_0(blocks: Bytes, out: Floats) -> None:
 
 
 _FAST: dict[str, Callable[[Any, Any], None]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+
+
+FORMS = {"Q4_0": Form(4, 32, "zero"), "Q4_1": Form(4, 32, "minima"), "Q8_0": Form(8, 32, "zero")}
+"""Types whose blocks `kernels.packed` holds as they are."""
+
+
+def repack(data: Tensor, kind: GGMLType) -> Packed:
+    """Rows of whole blocks, data [r, bytes] uint8, of a type in `FORMS`."""
+    blocks = data.view(data.shape[0], -1, kind.block_bytes)
+    form = FORMS[kind.name]
+    halves = 2 if form.level == "minima" else 1
+    heads = blocks[..., : 2 * halves].contiguous().view(torch.float16)
+    rest = blocks[..., 2 * halves :]
+    codes = rest ^ 128 if form.bits == 8 else torch.cat([rest & 15, rest >> 4], dim=-1)  # signed bytes as unsigned ones
+    minima = heads[..., 1] if form.level == "minima" else None
+    return pack(codes.flatten(1), heads[..., 0], form.bits, form.group, minima=minima, zero=1 << form.bits - 1)

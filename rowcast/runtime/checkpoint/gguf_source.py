@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from rowcast.errors import UserError
+from rowcast.kernels.packed import Packed, stacked
+from rowcast.kernels.packed_sizes import Form
 from rowcast.runtime.checkpoint.gguf_config import ROPE_FACTORS
 from rowcast.runtime.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from rowcast.runtime.checkpoint.gguf_names import NameMap, Rows, translate
-from rowcast.runtime.checkpoint.gguf_quants import decode
+from rowcast.runtime.checkpoint.gguf_quants import FORMS, decode, repack
 from rowcast.runtime.checkpoint.ranged_file import fingerprint
 from rowcast.runtime.checkpoint.slices import Window, read_dense, read_rows
 
@@ -39,7 +41,10 @@ class _Entry:
 
 
 class GGUFSource:
-    """Implements `Source`. Long reads are shared by a few threads."""
+    """Implements `Source` and `PackedTensors`. Long reads are shared by a few threads."""
+
+    packed_unasked = False
+    """As `PackedForms.unasked`."""
 
     def __init__(self, gguf: GGUFFile, names: NameMap, config: dict[str, Any], called_for: Collection[str]) -> None:
         """Raises UserError for a tensor whose name is not among those `called_for`: the model would be another one without it."""
@@ -88,6 +93,25 @@ class GGUFSource:
         else:
             self._fill(target, tensor, window, order)
         return result
+
+    def form(self, name: str) -> Form | str:
+        kind = self._entries[name].tensor.kind
+        return FORMS.get(kind.name) or (f"{kind.name} is not held packed" if kind.dtype is None else "it is not quantised")
+
+    def packed(self, name: str, rows: slice, cols: slice) -> Packed:
+        tensor, order = self._entries[name].tensor, self._entries[name].order
+        kind = tensor.kind
+        pitch = tensor.shape[1] // kind.block * kind.block_bytes
+        start, stop = (column // kind.block * kind.block_bytes for column in (cols.start, cols.stop))
+        height, parts = max(1, CHUNK_VALUES // (cols.stop - cols.start)), []
+        for top in range(rows.start, rows.stop, height):
+            last = min(top + height, rows.stop)
+            wanted = np.arange(top, last) if order is None else order[top:last]
+            first = int(wanted.min())
+            raw = torch.empty(int(wanted.max()) + 1 - first, stop - start, dtype=torch.uint8)
+            read_rows(self._gguf.file, tensor.offset + first * pitch + start, pitch, raw)
+            parts.append(repack(raw[torch.from_numpy(wanted - first)], kind))
+        return stacked(parts)
 
     def fingerprint(self) -> str:
         stored = ((name, entry.tensor) for name, entry in self._entries.items())

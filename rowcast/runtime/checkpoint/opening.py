@@ -17,8 +17,8 @@ from rowcast.runtime.checkpoint.called_for import called_for
 from rowcast.runtime.checkpoint.gguf_config import generation_config, hf_config, stored_dtype
 from rowcast.runtime.checkpoint.gguf_file import MAGIC, read_gguf
 from rowcast.runtime.checkpoint.gguf_source import GGUFSource
-from rowcast.runtime.checkpoint.packed_layer import Packing
-from rowcast.runtime.checkpoint.packed_source import PackedSource, packing_of
+from rowcast.runtime.checkpoint.packed_source import PackedSource
+from rowcast.runtime.checkpoint.packing import Packing, packing_of
 from rowcast.runtime.checkpoint.ranged_file import RangedFile
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from rowcast.runtime.config import spec_from_config

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rowcast.errors import UserError
+from rowcast.kernels.packed import Packed, pack, stacked
+from rowcast.kernels.packed_sizes import Form
+from rowcast.runtime.checkpoint.packing import Packing
 
 WORD = 32
 """Bits of a word of codes."""
+_ELEMENTS = 1 << 20
+"""Of codes that are packed anew at once."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight outputs, output c lies in the nibble AWQ_ORDER[c] of their word."""
 
@@ -24,34 +29,6 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How a checkpoint's layers are packed; what is called by a suffix is the tensor NAME.suffix."""
-
-    method: Literal["gptq", "awq", "compressed-tensors"]
-    bits: int
-    group: int
-    """Inputs that share a scale; -1: all of them."""
-    codes: str
-    scales: str
-    zeros: str
-    groups: str
-    """The group of each input, if a layer has this tensor."""
-    inputs_first: bool
-    """Codes are [inputs, outputs], scales and zero points [groups, outputs]; else the other way round."""
-    zero: int
-    """The zero point, where none is stored."""
-    zero_offset: int = 0
-    """What is added to a stored one."""
-    packed: bool = True
-    """Codes and zero points lie in words of 32 bits; else each is a number of its own."""
-
-    @property
-    def along_outputs(self) -> bool:
-        """Whether a word of codes holds those of several outputs."""
-        return self.method == "awq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +56,10 @@ class Layer:
         groups, scaled = scales if packing.inputs_first else (scales[1], scales[0])
         if scaled != outputs:
             raise _unlike(stem, packing, codes, scales)
+        stored = inputs
         inputs = _unpadded(tensors, stem, inputs)
+        if packing.packed and not packing.along_outputs and stored != -(-inputs * packing.bits // WORD) * WORD // packing.bits:
+            raise _unlike(stem, packing, codes, scales)  # early compressed-tensors filled words of 3 bits otherwise
         wanted = 1 if packing.group == -1 else -(-inputs // packing.group)
         if groups != wanted and f"{stem}.{packing.groups}" not in tensors:
             raise _unlike(stem, packing, codes, scales)
@@ -96,6 +76,36 @@ class Layer:
         if zeros is None:
             return (codes - self.packing.zero).float().mul_(scales[:, of])
         return (codes - zeros[:, of]).float().mul_(scales[:, of])
+
+    def form(self) -> Form | str:
+        """In which `kernels.packed` holds it as it is, or why it cannot."""
+        name, packing = f"{self.stem}.{self.packing.groups}", self.packing
+        if name in self.tensors:
+            size = self.shape[1] if packing.group == -1 else packing.group
+            if not torch.equal(self.tensors.read(name).long(), torch.arange(self.shape[1]) // size):
+                return "its inputs are grouped in the order of their activations"
+        stored = f"{self.stem}.{packing.zeros}" in self.tensors
+        width = self.tensors.read(f"{self.stem}.{packing.scales}", slice(0, 1), slice(0, 1)).itemsize
+        return (
+            packing.form(self.shape[1], zeros=stored, scale_bytes=width)
+            or f"groups of {packing.group} inputs are not held packed"
+        )
+
+    def packed(self, outputs: range, inputs: range) -> Packed:
+        """A part of the weight as it is packed. Precondition: `form` found one, and inputs begin and end where groups do."""
+        group, bits = self.packing.group, self.packing.bits
+        groups = range(1) if group == -1 else range(inputs.start // group, -(-inputs.stop // group))
+        raised = 0 if self.packing.packed else 1 << bits - 1  # signed codes
+        height = max(WORD, _ELEMENTS // max(1, len(inputs)) // WORD * WORD)  # whole words, where outputs share them
+        parts = []
+        for top in range(outputs.start, outputs.stop, height):
+            part = range(top, min(top + height, outputs.stop))
+            zeros = self._zeros(part, groups)
+            codes = (self._codes(part, inputs) + raised).to(torch.uint8)
+            scales = self._part(self.packing.scales, part, groups).contiguous()
+            whole = None if zeros is None else (zeros + raised).to(torch.uint8)
+            parts.append(pack(codes, scales, bits, group, zeros=whole, zero=self.packing.zero + raised))
+        return stacked(parts)
 
     def _group_of(self, inputs: range) -> Tensor:  # int64 [k]
         name = f"{self.stem}.{self.packing.groups}"

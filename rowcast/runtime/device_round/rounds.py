@@ -76,22 +76,26 @@ class DeviceRounds:
         lookahead: int,
         capture: bool,
         rates: Mapping[int, float] | None = None,
+        driven: bool | None = None,
     ) -> None:
         """`lookahead`: tokens that a round drafts at most for one sequence. `rates`: simulated acceptance by verifying rung, for timing
-        shapes without weights. Precondition: `why_not` found nothing."""
+        shapes without weights. `driven`: whether the host drives the last rung's pass; of several ranks either all do or none; None: as
+        `is_driven` says. Precondition: `why_not` found nothing."""
         self._rungs = [*lower, top]
         self._top = top
         self._sampler = sampler
         self._lookahead = lookahead
         self._capture = capture
         self._rates = rates or {}
-        self.driven = bool(lower) and needs_host(top) is not None
+        self.driven = self.is_driven(lower, top) if driven is None else driven
         """Whether the host drives the last rung's pass."""
         self._device = sampler.device
         self._lookup = bool(lower) and isinstance(lower[0], Lookup)
         self._stores = [cast(DeviceStore, rung.view) if isinstance(rung, ModelRunner) else None for rung in self._rungs]
         self._own_kv = [store is not None and not store.shares_entries for store in self._stores[:-1]]
         self._shared = [rung for rung, store in enumerate(self._stores[:-1]) if store is not None and store.shares_entries]
+        weights = [rung.decoder.weights for rung in self._rungs if isinstance(rung, ModelRunner)]
+        self._reads_more_at_random = any(isinstance(each, ChoosesOnDevice) and each.reads_more_at_random for each in weights)
         self._states: dict[tuple[int, int], RoundState] = {}
         self._graphs: dict[tuple[int, int, Pass, Sampling], torch.cuda.CUDAGraph | None] = {}
         """By batch, bound of contexts, pass and sampling; None: run once, so that all kernels are compiled."""
@@ -118,6 +122,11 @@ class DeviceRounds:
         why = needs_host(top)
         can = bool(runners) and isinstance(top.view, PagedKV) and not isinstance(top.decoder.weights, ChoosesOnDevice)
         return None if can else why
+
+    @staticmethod
+    def is_driven(lower: Sequence[Runner | Lookup], top: ModelRunner) -> bool:
+        """Whether the host has to drive the last rung's pass, where the device runs the others'."""
+        return bool(lower) and needs_host(top) is not None
 
     def serves(self, seq_id: int) -> bool:
         """Whether the sequence's sampling parameters are numbers in device tensors: no penalties, biases, log-probabilities."""
@@ -175,6 +184,8 @@ class DeviceRounds:
     def _fill(self, state: RoundState, climbers: Sequence[Climber], rooms: Sequence[int], used: Sequence[int]) -> Sampling:
         """Put the sequences into the state. `rooms`: tokens that each may draft at most."""
         top = len(self._rungs) - 1
+        sequences = (self._sampler.sequence(climber.path.seq_id) for climber in climbers)
+        random = self._reads_more_at_random and not all(sequence.params.greedy for sequence in sequences)
         for rung in used:
             runner, mine = self._rungs[rung], [climber for climber in climbers if self._uses(climber, rung)]
             if not isinstance(runner, ModelRunner):
@@ -186,8 +197,8 @@ class DeviceRounds:
                     runner.catch_up(path, path.committed - 1)
             if isinstance(runner.decoder.weights, ChoosesOnDevice):
                 late = isinstance(self._late(rung, state), int)
-                runner.decoder.weights.begin_round(runner.view, [climber.path.seq_id for climber in mine], late)
-        sampling = Sampling()
+                runner.decoder.weights.begin_round(runner.view, [climber.path.seq_id for climber in mine], late, random)
+        sampling = Sampling(random=random)
         with state.filling() as fields:
             for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
                 fields[name].fill(value)

@@ -27,9 +27,11 @@ class Sampling:
     """Some sequence has min_p."""
     truncates: bool = False
     """Some sequence has top_k or top_p."""
+    random: bool = False
+    """Some sequence has a temperature, and weights read more for it (`ChoosesOnDevice.reads_more_at_random`)."""
 
     def __or__(self, other: Sampling) -> Sampling:
-        return Sampling(self.min_p or other.min_p, self.truncates or other.truncates)
+        return Sampling(self.min_p or other.min_p, self.truncates or other.truncates, self.random or other.random)
 
 
 def is_served(sequence: SampledSequence) -> bool:

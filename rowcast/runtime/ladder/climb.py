@@ -142,7 +142,7 @@ class Climb:
         """
         rows = [len(p.tokens) + 1 for p in proposals]
         ends = list(accumulate(rows))
-        for part in _parts(rows, self._logit_rows):
+        for part in parts(rows, self._logit_rows):
             first = ends[part.start] - rows[part.start]
             logits = runner.logits(hidden[first : ends[part.stop - 1]])
             verdicts = self._rule.verify(rung, proposals[part], logits)
@@ -246,7 +246,7 @@ def _split(total: int, parts: Sequence[int]) -> list[int]:
     return [total * end // whole - total * (end - part) // whole for end, part in zip(ends, parts, strict=True)]
 
 
-def _parts(rows: Sequence[int], most: int) -> Iterator[slice]:
+def parts(rows: Sequence[int], most: int) -> Iterator[slice]:
     """Consecutive items of at most `most` rows together, or one item of more."""
     first, total = 0, 0
     for i, count in enumerate(rows):

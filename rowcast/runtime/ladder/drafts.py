@@ -42,7 +42,7 @@ def open_drafts(
             continue
         checkpoint = (opened or {}).get(rung.model) or _open(rung.model)
         draft = Draft(checkpoint, _spec(rung.model, checkpoint), checkpoint.source.fingerprint())
-        _check_vocabulary(rung.model, draft, spec, tokenizer)
+        check_vocabulary(rung.model, draft, spec, tokenizer)
         found[rung.model] = draft
     return found
 
@@ -65,7 +65,8 @@ def _spec(name: str, checkpoint: Checkpoint) -> ModelSpec:
         raise UserError(f"the draft {name} cannot be used: {str(error).rstrip('.')}; name another with draft=MODEL") from error
 
 
-def _check_vocabulary(name: str, draft: Draft, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+def check_vocabulary(name: str, draft: Draft, spec: ModelSpec, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError where the draft's vocabulary is not that of the model with this spec and tokenizer."""
     theirs, ours = _tokens(draft.checkpoint), None if tokenizer is None else _vocabulary(tokenizer)
     sizes = f"the draft {name} has a vocabulary of {draft.spec.vocab_size} tokens and the model one of {spec.vocab_size}"
     if draft.spec.vocab_size != spec.vocab_size and ours is not None and ours == theirs:

@@ -13,6 +13,7 @@ from rowcast.runtime import lowbit_sizes
 from rowcast.runtime.kv.sizes import PolicySizes, Summary, choice_bytes, choosing_bytes, listed_bytes, policy_sizes
 from rowcast.runtime.ladder.options import GAMMAS
 from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder
+from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.sizes import (
     bank_bytes,
@@ -74,6 +75,7 @@ def ladder_needs(
     block_size: int,
     max_context: int,
     head_copy_bytes: Callable[[ModelSpec], int],
+    packed: PackedSizes | None = None,
 ) -> LadderNeeds:
     """The bytes that a ladder takes beside a plain model, `spec`.
 
@@ -82,7 +84,8 @@ def ladder_needs(
     `dense_copy`: passes over all weights take layers in a layout of their own, beside the one that sparse passes take, of which
     long passes copy a table at a time. `listed`: rounds run on the device, where a retrieval view lists chunks and copies none.
     `width`: bytes of an element of weights and KV. `max_context`: tokens of the longest sequence. `head_copy_bytes`: what a
-    re-ordered copy of a model's tied LM head takes. Raises UserError for a `chunk` that does not divide `block_size`.
+    re-ordered copy of a model's tied LM head takes. `packed`: as which the model's weights are held. Raises UserError for a `chunk`
+    that does not divide `block_size`.
     """
     ahead = lookahead(ladder)
     held = {rung.model for rung in ladder.lower if rung.at != "driver"}
@@ -110,11 +113,14 @@ def ladder_needs(
     last, light = ladder.rungs[-1], {rung.weights for rung in ladder.rungs if rung.weights is not None}
     sparse, few_bits = [rung for rung in light if rung.sparse], [rung.bits for rung in light if rung.bits is not None]
     dense = any(rung.kind in ("self", "plain") and rung.weights is None for rung in ladder.rungs)
-    banks = bool(sparse) or (dense and not dense_copy)
+    packed = packed if dense else None
+    banks = bool(sparse) or (dense and not dense_copy and packed is None)
     alone = not (dense or sparse)
+    own_head = packed is not None and packed.head_bytes > 0
     work_bytes = max(work_bytes, *(making_bytes(spec, rung, width, calibration) for rung in sparse), 0)
     if few_bits:
         work_bytes = max(work_bytes, lowbit_sizes.making_bytes(spec, width))
+    lowbit = bool(few_bits) or packed is not None
     running = sum(rung.kind != "ngram" for rung in ladder.lower)
     return LadderNeeds(
         ladder=tuple(map(str, ladder.rungs)),
@@ -130,16 +136,18 @@ def ladder_needs(
         + sum(predictor_bytes(spec, rung, calibration) for rung in sparse)
         + sum(lowbit_sizes.rounded_bytes(spec, bits) for bits in few_bits)
         + max(0, len(few_bits) - alone) * lowbit_sizes.bias_bytes(spec, width, banks=banks),
-        spared_bytes=lowbit_sizes.spared_bytes(spec, width) + head_copy_bytes(spec) if alone else 0,
-        pass_bytes=expected_bytes(spec, last, width, calibration),
-        token_bytes=max(score_bytes(spec) if sparse else 0, lowbit_sizes.token_bytes(spec) if few_bits else 0),
+        spared_bytes=(lowbit_sizes.spared_bytes(spec, width) if alone else 0 if packed is None else packed.spared_bytes)
+        + (head_copy_bytes(spec) if alone or own_head else 0),
+        pass_bytes=expected_bytes(spec, last, width, calibration, packed),
+        packed=packed is not None,
+        token_bytes=max(score_bytes(spec) if sparse else 0, lowbit_sizes.token_bytes(spec) if lowbit else 0),
         block_bytes=block_bytes,
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
         row_bytes=row_bytes,
         on_device=listed,
         copied_bytes=max(
-            copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_sizes.product_bytes(spec) if few_bits else 0
+            copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_sizes.product_bytes(spec) if lowbit else 0
         ),
         query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
         + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),

@@ -12,7 +12,7 @@ AUTO_KV = (256, 4096)
 _AUTO_KV_SHARE = 8
 
 DENSITY = 0.5
-"""Share of the neurons where neither the user nor a calibration names one."""
+"""Share of the neurons where neither the user nor a calibration nor the model names one."""
 _HEADS = 0.67
 """Of the query heads, `dejavu`."""
 OVER = 1.5
@@ -45,6 +45,8 @@ class Circumstances:
     pass_bytes: Callable[[Rung], int]
     """Weights that a pass of a rung self or plain reads, as expected."""
     calibrated: Calibrated | None = None
+    adapted: float | None = None
+    """The density that the model was adapted to, for where no calibration names one."""
 
 
 def resolve(
@@ -77,7 +79,7 @@ def resolve(
     if ladder == "auto":
         found = _auto_ladder(here, draft, kv_budget, density, reasons)
     elif ladder in ("dejavu", "hire"):
-        found = _sparse_preset(str(ladder), here.calibrated, mode, density, reasons)
+        found = _sparse_preset(str(ladder), here, mode, density, reasons)
     elif ladder == "triforce":
         kv = kv_budget if kv_budget is not None else kv_for(here.max_context)
         if kv_budget is None:
@@ -110,12 +112,13 @@ def check_mode(ladder: Ladder, mode: str, name: str) -> None:
         )
 
 
-def _sparse_preset(name: str, calibrated: Calibrated | None, mode: str, density: float | None, reasons: list[str]) -> Ladder:
+def _sparse_preset(name: str, here: Circumstances, mode: str, density: float | None, reasons: list[str]) -> Ladder:
+    calibrated = here.calibrated
     if name == "dejavu" and calibrated is None:
         raise UserError(
             "the ladder dejavu needs a calibration; make one with rowcast calibrate and give calibration=DIR, or use hire"
         )
-    mlp = _density(density, calibrated, reasons)
+    mlp = _density(density, here, reasons)
     if name == "hire":
         over = OVER
         if calibrated is not None and calibrated.over is not None:
@@ -132,12 +135,16 @@ def _sparse_preset(name: str, calibrated: Calibrated | None, mode: str, density:
     return Ladder((rung,) if mode == "approximate" else (rung, Rung(kind="plain")))
 
 
-def _density(density: float | None, calibrated: Calibrated | None, reasons: list[str]) -> float:
+def _density(density: float | None, here: Circumstances, reasons: list[str]) -> float:
+    calibrated = here.calibrated
     if density is not None:
         return density
     if calibrated is not None and calibrated.density is not None:
         reasons.append(f"mlp={calibrated.density}: the calibration's density")
         return calibrated.density
+    if here.adapted is not None:
+        reasons.append(f"mlp={here.adapted}: the density that the model was adapted to")
+        return here.adapted
     reasons.append(f"mlp={DENSITY}: no density was given")
     return DENSITY
 
@@ -186,8 +193,8 @@ def _auto_ladder(
     else:
         rungs.append(Rung(kind="draft", model=draft))
         reasons.append("rung draft: a draft model was given")
-    if density is not None or here.calibrated is not None:
-        rung = _with_scorer(Rung(kind="self", mlp=_density(density, here.calibrated, reasons)), here.calibrated, reasons)
+    if density is not None or here.calibrated is not None or here.adapted is not None:
+        rung = _with_scorer(Rung(kind="self", mlp=_density(density, here, reasons)), here.calibrated, reasons)
         share = here.pass_bytes(rung) / max(whole, 1)
         told = f"it reads {share:.2f} of the weights that a plain pass reads"
         if density is not None or share <= _CLEARLY_FEWER:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.ladder.climb import Climb, Want
 from rowcast.runtime.ladder.path import Path
 from rowcast.runtime.ladder.rule import Law
@@ -51,8 +52,8 @@ class Absent:
 
 
 class FirstRelay:
-    """Implements `Relay`: the deciding rank runs the rung and tells the others, ids by one broadcast, laws by another where there are
-    some."""
+    """Implements `Relay`: the deciding rank runs the rung and tells the others, ids by one broadcast, laws by others where there are
+    some, as many at a time as logits are held."""
 
     def __init__(self, decisions: Decisions, sampler: Sampler, device: torch.device) -> None:
         self.drafts = decisions.leads
@@ -76,13 +77,15 @@ class FirstRelay:
             if not self.drafts:
                 want.climber.path.ids += ids
                 self._sampler.resume_rounds(want.climber.path.seq_id, rounds)
-        rows = sum(sure.count(0) for sure in sures)
-        if not rows:
-            laws = torch.empty(0)
-        elif self.drafts:
-            laws = self._decisions.share_tensor(torch.stack([law for want in wants for law in want.laws if law is not None]))
-        else:
-            laws = self._decisions.share_tensor(torch.empty(rows, self._sampler.vocab_size, device=self._device))
+        own = [law for want in wants for law in want.laws if law is not None]
+        rows, size = sum(sure.count(0) for sure in sures), self._sampler.vocab_size
+        laws: list[Tensor] = []
+        most = max(1, LOGIT_ELEMENTS // size)
+        for first in range(0, rows, most):
+            count = min(most, rows - first)
+            some = torch.stack(own[first : first + count]) if self.drafts else torch.empty(count, size, device=self._device)
+            shown = self._decisions.share_tensor(some)
+            laws += [] if self.drafts else shown
         if not self.drafts:
             given = iter(laws)
             for want, sure in zip(wants, sures, strict=True):

@@ -14,6 +14,7 @@ from rowcast.runtime.ladder.memory import ladder_needs, lookahead, streaming_byt
 from rowcast.runtime.ladder.options import GAMMAS, INNER_GAMMAS
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
+from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.checks import AHEAD
 from rowcast.runtime.sparse.sizes import head_share, inner_share, proxy_bytes
@@ -59,11 +60,12 @@ def ladder_use(
     acceptance: Acceptances,
     drafts: Mapping[str, ModelSpec],
     batch: int = 1,
+    packed: PackedSizes | None = None,
 ) -> LadderUse:
     """A resolved ladder as the cost model sees it; gammas that are open take TriForce's. `drafts`: by the names that rungs give them.
 
-    A lookup is used where its acceptance is above 0 or its gamma is pinned; it takes no time. Raises UserError for a `chunk` that does
-    not divide `block_size`.
+    `packed`: as which the target's weights are held, whole. A lookup is used where its acceptance is above 0 or its gamma is
+    pinned; it takes no time. Raises UserError for a `chunk` that does not divide `block_size`.
     """
     last = ladder.rungs[-1]
     chances = [acceptance.find(rung, above, top=above == last) for rung, above in pairwise(ladder.rungs)]
@@ -71,11 +73,14 @@ def ladder_use(
     gammas = [ladder.rungs[i].gamma or (_GAMMA if i == used[-1] else _INNER_GAMMA) for i in used]
     asked = gammas[-1] if gammas else 0
     passes = expected_passes([chances[i].value for i in used], gammas, asked) if used else []
-    listed, copied = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each) for each in (True, False))
+    if not any(rung.kind in ("self", "plain") and rung.weights is None for rung in ladder.rungs):
+        packed = None
+    needs = (_needs(ladder, spec, drafts, calibration, width, block_size, context, each, packed) for each in (True, False))
+    listed, copied = needs
     part = 1.0 if listed.anyone or not used else min(batch, MAX_SPECULATING_SEQS) / batch
     rungs = [
         replace(
-            _rung_use(rung, spec, count, tokens, width, calibration, drafts),
+            _rung_use(rung, spec, count, tokens, width, calibration, drafts, packed),
             sequences=1.0 if rung is last else part,
             asked=0.0 if rung.at == "ranks" else above,
         )
@@ -103,7 +108,8 @@ def ladder_use(
     held = {rung.model for rung in ladder.lower if rung.at != "driver"}
     fixed = sum(parameter_count(model) for name, model in models.items() if name in held) * width
     work = max(_work_bytes(spec, width, batch, context, needs) for needs in (listed, copied))
-    alone = _alone_bits(ladder)
+    alone = _alone_bits(ladder) if packed is None else packed.bits
+    placed = rounded_bytes(spec, alone) if alone and packed is None else 0
     return LadderUse(
         name=str(ladder),
         family=str(with_gammas(ladder, [0] * len(ladder.lower))),
@@ -111,7 +117,7 @@ def ladder_use(
         tokens_per_round=committed(outer.value),
         tokens_per_round_range=(committed(outer.low), committed(outer.high)),
         fixed_bytes=fixed,
-        shared_bytes=listed.weight_bytes - fixed - (rounded_bytes(spec, alone) if alone else 0),
+        shared_bytes=listed.weight_bytes - fixed - placed,
         speculating=part,
         draft_kv_bytes=streamed + kept,
         slot_bytes=copied.slot_bytes - streamed + copied.query_bytes,
@@ -119,6 +125,8 @@ def ladder_use(
         kv_share=(listed.block_bytes / block_size - kept / context) / kv_bytes_per_token(spec, width),
         work_bytes=max(0, work - plain_work_bytes(spec, width, batch, context)),
         alone_bits=alone,
+        packed=packed is not None,
+        own_head=packed is None or packed.head_bytes > 0 or not spec.tied_embeddings,
         inputs=tuple(_inputs(ladder, chances, spec, calibration, width)),
     )
 
@@ -136,6 +144,7 @@ def _rung_use(
     width: int,
     calibration: Calibration | None,
     drafts: Mapping[str, ModelSpec],
+    packed: PackedSizes | None,
 ) -> RungUse:
     use = RungUse(name=str(rung), passes=passes, tokens=tokens, kv_entries=rung.kv)
     if rung.kind == "draft":
@@ -144,6 +153,9 @@ def _rung_use(
     if rung.bits is not None:
         own = rounded_bytes(spec, rung.bits)
         return replace(use, own_weights_bytes=own, own_bits=rung.bits, own_weights_share=own / replaced_bytes(spec, width))
+    if packed is not None and not rung.sparse:
+        own = packed.products_bytes
+        return replace(use, own_weights_bytes=own, own_bits=packed.bits, own_weights_share=own / replaced_bytes(spec, width))
     if not rung.sparse:
         return use
     return replace(
@@ -181,6 +193,7 @@ def _needs(
     block_size: int,
     context: int,
     listed: bool,
+    packed: PackedSizes | None = None,
 ) -> LadderNeeds:
     """What the engine takes on a GPU. `listed`: its rungs read their part of the KV where it lies."""
     return ladder_needs(
@@ -196,6 +209,7 @@ def _needs(
         block_size=block_size,
         max_context=context,
         head_copy_bytes=lambda _: 0,
+        packed=packed,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rowcast.offload.row_cache import RowCounts
 from rowcast.offload.streamer import StreamCounts
 from rowcast.runtime.kv.hosted import HostedKV
+from rowcast.runtime.offloaded.packed import OffloadedPacked
 from rowcast.runtime.offloaded.weights import OffloadedBanks
 from rowcast.runtime.step import Moved
 
@@ -27,7 +28,7 @@ class OffloadCounts:
 class Elsewhere:
     """The views that have something there."""
 
-    weights: OffloadedBanks | None = None
+    weights: OffloadedBanks | OffloadedPacked | None = None
     kv: HostedKV | None = None
     _unread: OffloadCounts = field(default_factory=OffloadCounts)
     """What `moved` has told and `counts` has not."""

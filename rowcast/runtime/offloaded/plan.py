@@ -20,6 +20,7 @@ from rowcast.runtime.ladder.drafts import Draft
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.offloaded.disk_plan import chooses_rows, to_disk, with_host_memory
+from rowcast.runtime.packed_sizes import PackedForms
 from rowcast.runtime.plan_for import split_plan, work_notes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec, parameter_count
@@ -60,6 +61,8 @@ class OffloadWish:
     max_num_seqs: int | None
     max_batch_tokens: int | None
     block_size: int | None
+    forms: PackedForms | None = None
+    """As which weights are held packed."""
 
 
 def offloading_plan(
@@ -101,6 +104,7 @@ def offloading_plan(
         block_size=wish.block_size or BLOCK_SIZE,
         max_context=context,
         head_copy_bytes=lambda model: 0,
+        packed=None if wish.forms is None else wish.forms.sizes(spec, DTYPE_BYTES[wish.dtype]),
     )
     told = [*notes, "not all of it fits next to the compute: parts lie in host memory", *work_notes(work)]
     if wish.max_num_seqs is None:
@@ -127,6 +131,7 @@ def _work(wish: OffloadWish, ladder: str | Ladder, context: int, batch: int, fin
         context=context,
         batch=batch,
         fingerprint=fingerprint,
+        forms=wish.forms,
     )
 
 

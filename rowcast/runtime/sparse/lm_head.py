@@ -67,7 +67,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
+class Stage:
     """A proxy of what the stages before have left of the rows."""
 
     proxy: LowBit
@@ -120,6 +120,20 @@ class CertifiedHead:
     def bytes(self) -> int:
         """Read in every call, before any row is read again."""
         return self._stages[0].bytes + self._directions.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """[V, E]."""
+        return self._rows
+
+    @property
+    def directions(self) -> Tensor:
+        """float32 [m, E]."""
+        return self._directions
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self._stages
 
     def reads(self) -> Reads:
         """Bytes, and tokens that the whole head was read for, since the last call of this."""
@@ -243,7 +257,7 @@ def choose(
     return min(tried, key=lambda choice: choice.share)
 
 
-def _stages(rows: Tensor, bits: Sequence[int], group: int, directions: Tensor) -> list[_Stage]:
+def _stages(rows: Tensor, bits: Sequence[int], group: int, directions: Tensor) -> list[Stage]:
     """The stages of a block of rows, [R, E].
 
     Rounding, with u = 2^-24 and n the terms of a sum, is at most n u times the terms' sizes, in any order (Higham, Accuracy and
@@ -271,7 +285,7 @@ def _stages(rows: Tensor, bits: Sequence[int], group: int, directions: Tensor) -
         along = left @ basis.T
         across = _lengths(left - along @ basis)
         radii = torch.stack([across, _lengths(along) + rounding], 1)
-        stages.append(_Stage(proxy, correction, (radii * (1 + 2 * off)).float()))
+        stages.append(Stage(proxy, correction, (radii * (1 + 2 * off)).float()))
     return stages
 
 
@@ -300,7 +314,7 @@ def _take(q: LowBit, ids: Tensor) -> LowBit:  # int64 [C]
     return LowBit(q.codes.index_select(0, ids), q.scales.index_select(0, ids), q.bits, q.group, q.columns)
 
 
-def _stacked(blocks: Sequence[_Stage]) -> _Stage:
+def _stacked(blocks: Sequence[Stage]) -> Stage:
     """One below the other."""
 
     def joined(parts: Iterable[LowBit]) -> LowBit:
@@ -310,4 +324,4 @@ def _stacked(blocks: Sequence[_Stage]) -> _Stage:
 
     corrections = [block.correction for block in blocks if block.correction is not None]
     radii = torch.cat([block.radii for block in blocks])
-    return _Stage(joined(block.proxy for block in blocks), joined(corrections) if corrections else None, radii)
+    return Stage(joined(block.proxy for block in blocks), joined(corrections) if corrections else None, radii)

@@ -19,6 +19,8 @@ from rowcast.runtime.kv.device import BoundStore
 from rowcast.runtime.protocols import ALL_HEADS, Heads, KVView, Reads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
 from rowcast.runtime.sparse.heads import HeadSelector
+from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead
+from rowcast.runtime.sparse.on_device_head import DeviceHead
 from rowcast.runtime.sparse.on_device_heads import DeviceHeads, top_mask
 from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
@@ -39,12 +41,15 @@ class DevicePasses:
         heads: Sequence[HeadSelector | None],
         sparse_tokens: int,
         outer_bytes: int,
+        lm: CertifiedHead | None = None,
     ) -> None:
-        """`outer_bytes`: read by a pass beside the layers' products. Precondition: all selectors are `on_device`."""
+        """`outer_bytes`: read by a pass beside the layers' products. `lm`: the LM head; None: all its rows. Precondition: all selectors
+        are `on_device`."""
         self._banks = banks
         self._outer_bytes = outer_bytes
         self.device = banks.ffn[0].up_down.device
         self._counts = counts = DeviceCounts(self.device, banks.spec.num_layers)
+        self._head = None if lm is None else DeviceHead(banks, lm, counts)
         self._neurons = [
             None if selector is None else self._of_layer(layer, bank, selector, sparse_tokens)
             for layer, (bank, selector) in enumerate(zip(banks.ffn, neurons, strict=True))
@@ -69,8 +74,10 @@ class DevicePasses:
     def _of_layer(self, layer: int, bank: FfnBank, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
         return DeviceNeurons(layer, bank, selector, sparse_tokens, self._counts)
 
-    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool, random: bool) -> None:
         """As `ChoosesOnDevice`."""
+        if self._head is not None:
+            self._head.best = TOP if random else 1
         if self._rings is not None:
             self._rings.begin_round(view, seq_ids, late)
 
@@ -123,9 +130,21 @@ class DevicePasses:
             y = self._banks.mlp(layer, x, residual)
         else:
             y = neurons.mlp(x, self._seen_ahead() if neurons.reads_ahead else neurons.choose(x), residual)
-        if layer == self._banks.spec.num_layers - 1:
-            self._counts.end()
+        self._layer_is_done(layer)
         return y
+
+    def _layer_is_done(self, layer: int) -> None:
+        if layer == self._banks.spec.num_layers - 1 and self._head is None:
+            self._counts.end()
+
+    def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
+        """For some or all of the pass's tokens."""
+        if self._head is None:
+            return self._banks.head(x)
+        logits = self._head.logits(x)
+        self._counts.end()
+        self._counts.begin()  # for others of the pass
+        return logits
 
     def _look_ahead(self, neurons: DeviceNeurons, x: Tensor) -> None:
         if self._side is None:

@@ -6,6 +6,7 @@ from rowcast.kernels.lowbit_sizes import stored_bytes, work_bytes
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
+from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.checks import AHEAD, BITS, DIRECTIONS, FITTED, head_bits
 from rowcast.runtime.spec import ModelSpec, layer_parameters
@@ -81,13 +82,18 @@ def score_bytes(spec: ModelSpec) -> int:
     return _SCORE_BYTES * spec.intermediate_size
 
 
-def expected_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None) -> int:
-    """Weights that a pass of a rung self or plain over one token reads, where the native part runs it.
+def expected_bytes(
+    spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None, packed: PackedSizes | None = None
+) -> int:
+    """Weights that a pass of a rung self or plain over one token reads, where the native part runs it. `packed`: as which the model's
+    weights are held.
 
     Of lm=hire what the calibration measured; without one its first stage and `_REFINED` of the second, a guess.
     """
     if rung.bits is not None:
         return pass_bytes(spec, width) - replaced_bytes(spec, width) + rounded_bytes(spec, rung.bits)
+    if packed is not None and not rung.sparse:
+        return packed.pass_bytes(spec, width)
     found = pass_bytes(spec, width) + proxy_bytes(spec, rung, calibration)
     row = spec.num_layers * spec.hidden_size * width
     if rung.mlp is not None:

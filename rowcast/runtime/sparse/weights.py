@@ -54,7 +54,7 @@ class SparseWeights:
         """Whether any layer leaves neurons out."""
         self._heads = list(heads or [None] * banks.spec.num_layers)
         chosen = [*neurons, *self._heads]
-        self.on_device = lm is None and all(s is None or (not isinstance(s, HeadOracle) and s.on_device) for s in chosen)
+        self.on_device = all(s is None or (not isinstance(s, HeadOracle) and s.on_device) for s in chosen)
         """Whether a GPU chooses, in rounds that it runs by itself. It leaves no K/V for later passes, nor do those before."""
         late = not (self.on_device and gpu.serves(banks.ffn[0].up_down.device))
         self._attention = SparseAttention(banks, self._heads, late=late)
@@ -103,8 +103,12 @@ class SparseWeights:
             reads.fallbacks += head.fallbacks
         return reads
 
-    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool) -> None:
-        self._on_device().begin_round(view, seq_ids, late)
+    @property
+    def reads_more_at_random(self) -> bool:
+        return self._lm is not None
+
+    def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool, random: bool) -> None:
+        self._on_device().begin_round(view, seq_ids, late, random)
 
     def device_reads(self) -> Reads:
         return Reads() if self._device is None else self._device.reads()
@@ -160,6 +164,8 @@ class SparseWeights:
         self._ahead = selector(x, self._few)
 
     def head(self, x: Tensor) -> Tensor:  # [T, D] -> [T, V_local]
+        if self._passes is not None:
+            return self._passes.head(x)
         if self._lm is None:
             return self._banks.head(x)
         outer = self._banks.outer
@@ -169,7 +175,9 @@ class SparseWeights:
         if self._device is None:
             assert self.on_device, "rows are chosen by the host"
             heads = [selector for selector in self._heads if not isinstance(selector, HeadOracle)]
-            self._device = self._device_passes()(self._banks, self._neurons, heads, self._sparse_tokens, self._outer_bytes)
+            self._device = self._device_passes()(
+                self._banks, self._neurons, heads, self._sparse_tokens, self._outer_bytes, self._lm
+            )
         return self._device
 
     def _device_passes(self) -> type[DevicePasses]:

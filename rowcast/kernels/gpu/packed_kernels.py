@@ -1,0 +1,239 @@
+"""The kernel of `packed.py`: `lowbit_kernels`, whose levels, layouts and tiles it takes, for another level of 0 and for groups of 32.
+
+A block's sum is of code - b, b what is least work to take off. The weight of a code is scale * (code - zero), so that the sum of the
+block's inputs, which the matrix units find as a product with ones, joins it times b - zero, by row; or scale * code + minimum, so that
+it joins times b, and then by itself times the minimum. Half a block is one of its parts at 2, 3 and 4 bits; at 8 bits, where a block is
+one part, inputs of the other half count as 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from rowcast.kernels.gpu.lowbit_kernels import _add_product, _finish, _inputs, _levels, _raised
+from rowcast.kernels.gpu.product_kernels import _arrive, _sum_partials
+
+
+@triton.jit
+def _groups(scales, zeros, minima, block, blocks, GROUP: tl.constexpr, HALVES: tl.constexpr, UNROLL: tl.constexpr):
+    """Scale, zero point and minimum, of which there are, [4, 8, W, H] each, of every half of UNROLL blocks from `block` [W] on."""
+    found = ()
+    for u in tl.static_range(UNROLL):
+        here = tl.minimum(block + u, blocks - 1)
+        for half in tl.static_range(HALVES):
+            at = here * 2 + half if HALVES == 2 else here // GROUP
+            at = at[None, None, :, None]
+            found = found + (tl.load(scales + at),)  # type: ignore[assignment]  # noqa: RUF005
+            if zeros is not None:
+                found = found + (tl.load(zeros + at),)  # type: ignore[assignment]  # noqa: RUF005
+            if minima is not None:
+                found = found + (tl.load(minima + at),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _words(words, block, blocks, BITS: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
+    """Words [4, 8, W, H, J] of UNROLL blocks from `block` [W] on."""
+    found = ()
+    for u in tl.static_range(UNROLL):
+        at = words + ((block + u) * (2 * BITS))[None, None, :, None, None]
+        if WHOLE:
+            word = tl.load(at, eviction_policy="evict_first")
+        else:
+            word = tl.load(at, mask=(block + u < blocks)[None, None, :, None, None], other=0, eviction_policy="evict_first")
+        found = found + (word,)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _half_of(x, half: tl.constexpr, SPLIT: tl.constexpr):
+    """Inputs [4, 8, W, N, ...] of a whole block; SPLIT: those of its other half are 0."""
+    if SPLIT:
+        quarter = tl.arange(0, 4)[:, None, None, None, None, None]
+        x = tl.where(quarter // 2 == half, x, x * 0)
+    return x
+
+
+@triton.jit
+def _by_row(value, shape: tl.constexpr):
+    """[4, 8, W, H] as numbers for each row and token of a sum of `shape` [W, R, T]."""
+    wide = value.to(tl.float32)[:, :, :, :, None, None]
+    wide = tl.broadcast_to(wide, [4, 8, value.shape[2], value.shape[3], shape[2] // 8, 2])
+    return tl.reshape(tl.permute(wide, (2, 3, 1, 4, 0, 5)), shape)
+
+
+@triton.jit
+def _sum_inputs(acc, u: tl.constexpr, half: tl.constexpr, inputs, PARTS: tl.constexpr, HALVES: tl.constexpr,
+                DTYPE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Of a half of the u-th block, the same in every row: [W, R, T]."""
+    SPLIT: tl.constexpr = HALVES == 2 and PARTS == 1
+    FROM: tl.constexpr = half * PARTS // HALVES
+    TO: tl.constexpr = FROM + (PARTS + HALVES - 1) // HALVES
+    ones = tl.full([4, 8, acc.shape[0], acc.shape[1] // 8, 4 // PARTS, 2, 2], 1.0, tl.float32).to(DTYPE)
+    y = tl.zeros(acc.shape, tl.float32)
+    for part in tl.static_range(FROM, TO):
+        y = _add_product(y, ones, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
+    return y
+
+
+@triton.jit
+def _add_half(acc, sums, words, groups, u: tl.constexpr, half: tl.constexpr, inputs, high, block, blocks,
+              BITS: tl.constexpr, RAISED: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr, ZERO: tl.constexpr,
+              ZEROS: tl.constexpr, MINIMA: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """acc [W, R, T] and the products of a half of the u-th block, of which `sums` are the inputs' sums."""
+    SPLIT: tl.constexpr = HALVES == 2 and PARTS == 1
+    FROM: tl.constexpr = half * PARTS // HALVES
+    TO: tl.constexpr = FROM + (PARTS + HALVES - 1) // HALVES
+    FIRST: tl.constexpr = (u * HALVES + half) * (2 if ZEROS or MINIMA else 1)
+    OFF: tl.constexpr = -RAISED if RAISED else ((1 << BITS) - 1) / 2
+    here = (block + u < blocks)[None, None, :, None, None]
+    third = high + ((block + u) * (2 * BITS) + 4)[None, None, :, None, None]
+    y = tl.zeros(acc.shape, tl.float32)
+    for part in tl.static_range(FROM, TO):
+        levels = _levels(words[u], third, here, part, BITS, RAISED, DTYPE, ASM)
+        y = _add_product(y, levels, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
+    if ZEROS:
+        y += sums * (OFF - _by_row(groups[FIRST + 1], acc.shape))
+    elif MINIMA:
+        y += sums * OFF
+    else:
+        y += sums * (OFF - ZERO)
+    acc += y * _by_row(groups[FIRST], acc.shape)
+    if MINIMA:
+        acc += sums * _by_row(groups[FIRST + 1], acc.shape)
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def packed_kernel(
+    codes_ptr,  # uint8 [W, padded * bits / 8]
+    scales_ptr,  # [W, G]
+    zeros_ptr,  # uint8 [W, G] or None
+    minima_ptr,  # [W, G] or None
+    x_ptr,  # [T, columns]
+    bias_ptr,  # [W] or None
+    residual_ptr,  # [T, R] or None
+    out_ptr,  # [T, R]
+    partial_ptr,  # float32 [SPLITS, 1 + GATED, T, R] or None
+    counter_ptr,  # int32 [row tiles]: zeros
+    tokens,
+    capacity,  # R
+    columns,
+    group_stride,  # G
+    blocks,  # of 64 columns
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # blocks of a group; 0: half of one
+    ZERO: tl.constexpr,
+    GATED: tl.constexpr,  # rows R to 2 R - 1 are the up rows
+    ACTIVATION: tl.constexpr,
+    WHOLE: tl.constexpr,  # columns are whole steps
+    SPLITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,  # blocks of a warp in a step
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,  # columns of the tile
+    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y = act(g) * u, or act(u); + bias before, + residual after."""
+    DTYPE: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
+    PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
+    RAISED: tl.constexpr = _raised(BITS, tl.float16 == DTYPE, True)
+    PACKED: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2  # inputs of a word
+    OWN: tl.constexpr = 16 // PARTS // PACKED  # words of a part that a lane reads
+    VECTOR: tl.constexpr = min(OWN, 4)
+    STRIDE: tl.constexpr = 64 // PACKED
+    STEP: tl.constexpr = WARPS * UNROLL
+    HALVES: tl.constexpr = 1 if GROUP else 2
+    ZEROS: tl.constexpr = zeros_ptr is not None
+    MINIMA: tl.constexpr = minima_ptr is not None
+    split, tile = tl.program_id(0), tl.program_id(1)
+    quarter, eighth, warp = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, WARPS)
+    rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS // 8)[None, :] * 8 + eighth[:, None], capacity - 1)
+    rows = rows.to(tl.int64)[None, :, None, :] + (quarter * 0)[:, None, None, None] + (warp * 0)[None, None, :, None]
+    high = (codes_ptr.to(tl.pointer_type(tl.int32)) + rows * (blocks * (2 * BITS)))[:, :, :, :, None]
+    words = high + quarter[:, None, None, None, None] * (4 // PARTS) + tl.arange(0, 4 // PARTS)[None, None, None, None, :]
+    scales, zeros, minima = scales_ptr + rows * group_stride, None, None
+    if ZEROS:
+        zeros = zeros_ptr + rows * group_stride
+    if MINIMA:
+        minima = minima_ptr + rows * group_stride
+    token = (tl.arange(0, TOKENS // 8)[None, :] * 8 + eighth[:, None])[None, :, None, :, None, None]
+    within = (tl.arange(0, OWN // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])[None, None, None, None, :, :]
+    within = within + (quarter * OWN)[:, None, None, None, None, None]
+    x = x_ptr
+    if PACKED == 2:
+        x = x_ptr.to(tl.pointer_type(tl.int32))
+    width = columns // PACKED
+    x = x + token * width + within
+    half_rows = (tl.program_id(0) * 0 + capacity).to(tl.int64)  # a capacity of 1 comes as a constant
+    code_up = half_rows * (blocks * (2 * BITS))
+    group_up = half_rows * group_stride
+    scales_up, zeros_up, minima_up = scales + group_up, None, None
+    if ZEROS:
+        zeros_up = zeros + group_up
+    if MINIMA:
+        minima_up = minima + group_up
+    steps = tl.cdiv(blocks, STEP)
+    begin, end = split * steps // SPLITS * STEP, (split + 1) * steps // SPLITS * STEP
+    acc = tl.zeros([WARPS, ROWS, TOKENS], tl.float32)
+    acc_up = tl.zeros([WARPS, ROWS, TOKENS], tl.float32)
+    last = end - STEP
+    block = begin + warp * UNROLL
+    coming = _words(words, block, blocks, BITS, UNROLL, WHOLE)
+    groups = _groups(scales, zeros, minima, block, blocks, GROUP, HALVES, UNROLL)
+    coming_up, groups_up = coming, groups
+    if GATED:
+        coming_up = _words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
+        groups_up = _groups(scales_up, zeros_up, minima_up, block, blocks, GROUP, HALVES, UNROLL)
+    if OVERLAP:
+        gdc_wait()
+    if OVERLAP and EARLY:
+        gdc_launch_dependents()
+    xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
+    for at in tl.range(begin, end, STEP):
+        now, own, now_up, own_up, xs = coming, groups, coming_up, groups_up, xs_coming
+        # The next step's are on their way while this one's products run.
+        block = tl.minimum(at + STEP, last) + warp * UNROLL
+        coming = _words(words, block, blocks, BITS, UNROLL, WHOLE)
+        groups = _groups(scales, zeros, minima, block, blocks, GROUP, HALVES, UNROLL)
+        if GATED:
+            coming_up = _words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
+            groups_up = _groups(scales_up, zeros_up, minima_up, block, blocks, GROUP, HALVES, UNROLL)
+        xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
+        block = at + warp * UNROLL
+        for u in tl.static_range(UNROLL):
+            for half in tl.static_range(HALVES):
+                sums = _sum_inputs(acc, u, half, xs, PARTS, HALVES, DTYPE, ASM)
+                acc = _add_half(acc, sums, now, own, u, half, xs, high, block, blocks, BITS, RAISED, PARTS, HALVES, ZERO, ZEROS,
+                                MINIMA, DTYPE, ASM)  # fmt: skip
+                if GATED:
+                    acc_up = _add_half(acc_up, sums, now_up, own_up, u, half, xs, high + code_up, block, blocks, BITS, RAISED,
+                                       PARTS, HALVES, ZERO, ZEROS, MINIMA, DTYPE, ASM)  # fmt: skip
+    if OVERLAP and not EARLY:
+        gdc_launch_dependents()
+    acc, acc_up = tl.sum(acc, 0), tl.sum(acc_up, 0)
+    places = tile * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(places, capacity - 1)
+    valid = places < capacity
+    column = tl.arange(0, TOKENS)[None, :]
+    at = column * capacity + places[:, None]
+    mask = valid[:, None] & (column < tokens)
+    if SPLITS > 1:
+        size = tokens * capacity
+        step = (2 if GATED else 1) * size
+        tl.store(partial_ptr + split * step + at, acc, mask=mask)
+        if GATED:
+            tl.store(partial_ptr + split * step + size + at, acc_up, mask=mask)
+        if _arrive(counter_ptr + tile, SPLITS):
+            acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
+            if GATED:
+                acc_up = _sum_partials(partial_ptr + size, at, mask, step, SPLITS)
+            _finish(acc, acc_up, bias_ptr, None, residual_ptr, out_ptr, rows, valid, capacity, at, mask, GATED, ACTIVATION,
+                    False)  # fmt: skip
+    else:
+        _finish(acc, acc_up, bias_ptr, None, residual_ptr, out_ptr, rows, valid, capacity, at, mask, GATED, ACTIVATION,
+                False)  # fmt: skip
