@@ -732,9 +732,27 @@ def test_closed_pipe_is_quiet() -> None:
     process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == 141
     assert "Traceback" not in err
     assert "BrokenPipe" not in err
+
+
+@pytest.mark.parametrize(
+    "args", [["plan", "facebook/opt-6.7b", "--gpus", "RTX4090", "--ladder", "plain", "--groups", "100"], ["env"]]
+)
+def test_output_that_nobody_reads_or_that_has_no_room(args: list[str]) -> None:
+    """Also what rich prints: like a program that SIGPIPE ends, and a sentence for a full disk."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rowcast", *args]
+    gone = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (141, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert found.returncode == 1
+        assert found.stderr == "rowcast: standard output cannot be written: No space left on device\n"
 
 
 COMMAND = Path(sys.executable).with_name("rowcast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -224,7 +225,8 @@ def test_bits_on_a_gpu(dtype: torch.dtype, size: int, heads: int, kv_heads: int)
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ("kv_heads", "listed", "count"), [(6, [4, 1, 5], 2), (6, [0, 3], 0), (2, [5, 0, 3], 3), (2, [2, 1, 5], 2), (2, [1, 3, 1], 3)]
+    ("kv_heads", "listed", "count"),
+    [(6, [4, 1, 5], 2), (6, [0, 3], 0), (2, [5, 0, 3], 3), (2, [2, 1, 5], 2), (2, [1, 3, 1], 3), (2, [-1, 4, -1], 3)],
 )
 def test_chosen_heads(dtype: torch.dtype, kv_heads: int, listed: list[int], count: int) -> None:
     torch.manual_seed(7)
@@ -232,7 +234,8 @@ def test_chosen_heads(dtype: torch.dtype, kv_heads: int, listed: list[int], coun
     q = torch.randn(4, 6, 64, device=DEVICE)
     wanted = expected(store, q, 2)[:, listed]
     wanted[:, count:] = 0
-    chosen = listed[:count]
+    wanted[:, [h < 0 for h in listed]] = 0
+    chosen = [h for h in listed[:count] if h >= 0]
     for head in range(kv_heads):
         if not any(h // (6 // kv_heads) == head for h in chosen):
             store.keys[:, :, head] = float("nan")  # not even read
@@ -302,6 +305,62 @@ def test_chunks_that_are_missing_are_not_read() -> None:
     first = store._replace(tables=store.tables[:1], ends=[200])
     wanted = torch.cat((expected_of_chunks(first, q[:2], 2, chunks), expected(store, q, 2)[2:]))
     assert_close(run(store, q, 2, chunks=Chunks(ids, 8, 8, ints([int(chunks.recent[0]), 8]))), wanted)
+
+
+@pytest.mark.parametrize("end", [5, 8, 9, 3])
+def test_listed_chunks_of_a_sequence_shorter_than_the_sinks(end: int) -> None:
+    """No token sees places among the sinks that later tokens, or nobody, will fill."""
+    torch.manual_seed(15)
+    store = make_store([end], 2, 64, torch.float32)
+    q = torch.randn(2, 4, 64, device=DEVICE)
+    ids = torch.full((1, 2, 10), -1, dtype=torch.int32, device=DEVICE)
+    assert_close(run(store, q, 2, chunks=Chunks(ids, 8, 8, ints([8]))), expected(store, q, 2))
+
+
+@pytest.mark.skipif(ON_GPU, reason="looks into the interpreter")
+@pytest.mark.parametrize(
+    ("ends", "bound", "counts", "heads"),
+    [([40, 60], 70, None, None), ([40, 60], 60, None, None), ([40, 130], 130, None, [1, 5]), ([200, 9], 200, [0, 0], None)],
+    ids=["short below a long bound", "one launch", "some heads", "no tokens"],
+)
+def test_every_program_waits_before_it_touches_memory(
+    monkeypatch: pytest.MonkeyPatch, ends: list[int], bound: int, counts: list[int] | None, heads: list[int] | None
+) -> None:
+    """Where launches overlap, the end of a kernel tells the next one that those before it have ended, if it has waited for them."""
+    from triton.runtime import interpreter
+
+    from rowcast.kernels.gpu import decoding_kernels
+
+    builder = interpreter.interpreter_builder
+    programs: list[int] = []  # of each launch
+    waited: list[set[tuple[int, int, int]]] = []
+
+    def start(*grid: int) -> None:
+        programs.append(math.prod(grid))
+        waited.append(set())
+        type(builder).set_grid_dim(builder, *grid)
+
+    def touch(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert builder.grid_idx in waited[-1]
+            return getattr(type(builder), name)(builder, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(builder, "set_grid_dim", start)
+    for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
+        monkeypatch.setattr(builder, name, touch(name))
+    monkeypatch.setattr(decoding_kernels.cuda, "gdc_wait", lambda: waited[-1].add(builder.grid_idx))
+    monkeypatch.setattr(decoding_kernels.cuda, "gdc_launch_dependents", lambda: None)
+    torch.manual_seed(16)
+    store = make_store(ends, 2, 64, torch.float32)
+    q = torch.randn(4, 6, 64, device=DEVICE)
+    options = {"counts": None if counts is None else ints(counts), "heads": None if heads is None else ints(heads)}
+    found = run(store, q, 2, most_entries=bound, overlap=True, **options)
+    assert len(programs) == (1 if bound <= SMALL.short else 2)
+    assert [len(each) for each in waited] == programs
+    wanted = expected(store, q, 2) if counts is None else torch.zeros(4, 6, 64)
+    assert_close(found, wanted if heads is None else wanted[:, heads])
 
 
 def test_splits_of_a_context() -> None:

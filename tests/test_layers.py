@@ -148,7 +148,7 @@ def test_dependencies_are_what_is_imported() -> None:
     imported.add("jinja2")  # Transformers renders chat templates with it and does not require it.
     modules = {"nvidia-ml-py": "pynvml", "pyzmq": "zmq"}
     names = {modules.get(name, name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?>=', listed)}
-    extras = "".join(re.findall(r"^(?:plot|serve) = \[(.*?)\]", project, flags=re.MULTILINE))
+    extras = "".join(re.findall(r"^(?:plot|serve|train) = \[(.*?)\]", project, flags=re.MULTILINE))
     optional = set(re.findall(r'"([\w-]+)>=', extras))
     assert names == imported - sys.stdlib_module_names - {"rowcast"} - optional
 

@@ -24,7 +24,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
 from rowcast.runtime.ladder.feasible import offered
-from rowcast.runtime.ladder.presets import Circumstances, resolve
+from rowcast.runtime.ladder.presets import DENSITY, Circumstances, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.sparse.artefact import Calibration
@@ -162,7 +162,10 @@ def with_prices(report: dict[str, Any], rungs: Mapping[str, Rung]) -> dict[str, 
 
 def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> Iterator[Rung]:
     calibrated = None if calibration is None else offered(calibration)
-    here = Circumstances(max_context=spec.max_context, kv_bytes_per_token=0, pass_bytes=lambda _: 0, calibrated=calibrated)
+    adapted = None if spec.adapted is None else spec.adapted.density
+    here = Circumstances(
+        max_context=spec.max_context, kv_bytes_per_token=0, pass_bytes=lambda _: 0, calibrated=calibrated, adapted=adapted
+    )
     if wanted.ladder is not None:
         if wanted.selectors or wanted.densities or wanted.heads:
             raise UserError(f"the ladder {wanted.ladder!r:.80} names its own density: leave selector, density and heads out")
@@ -174,7 +177,7 @@ def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> 
     else:
         if wanted.over != 1 and wanted.selectors and set(wanted.selectors) == {"oracle"}:
             raise UserError(f"--over {wanted.over:g} ranks candidates again, which the oracle has no need of: leave it out")
-        densities = wanted.densities or ((None,) if wanted.heads else (0.5,))
+        densities = wanted.densities or ((None,) if wanted.heads else (adapted or DENSITY,))
         grid = product(densities, wanted.selectors or (None,), wanted.heads or (None,))
         ladders = [Ladder((_rung(mlp, by, wanted.over, heads),)) for mlp, by, heads in grid]
     for ladder in ladders:

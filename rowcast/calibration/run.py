@@ -257,7 +257,9 @@ class _Job:
 
 
 def _default_density(spec: ModelSpec, lost: list[list[float]]) -> float:
-    """Half; for ReLU models the first of the grid at which the MLPs lose little on average."""
+    """What the model was adapted to; else half, or for ReLU models the first of the grid at which the MLPs lose little on average."""
+    if spec.adapted is not None:
+        return spec.adapted.density
     if spec.gated or spec.activation != "relu":
         return 0.5
     means = [sum(values) / len(lost) for values in zip(*lost, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -11,9 +12,28 @@ from typing import Annotated
 import typer
 
 from rowcast import __version__
-from rowcast.cli import bench, calibrate, chat, env, eval, generate, options, plan, probe, serve, submit
+from rowcast.cli import (
+    adapt,
+    bench,
+    calibrate,
+    chat,
+    distill,
+    env,
+    eval,
+    generate,
+    options,
+    plan,
+    probe,
+    prune,
+    quantize,
+    serve,
+    submit,
+)
 from rowcast.errors import GangError, UserError
 from rowcast.settings import configure_logging
+
+BROKEN_PIPE = 141
+"""128 and SIGPIPE's number."""
 
 app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
 app.command()(generate.generate)
@@ -22,6 +42,10 @@ app.command()(serve.serve)
 app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)
+app.command()(distill.distill)
+app.command()(adapt.adapt)
+app.command()(prune.prune)
+app.command()(quantize.quantize)
 app.command("eval")(eval.evaluate)
 app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
 app.command()(probe.probe)
@@ -47,8 +71,8 @@ def rowcast(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (`sys.argv` if None) and return its exit code.
 
-    0 for success, 2 and one sentence on standard error for bad input, 130 after Ctrl-C, 1 when nobody reads standard output, and, with
-    a sentence, when a model's ranks are gone.
+    0 for success, 2 and one sentence on standard error for bad input, 130 after Ctrl-C, 141 when nobody reads standard output any more,
+    as a shell tells of a program that SIGPIPE ended, and 1 with a sentence when that cannot be written or a model's ranks are gone.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _accept_any_text()
@@ -65,10 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # What is still buffered has nowhere to go; without this the interpreter complains about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        return BROKEN_PIPE
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich's consoles end the process themselves
+            return BROKEN_PIPE
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        _drop_output()
+        print(f"rowcast: standard output cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """What is still buffered has nowhere to go; without this the interpreter complains about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _accept_any_text() -> None:

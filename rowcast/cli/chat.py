@@ -17,6 +17,7 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="Instructions that stand before the conversation.")] = None,
     model: options.Model = options.DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    weights: options.Weights = "auto",
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     draft: options.Draft = None,
@@ -45,7 +46,7 @@ def chat(
 
     llm = LLM(
         model, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, density=density,
-        calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
+        calibration=calibration, dtype=dtype, weights=weights, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
         max_model_len=max_model_len, eager=eager,
     )  # fmt: skip
     opening = [] if system is None else [{"role": "system", "content": system}]

@@ -20,6 +20,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a request on standard output.")] = False,
     model: options.Model = options.DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    weights: options.Weights = "auto",
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     draft: options.Draft = None,
@@ -67,8 +68,8 @@ def generate(
 
     llm = LLM(
         model, tensor_parallel_size=tp, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode,
-        density=density, calibration=calibration, dtype=dtype, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
-        max_model_len=max_model_len, eager=eager, plan=None if plan is None else Plan.load(plan),
+        density=density, calibration=calibration, dtype=dtype, weights=weights, device=device, gpu_memory=gpu_memory,
+        host_memory=host_memory, max_model_len=max_model_len, eager=eager, plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     prompts: list[str] | list[list[int]] = texts
     if chat:

@@ -19,6 +19,14 @@ DType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Number format of weights and KV.", rich_help_panel=_MODEL),
 ]
+Weights = Annotated[
+    Literal["auto", "packed", "unpacked"],
+    typer.Option(
+        "--weights",
+        help="How those of a quantised checkpoint are held: in its few bits, or in the number format of passes.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to run.", rich_help_panel=_MODEL)]
 Ladder = Annotated[
     str,
@@ -91,7 +99,7 @@ Stop = Annotated[
 _ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "device", "gpu_memory",
+        "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "weights", "device", "gpu_memory",
         "host_memory", "max_model_len", "plan", "gpus", "link", "inter_node", "context", "prompt", "batch", "acceptance", "hit_rate",
         "groups", "picture", "host", "port", "max_waiting", "deadline", "drain_timeout", "max_num_seqs",
     )

@@ -55,6 +55,7 @@ def plan(
     mode: options.Mode = "exact",
     calibration: options.Calibration = None,
     dtype: options.DType = "auto",
+    weights: options.Weights = "auto",
     groups: Annotated[int, typer.Option("--groups", help="Of weights and KV that are placed, for each rank.")] = 10_000,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the plan to this file.")] = None,
     picture: Annotated[
@@ -72,7 +73,8 @@ def plan(
     made = plan_for(
         model, MachineWish(gpus=gpus, link=link, inter_node=inter_node, gpu_memory=gpu_memory, host_memory=host_memory),
         ladder=ladder, draft=draft, kv_budget=kv_budget, density=density, mode=mode, calibration=calibration, dtype=dtype,
-        context=context, prompt=prompt, batch=batch, acceptance=acceptance, hit_rate=hit_rate, tensor_parallel=tp, groups=groups,
+        weights=weights, context=context, prompt=prompt, batch=batch, acceptance=acceptance, hit_rate=hit_rate, tensor_parallel=tp,
+        groups=groups,
     )  # fmt: skip
     assert made.forecast is not None
     if out is not None:

@@ -59,6 +59,7 @@ def serve(
         typer.Option("--log-requests/--no-log-requests", help="A JSON line for each on standard error.", rich_help_panel=_SERVER),
     ] = True,
     dtype: options.DType = "auto",
+    weights: options.Weights = "auto",
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     draft: options.Draft = None,
@@ -107,7 +108,7 @@ def serve(
     service = engine_service(
         model, ServiceSettings(name=name, max_waiting=max_waiting, deadline_s=deadline), tensor_parallel_size=tp, ladder=ladder,
         draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, density=density, calibration=calibration, dtype=dtype,
-        device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-        prefill_stall_s=prefill_stall, eager=eager, plan=None if plan is None else Plan.load(plan),
+        weights=weights, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, prefill_stall_s=prefill_stall, eager=eager, plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     return server.run(service, lambda: make_app(service, app_settings, service.server_metrics.http), bound, drain_s=drain_timeout)

@@ -1,0 +1,103 @@
+"""What adapting brought: the engine's own sparse passes of both models, before the original's dense ones, by density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rowcast.calibration.evaluate import laws_of
+from rowcast.calibration.metrics import Laws
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.checkpoint import Checkpoint
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.ladder.spec import Rung, ScorerName
+from rowcast.runtime.lowbit_weights import LowBitWeights
+from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.sparse.build import build_view
+
+BY: tuple[ScorerName, ...] = ("oracle", "q4")
+"""Exact choice, and what a rung uses where no calibration says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way to run one of the models."""
+
+    model: str
+    """original or adapted."""
+    rung: str
+    density: float
+    by: str
+    """What chooses; "": nothing does."""
+    perplexity: float
+    acceptance: float
+    """sum(min(p, q)) with the original's dense law."""
+    own: float
+    """The same with the model's own dense law: what its rung is worth as a draft of it."""
+
+
+def measure(
+    original: Checkpoint,
+    adapted: Checkpoint,
+    densities: Sequence[float],
+    windows: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Both models with all neurons and with each of the densities below 1, by `BY`; with `bits` also in these.
+
+    `windows`: token ids, at least 3 each, every token behind the second is predicted. `advance` is called after each pass.
+    """
+    banks = {
+        name: BankWeights(spec_from_config(one.config), one.source, SoloComm(), dtype=dtype, device=device)
+        for name, one in (("original", original), ("adapted", adapted))
+    }
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "advance": advance}
+    rungs = [Rung(kind="self", mlp=density, by=by) for by in BY for density in densities if density < 1]
+    rows = []
+    for name, bank in banks.items():
+        views: dict[str, WeightView] = {"plain": bank}
+        for rung in rungs:
+            views[str(rung)] = build_view(bank, rung, None)
+        if bits is not None:
+            source = (original if name == "original" else adapted).source
+            rounded = LowBitWeights.beside(bank, source, SoloComm(), bits, dtype=dtype, device=device)
+            views[str(Rung(kind="self", bits=bits))] = rounded  # type: ignore[arg-type]
+        _, before = laws_of(banks["original"], views, windows, **settings)
+        own = before if name == "original" else laws_of(bank, views, windows, **settings)[1]
+        rows += [_row(name, text, before[text], own[text]) for text in views]
+    return rows
+
+
+def passes(densities: Sequence[float], windows: int, bits: int | None) -> int:
+    """Of `measure`."""
+    views = 1 + len(BY) * sum(density < 1 for density in densities) + (bits is not None)
+    return 3 * (views + 1) * windows
+
+
+def _row(model: str, text: str, laws: Laws, own: Laws) -> Row:
+    rung = Rung.parse(text)
+    return Row(model, text, rung.mlp or 1.0, rung.by or "", laws.perplexity, laws.acceptance, own.acceptance)
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """A table by density."""
+    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'of its own':>10}"]
+    told += [f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.own:10.3f}" for row in rows]
+    return told
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
+
+
+def from_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
+    """What `to_json` made."""
+    return [Row(**row) for row in rows]

@@ -1,0 +1,147 @@
+"""The folder that a training command works in, `OUTPUT.state`, until its result stands whole at `OUTPUT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rowcast.errors import UserError
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+from rowcast.runtime.checkpoint.safetensors_header import read_header, read_metadata
+
+SETTINGS, RESULT = "settings.json", "result"
+CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json"}
+"""Files of a state that took seconds: where there is nothing else, other settings just begin anew."""
+DESCRIPTION = "rowcast.json"
+"""In a finished output: how it was made, and its figures."""
+
+
+class WorkFolder:
+    """Settings, text, training state and unfinished result of one command, at `path`."""
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool, leads: bool = True) -> None:
+        """Go on where the same settings (plain JSON values) were left, or begin. Only the process that `leads` writes.
+
+        Raises UserError where `output` or the folder beside it holds other things, cannot be written, or was left or finished with
+        other settings without `restart`, which removes what this class wrote.
+        """
+        self.output = output = output if output.name not in ("", "..") else output.resolve()
+        if not output.name:
+            raise UserError(f"{output} is no folder to write: give one of its own with -o")
+        self.path = output.with_name(f"{output.name}.state")
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.finished = False
+        """Whether `output` is the result of these settings."""
+        try:
+            if output.exists() and not output.is_dir():
+                raise UserError(f"{output} is a file: give a folder of its own with -o")
+            holds = output.is_dir() and any(output.iterdir())
+            if holds and not (output / DESCRIPTION).is_file():
+                raise UserError(f"{output} is there already and not empty: give a folder of its own with -o")
+            left = {path.name for path in self.path.iterdir()} if leads and self.path.is_dir() else set[str]()
+            if left - {f"{SETTINGS}.part"} and SETTINGS not in left and (restart or not holds):
+                raise UserError(
+                    f"{self.path} is what is worked in and holds other things: move it away or give another folder with -o"
+                )
+            if restart and leads:
+                shutil.rmtree(self.path, ignore_errors=True)
+                if holds:
+                    shutil.rmtree(output)
+                    holds = False
+            if holds and not restart:
+                self._check(output / DESCRIPTION, "settings")
+                self.finished = True
+                if SETTINGS in left:  # killed before it was removed
+                    shutil.rmtree(self.path, ignore_errors=True)
+            if leads and not self.finished:
+                if left <= CHEAP:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(parents=True, exist_ok=True)
+                if (self.path / SETTINGS).exists():
+                    self._check(self.path / SETTINGS, None)
+                else:
+                    write_whole(self.path / SETTINGS, json.dumps(self.settings, indent=2).encode())
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror}): give another folder with -o") from None
+
+    def description(self) -> dict[str, Any]:
+        """Of the finished output."""
+        found: dict[str, Any] = json.loads((self.output / DESCRIPTION).read_bytes())
+        return found
+
+    def publish(self, write: Callable[[Path], None], description: Mapping[str, Any]) -> None:
+        """`write` the result's files into an empty folder, which then takes its place, with `description` and the settings beside them.
+        Removes the state."""
+        part = self.path / RESULT
+        shutil.rmtree(part, ignore_errors=True)
+        whole = {**description, "settings": self.settings}
+        try:
+            part.mkdir(parents=True)
+            with _room(part):
+                write(part)
+                (part / DESCRIPTION).write_text(json.dumps(whole, indent=2) + "\n")
+            if self.output.exists():
+                self.output.rmdir()  # an empty one
+            os.replace(part, self.output)
+        except OSError as error:
+            raise UserError(f"{self.output} cannot be written ({error.strerror}): give another folder with -o") from None
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check(self, path: Path, field: str | None) -> None:
+        """Raise UserError where the settings in the JSON file `path`, or in a field of it, are others."""
+        try:
+            found = json.loads(path.read_bytes())
+            left = found if field is None else found[field]
+            changed = sorted(name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changed = [f"{path.name} is damaged"]
+        if changed:
+            raise UserError(
+                f"{self.output} was begun with other settings ({', '.join(changed)}): add --restart to begin anew, or give the same "
+                "settings to go on"
+            )
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all. Raises UserError where it cannot be written."""
+    part = path.with_name(f"{path.name}.part")
+    with _room(part):
+        part.write_bytes(data)
+        os.replace(part, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """As safetensors, whole or not at all. Raises UserError where it cannot be written: what was there stays."""
+    part = path.with_name(f"{path.name}.part")
+    with _room(part):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, dict(metadata))
+        os.replace(part, path)
+
+
+@contextmanager
+def _room(part: Path) -> Iterator[None]:
+    """Errors of a full or broken disk as UserError, what was half written removed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"{part.parent} cannot be written ({why}): once it can be, the same command goes on") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """What `save_tensors` wrote. Raises UserError for a damaged file."""
+    source = SafetensorsSource(read_header(path))
+    return {name: source.read(name) for name in source.names()}, read_metadata(path)

@@ -1,0 +1,249 @@
+"""Gradient descent that can be killed: AdamW with warm-up and linear decay in steps; weights, moments and step on disk.
+
+What a step does is a function of its number, the settings and the weights: killed and started again, training gives the same bits on
+a CPU. Several processes (`part.World`) share each batch and average gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rowcast.calibration.learning.part import Part, World
+from rowcast.calibration.learning.progress import LearningProgress
+from rowcast.calibration.learning.state import load_tensors, save_tensors
+from rowcast.errors import UserError
+
+STATE = "training.safetensors"
+READ_EVERY = 20
+"""Steps between looks at the loss: a GPU is asked no more often."""
+
+LossOf = Callable[[int, int, int], Tensor]
+"""(step, part, parts) -> the mean loss of the windows `part`, `part + parts`, ... of the step's batch, a scalar with a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How weights are moved."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_share: float = 0.0
+    """Of the learning rate, at the last step."""
+    weight_decay: float = 0.01
+    """Of matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """Most length of the gradient."""
+    accumulate: int = 1
+    """Parts that a batch is cut into on each process, where memory is short."""
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be."""
+        for name, count, least in (
+            ("steps", self.steps, 0),
+            ("accumulate", self.accumulate, 1),
+            ("warmup", self.warmup_steps, 0),
+        ):
+            if count < least:
+                raise UserError(f"--{name} {count} is too low: give {least} or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning-rate {self.learning_rate:g} moves nothing: give a number above 0")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: up to the whole one, then down in a straight line."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training came to."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    """All parts together, without loading and saving."""
+    loss: float
+    """Mean of the last READ_EVERY steps, or of all where there are fewer; nan for no steps."""
+    recent_tokens_per_s: float
+    """Between the last two looks at the loss: without what the first steps take for compiling and tuning. 0 where there were none."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None, "tokens_per_s": self.tokens_per_s}
+
+
+class Trainer:
+    """Trains those parameters of a module that want gradients, which have to be float32."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_of: LossOf,
+        settings: TrainSettings,
+        folder: Path,
+        *,
+        device: torch.device,
+        batch_tokens: int,
+        world: World | None = None,
+        part: Part | None = None,
+        save_seconds: float = 60.0,
+        name: str = "training",
+        show: bool | None = None,
+    ) -> None:
+        """Goes on from the state in `folder`, if there is one: the module then has its weights.
+
+        `batch_tokens`: of a step, over all processes, for speed only. `show`: progress on standard error; None: if that is a terminal,
+        otherwise a line now and then. Raises UserError for a state of another module.
+        """
+        settings.check()
+        self.module, self.loss_of, self.settings, self.device = module, loss_of, settings, device
+        self.world, self.part = world or World(), part or Part()
+        self._path, self._save_seconds, self._batch_tokens = folder / STATE, save_seconds, batch_tokens
+        self._name, self._show = name, show
+        self._named = {key: value for key, value in module.named_parameters() if value.requires_grad}
+        assert all(value.dtype == torch.float32 for value in self._named.values()), "weights that are trained have to be float32"
+        matrices = [value for value in self._named.values() if value.dim() > 1]
+        others = [value for value in self._named.values() if value.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=1e-8,
+            fused=device.type == "cuda",
+        )
+        self.step = 0
+        """Steps that are done."""
+        self._seconds, self._losses, self._recent = 0.0, list[float](), 0.0
+        self._look = (0, 0.0)
+        if self._path.exists():
+            self._load()
+
+    def run(self) -> Trained:
+        """All steps that are left. Raises Unfinished where the part is over, with everything saved; UserError where the loss is no
+        number any more."""
+        pending: list[Tensor] = []
+        saved = begun = time.monotonic()
+        before = self._seconds
+        self.module.eval()  # no dropout: it would draw, and a law is to be learnt as it is
+        with LearningProgress(self._name, self.settings.steps * self._batch_tokens, self._shown()) as bar:
+            bar.advance(self.step * self._batch_tokens, new=False)
+            while self.step < self.settings.steps:
+                pending.append(self._move())
+                self.step += 1
+                last = self.step == self.settings.steps
+                if len(pending) == READ_EVERY or last or self.device.type == "cpu":
+                    self._read(pending)
+                    bar.say(f"loss {self._losses[-1]:.3f}")
+                bar.advance(self._batch_tokens)
+                now = time.monotonic()
+                self._seconds = before + now - begun
+                over = self.world.agree(int(self.part.over and not last) + 2 * int(now - saved > self._save_seconds), self.device)
+                if over or last:
+                    self._read(pending)
+                    self._save()
+                    saved = time.monotonic()
+                    begun += saved - now
+                if over & 1:
+                    raise self.part.stop()
+        return self.trained
+
+    @property
+    def trained(self) -> Trained:
+        """So far."""
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        return Trained(self.step, self.step * self._batch_tokens, self._seconds, loss, self._recent)
+
+    def _shown(self) -> bool | None:
+        return self._show if self.world.leads else False
+
+    def _move(self) -> Tensor:
+        """One step; its loss, still on the device."""
+        settings, world = self.settings, self.world
+        for group in self._optimiser.param_groups:
+            group["lr"] = settings.rate(self.step)
+        parts = settings.accumulate * world.size
+        total = torch.zeros((), device=self.device)
+        mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        for number in range(settings.accumulate):
+            with mixed:
+                loss = self.loss_of(self.step, number * world.size + world.rank, parts)
+            (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() / settings.accumulate
+        for value in self._named.values():
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        world.average([value.grad for value in self._named.values() if value.grad is not None])
+        world.average([total])
+        nn.utils.clip_grad_norm_(self._named.values(), settings.clip)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return total
+
+    def _read(self, pending: list[Tensor]) -> None:
+        if not pending:
+            return
+        found = torch.stack(pending).tolist()
+        pending.clear()
+        step, then = self._look
+        self._look = (self.step, time.monotonic())
+        if then and self.step > step:
+            self._recent = (self.step - step) * self._batch_tokens / max(1e-9, self._look[1] - then)
+        if not all(math.isfinite(loss) for loss in found):
+            raise UserError(
+                f"the loss is not a number any more at step {self.step}: lower --learning-rate and begin anew with --restart"
+            )
+        self._losses = (self._losses + found)[-READ_EVERY:]
+
+    def _save(self) -> None:
+        if self.world.leads:
+            tensors: dict[str, Tensor] = {}
+            for key, value in self._named.items():
+                moments = self._optimiser.state[value]
+                tensors |= {f"weight.{key}": value, f"first.{key}": moments["exp_avg"], f"second.{key}": moments["exp_avg_sq"]}
+            told = {"step": self.step, "seconds": self._seconds, "losses": self._losses}
+            save_tensors(self._path, tensors, {"training": json.dumps(told)})
+        self.world.wait()
+
+    def _load(self) -> None:
+        tensors, metadata = load_tensors(self._path)
+        wanted = {f"{kind}.{key}": value.shape for key, value in self._named.items() for kind in ("weight", "first", "second")}
+        if {key: tensor.shape for key, tensor in tensors.items()} != wanted:
+            raise UserError(f"{self._path} is the state of another training: add --restart to begin anew")
+        told = json.loads(metadata["training"])
+        self.step, self._seconds, self._losses = told["step"], told["seconds"], told["losses"]
+        numbers = {id(value): key for key, value in self._named.items()}
+        with torch.no_grad():
+            for key, value in self._named.items():
+                value.copy_(tensors[f"weight.{key}"])
+        ordered = [numbers[id(value)] for group in self._optimiser.param_groups for value in group["params"]]
+        self._optimiser.load_state_dict(
+            {
+                "state": {
+                    place: {
+                        "step": torch.tensor(float(self.step)),
+                        "exp_avg": tensors[f"first.{key}"],
+                        "exp_avg_sq": tensors[f"second.{key}"],
+                    }
+                    for place, key in enumerate(ordered)
+                },
+                "param_groups": self._optimiser.state_dict()["param_groups"],
+            }
+        )

@@ -1,0 +1,345 @@
+"""Adapting: masks that are the engine's choice, a mix with both ends, rounding as the engine's, a run that can be cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_calibrate import model_with_tokenizer
+from tiny import VOCAB, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rowcast import LLM, SamplingParams
+from rowcast.calibration import Settings as CalibrationSettings
+from rowcast.calibration import calibrate
+from rowcast.calibration.adapting.adapt import adapt, balanced
+from rowcast.calibration.adapting.divergence import divergence
+from rowcast.calibration.adapting.mix import Mix
+from rowcast.calibration.adapting.neurons import Neurons, above, top
+from rowcast.calibration.adapting.rounding import Rounding
+from rowcast.calibration.adapting.settings import Settings
+from rowcast.calibration.learning.module import load_module
+from rowcast.calibration.learning.part import Part, Unfinished
+from rowcast.calibration.recording import OneLayerKV, window_steps
+from rowcast.cli import main
+from rowcast.errors import UserError
+from rowcast.kernels import select
+from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
+from rowcast.runtime.checkpoint.safetensors_header import read_metadata
+from rowcast.runtime.comm import SoloComm
+from rowcast.runtime.config import ADAPTED, spec_from_config
+from rowcast.runtime.decoder import Decoder
+from rowcast.runtime.forecast import LadderWish, candidates, spec_digest, workload
+from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.lowbit_weights import LowBitWeights
+from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.sparse.scorers import Oracle
+from rowcast.runtime.sparse.selection import Selector, shards_for
+
+CPU = torch.device("cpu")
+FAMILIES = ("opt", "llama-gqa", "llama-bias", "qwen3", "bloom", "mpt", "falcon-40b")
+SMALL = Settings(
+    density=0.2, window=16, batch=16, steps=60, learning_rate=2e-3, warmup=5, written_tokens=1024, prompt_tokens=4, judged_tokens=256,
+    looks=2, dense_weight=2.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_with_tokenizer(tmp_path_factory.mktemp("opt"), "opt")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    ids = torch.randint(VOCAB, (1200,), generator=torch.Generator().manual_seed(1))
+    path.write_text(" ".join(f"w{i}" for i in ids.tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("adapted") / "model"
+    return output, adapt(str(model), [text], output, SMALL, device="cpu", show=False)
+
+
+def banks_of(checkpoint: Checkpoint) -> BankWeights:
+    return BankWeights(spec_from_config(checkpoint.config), checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+
+
+def logits_of(view: WeightView, ids: Tensor) -> Tensor:
+    decoder = Decoder(view, SoloComm(), CPU)
+    return decoder.logits(decoder.run(window_steps(ids, 1), OneLayerKV(view.spec, *ids.shape, dtype=torch.float32, device=CPU)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_masked_module_uses_the_neurons_that_the_engine_chooses(name: str, tmp_path: Path) -> None:
+    tiny_model(name, tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    banks, spec = banks_of(checkpoint), spec_from_config(checkpoint.config)
+    module = load_module(checkpoint, torch.float32, CPU)
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    before = module(input_ids=ids).logits
+    found = Neurons(module, spec)
+    found.permute()
+    torch.testing.assert_close(module(input_ids=ids).logits, before)
+    found.hook()
+    torch.testing.assert_close(module(input_ids=ids).logits, before)
+    found.densities = [1.0, 0.3]
+    seen: list[tuple[Tensor, Tensor]] = []
+    for mlp in found.mlps:
+        inputs: list[Tensor] = []
+        mlp.inner[0].register_forward_hook(lambda _, x, y, inputs=inputs: inputs.append(x[0].view(2, 12, -1)))
+        mlp.down.register_forward_hook(lambda _, x, y, inputs=inputs: seen.append((inputs[-1], y.view(2, 12, -1).clone())))
+    module(input_ids=ids)
+    assert len(seen) == spec.num_layers
+    for bank, (x, y) in zip(banks.ffn, seen, strict=True):
+        hidden = bank.hidden(x[1])
+        own = Selector(Oracle(bank), spec.intermediate_size, keep=round(0.3 * spec.intermediate_size))(x[1], few=False).own
+        assert own is not None and own.float().mean() == pytest.approx(0.3, abs=0.01)
+        torch.testing.assert_close(y[1], bank.out(hidden * own), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y[0], bank.out(bank.hidden(x[0])), rtol=1e-4, atol=1e-4)
+    found.unhook()
+    found.permute(back=True)
+    assert torch.equal(module(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("neurons", [90, 96])
+def test_the_best_of_each_shard_are_kept_compiled_or_not(neurons: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(1000, (40, neurons), generator=torch.Generator().manual_seed(0)) / 1e3
+    scores[:, ::7] = 0
+    plain = [top(scores, density) for density in (0.01, 0.1, 0.3, 0.75, 0.99)]
+    for low, high in pairwise(plain):
+        assert (low <= high).all() and low.sum() < high.sum()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for density, mask in zip((0.01, 0.1, 0.3, 0.75, 0.99), plain, strict=True):
+        assert torch.equal(top(scores, density), mask)
+
+
+@pytest.mark.parametrize("neurons", [96, 18_432])
+def test_shards_are_those_of_the_engine(neurons: int) -> None:
+    """Wide layers have more of them."""
+    scores = torch.rand(3, neurons, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    wanted = select.top_mask(scores, round(0.2 * neurons), shards_for(neurons))
+    assert (top(scores, 0.2) == wanted).float().mean() > 0.9999  # but for equal scores
+
+
+def test_a_statistical_threshold_keeps_its_share_on_average() -> None:
+    scores = torch.randn(200, 128, generator=torch.Generator().manual_seed(0)).abs() * torch.rand(200, 1).add(0.1)
+    for density in (0.05, 0.2, 0.5):
+        mask = above(scores, density)
+        assert mask.float().mean() == pytest.approx(density, abs=1e-3)
+        assert mask.sum(1).float().std() > 0
+        kept = scores.masked_fill(~mask, torch.inf).amin(1)
+        assert (kept >= scores.masked_fill(mask, -1).amax(1)).all()
+
+
+def test_a_mix_has_both_ends_in_every_sixteen_windows() -> None:
+    mix = Mix.around(0.15)
+    assert mix.densities == (1.0, 0.5, 0.2, 0.15, 0.25, 0.1)
+    for first in (0, 5, 48):
+        batch = mix.of(first, 16)
+        assert batch == sorted(batch, reverse=True) and batch.count(1.0) == 4 and set(batch) == set(mix.densities)
+    assert mix.of(0, 3) + mix.of(3, 13) != mix.of(0, 16) and sorted(mix.of(0, 3) + mix.of(3, 13)) == sorted(mix.of(0, 16))
+    assert all(0 < one <= 1 for one in Mix.around(0.9).densities) and Mix.around(0.9).densities[1] > 0.9
+
+
+def test_divergences_and_their_gradients_are_those_of_whole_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = torch.Generator().manual_seed(0)
+    student, head = torch.randn(7, 4, generator=draws, requires_grad=True), torch.randn(11, 4, generator=draws)
+    teacher, theirs = torch.randn(7, 6, generator=draws), torch.randn(11, 6, generator=draws)
+    log_q, log_p = (student @ head.T).log_softmax(-1), (teacher @ theirs.T).log_softmax(-1)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    weights = torch.rand(7, generator=draws)
+    (slope,) = torch.autograd.grad((wanted * weights).sum(), student)
+    monkeypatch.setitem(masks_of_divergence(), "cpu", 4 * 11 * 3)  # three rows at a time
+    found, overlap = divergence(student, head, teacher, theirs)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(overlap, torch.minimum(log_p.exp(), log_q.exp()).sum(-1))
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), student)[0], slope)
+
+
+def masks_of_divergence() -> dict[str, int]:
+    from rowcast.calibration.adapting import divergence as module
+
+    return module.ROW_BYTES
+
+
+def test_the_loss_weighs_densities_by_windows() -> None:
+    found = torch.tensor([0.04, 0.0, 0.36, 0.36])
+    loss = balanced(found, [1.0, 1.0, 0.2, 0.2], 3.0)
+    ends = ((0.02 + 1e-3) ** 0.5 - 1e-3**0.5, (0.36 + 1e-3) ** 0.5 - 1e-3**0.5)
+    assert float(loss) == pytest.approx((3 * ends[0] + ends[1]) / 4)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama-bias", 4), ("opt", 8), ("falcon-40b", 4)])
+def test_rounded_passes_are_those_of_the_engines_rung(name: str, bits: int, tmp_path: Path) -> None:
+    tiny_model(name, tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    spec, module = spec_from_config(checkpoint.config), load_module(checkpoint, torch.float32, CPU)
+    ids = torch.randint(VOCAB, (1, 12), generator=torch.Generator().manual_seed(2))
+    before = module(input_ids=ids).logits
+    found = Neurons(module, spec)
+    found.permute()
+    rounding = Rounding(module, spec, bits, torch.float32)
+    with rounding.on():
+        hidden = module.base_model(input_ids=ids).last_hidden_state
+        hidden.sum().backward()
+    view = LowBitWeights.of_banks(banks_of(checkpoint), bits)
+    torch.testing.assert_close(hidden[0] @ rounding.head.T, logits_of(view, ids), rtol=2e-3, atol=2e-3)
+    assert (hidden[0] @ rounding.head.T - before[0]).abs().max() > 5e-3
+    weight = dict(module.named_parameters())[
+        next(name for name, _ in module.named_parameters() if name.endswith("weight.original"))
+    ]
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+    rounding.remove()
+    found.permute(back=True)
+    assert torch.equal(module(input_ids=ids).logits, before)
+
+
+def row(found: dict[str, Any], model: str, density: float, by: str = "oracle") -> dict[str, Any]:
+    (one,) = (one for one in found["table"] if (one["model"], one["density"], one["by"]) == (model, density, by))
+    return one  # type: ignore[no-any-return]
+
+
+def test_adapting_raises_the_low_end_and_holds_the_dense_one(adapted: tuple[Path, dict[str, Any]]) -> None:
+    _, found = adapted
+    for by in ("oracle", "q4"):
+        before, after = row(found, "original", 0.2, by), row(found, "adapted", 0.2, by)
+        assert after["acceptance"] > before["acceptance"] + 0.08
+    assert row(found, "adapted", 1.0, "")["acceptance"] > 0.85
+    assert set(found["looks"]) == {"0", "30", "60"}
+    assert found["looks"]["0"]["acceptance"]["1"] == pytest.approx(1.0)
+    assert found["looks"]["60"]["acceptance"]["0.2"] > found["looks"]["0"]["acceptance"]["0.2"] + 0.08
+
+
+def test_the_result_is_an_ordinary_checkpoint(adapted: tuple[Path, dict[str, Any]], model: Path) -> None:
+    output, found = adapted
+    ids = torch.randint(VOCAB, (1, 12), generator=torch.Generator().manual_seed(2))
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    checkpoint = open_checkpoint(str(output))
+    torch.testing.assert_close(theirs(input_ids=ids).logits[0], logits_of(banks_of(checkpoint), ids), rtol=1e-4, atol=1e-4)
+    assert {path.name for path in output.iterdir()} >= {path.name for path in model.iterdir()} | {"rowcast.json"}
+    assert not output.with_name("model.state").exists()
+    assert read_metadata(output / "model.safetensors")["adapted_to"] == "0.2"
+    spec = spec_from_config(checkpoint.config)
+    assert spec.adapted is not None and spec.adapted.density == 0.2
+    assert dict(spec.adapted.acceptance)[0.2] == pytest.approx(row(found, "adapted", 0.2, "q4")["own"], abs=1e-3)
+    assert spec_digest(spec) == spec_digest(spec_from_config(open_checkpoint(str(model)).config))
+
+
+def test_its_density_is_the_default_of_its_rungs(
+    adapted: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, _ = adapted
+    spec = spec_from_config(open_checkpoint(str(output)).config)
+    wish = LadderWish(context=64)
+    assert any(rung.mlp == 0.2 for ladder in candidates(spec, wish) for rung in ladder.rungs)
+    assert not any(rung.mlp for ladder in candidates(replace(spec, adapted=None), wish) for rung in ladder.rungs)
+    work = workload(model=str(output), context=64)
+    assert next(one for one in work.inputs if one.name == "density").value == 0.2
+    out = LLM(str(output), ladder="hire", mode="approximate", device="cpu").generate(
+        ["w1 w2 w3"], SamplingParams(temperature=0, max_tokens=4)
+    )[0]
+    assert out.metrics.ladder.rungs[0].mlp == 0.2
+    assert main(["eval", str(output), "--text", str(text), "--tokens", "64", "--device", "cpu", "--json"]) == 0
+    assert "mlp=0.2,by=q4" in next(iter(json.loads(capsys.readouterr().out)["texts"].values()))["views"]
+    settings = CalibrationSettings(tokens=320, window=16, train_steps=0, measured_tokens=32)
+    assert calibrate(output, [text], tmp_path / "calibration", settings).description["density"] == 0.2
+
+
+def test_a_config_that_says_nonsense_of_it_is_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_bytes())
+    for value in (3, {}, {"density": 0}, {"density": 0.2, "acceptance": {"0.1": 2}}, {"density": 0.2, "acceptance": [1]}):
+        with pytest.raises(UserError, match=ADAPTED):
+            spec_from_config({**config, ADAPTED: value})
+
+
+class Ends(Part):
+    """A part that is over when it has been asked so many times."""
+
+    left = 0
+
+    @property
+    def over(self) -> bool:
+        Ends.left -= 1
+        return Ends.left < 0
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_run_that_was_cut_off_gives_the_same_bits(
+    bits: int | None, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SMALL, steps=7, written_tokens=256, judged_tokens=16, looks=1, bits=bits)
+    monkeypatch.setattr("rowcast.calibration.adapting.adapt.Part", Ends)
+    parts = {}
+    for name, most in (("whole", 10**6), ("cut", 5)):
+        for attempt in range(20):
+            Ends.left = most
+            try:
+                found = adapt(str(model), [text], tmp_path / name, settings, device="cpu", show=False)
+                break
+            except Unfinished:
+                assert not (tmp_path / name).exists() and attempt < 19
+        parts[name] = attempt
+    assert parts["whole"] == 0 < parts["cut"]
+    whole, cut = (open_checkpoint(str(tmp_path / name)).source for name in parts)
+    assert all(torch.equal(whole.read(name), cut.read(name)) for name in whole.names())
+    assert adapt(str(model), [text], tmp_path / "cut", settings, device="cpu", show=False)["table"] == found["table"]
+    with pytest.raises(UserError, match=r"other settings \(density\): add --restart"):
+        adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), device="cpu", show=False)
+
+
+def test_relu_is_what_the_result_says_and_runs(text: Path, tmp_path: Path) -> None:
+    model = model_with_tokenizer(tmp_path / "llama", "llama-gqa")
+    settings = replace(SMALL, choice="relu", steps=10, written_tokens=0, judged_tokens=16, looks=1)
+    found = adapt(str(model), [text], tmp_path / "out", settings, device="cpu", show=False)
+    assert open_checkpoint(str(tmp_path / "out")).config["hidden_act"] == "relu"
+    assert found["looks"]["10"]["used"]["1"] < 0.7 < found["looks"]["10"]["acceptance"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--density", "1"], "--density 1 is no part of the neurons: give a number above 0 and below 1"),
+        (["--window", "16", "--bits", "3"], "--bits 3 is no rung's: use 4 or 8"),
+        (["--window", "4096"], "--window 4096 is longer than the model's context of 64: lower it"),
+        (["--window", "16", "--batch", "9", "--accumulate", "2"], "--accumulate 2 does not divide --batch 9: give a divisor"),
+        (["--window", "16", "--steps", "-1"], "--steps -1 is too low: give 0 or more"),
+        (["--window", "16", "--dense-weight", "0"], "--dense-weight 0 weighs nothing: give a number above 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    options: list[str], said: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapt", str(model), "--text", str(text), "-o", str(tmp_path / "out"), "--written", "0", "--device", "cpu"]
+    assert main([*command, *options]) == 2
+    assert capsys.readouterr().err == f"rowcast: {said}.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_relu_needs_a_config_that_names_its_activation(text: Path, tmp_path: Path) -> None:
+    model = model_with_tokenizer(tmp_path / "bloom", "bloom")
+    with pytest.raises(UserError, match="--choice relu cannot be had of a bloom"):
+        adapt(str(model), [text], tmp_path / "out", replace(SMALL, choice="relu"), device="cpu")
+    shutil.rmtree(model)
+
+
+def test_rungs_are_weighed_by_what_the_config_measured(adapted: tuple[Path, dict[str, Any]]) -> None:
+    from rowcast.runtime.acceptances import Acceptances
+
+    output, found = adapted
+    spec = spec_from_config(open_checkpoint(str(output)).config)
+    chance = Acceptances.of(None, spec, None).find(Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True)
+    assert chance.origin == "measured" and chance.value == pytest.approx(row(found, "adapted", 0.2, "q4")["own"], abs=1e-3)
+    assert Acceptances.of(None, replace(spec, adapted=None), None).find(
+        Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True
+    ).origin == "assumed"  # fmt: skip

@@ -1,0 +1,88 @@
+"""The folder that training works in: settings, what a full disk leaves, how the result takes its place."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+from test_learning import Ends, make_trainer
+
+from rowcast.calibration.learning import state, trainer
+from rowcast.calibration.learning.part import Unfinished
+from rowcast.calibration.learning.state import DESCRIPTION, WorkFolder
+from rowcast.errors import UserError
+
+
+def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a file")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(Unfinished):
+        make_trainer(tmp_path, stopping=Ends(3)).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_file", full)
+        with pytest.raises(UserError, match=r"cannot be written \(.*No space left.*the same command goes on"):
+            make_trainer(tmp_path).run()
+    assert [path.name for path in tmp_path.iterdir()] == [trainer.STATE] and make_trainer(tmp_path).step == 4
+
+    def writes(path: Path) -> None:
+        (path / "model.gguf").write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = WorkFolder(tmp_path / "out", {}, restart=False)
+    with pytest.raises(UserError, match="No space left"):
+        folder.publish(writes, {})
+    assert not (tmp_path / "out").exists() and not (folder.path / state.RESULT).exists()
+
+
+def test_a_work_folder_is_for_one_set_of_settings(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    folder = WorkFolder(output, {"steps": 3, "texts": ("a",)}, restart=False)
+    assert WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False).path == folder.path
+    assert WorkFolder(output, {"steps": 5}, restart=False).settings == {"steps": 5}, "nothing is lost"
+    folder = WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False)
+    (folder.path / "training.safetensors").write_text("")
+    with pytest.raises(UserError, match=r"other settings \(steps\): add --restart"):
+        WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=False)
+
+    def fails(path: Path) -> None:
+        (path / "half").write_text("")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        folder.publish(fails, {})
+    assert not output.exists()
+
+    def writes(path: Path) -> None:
+        (path / "x").write_text("y")
+
+    folder.publish(writes, {"figure": 1})
+    assert (output / "x").read_text() == "y" and not folder.path.exists()
+    assert json.loads((output / DESCRIPTION).read_bytes()) == {"figure": 1, "settings": {"steps": 3, "texts": ["a"]}}
+    again = WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False)
+    assert again.finished and again.description()["figure"] == 1 and not again.path.exists()
+    with pytest.raises(UserError, match="other settings"):
+        WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=False)
+    assert not WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=True).finished
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    for restart in (False, True):
+        with pytest.raises(UserError, match="not empty"):
+            WorkFolder(tmp_path / "mine", {}, restart=restart)
+        (tmp_path / "new.state").mkdir(exist_ok=True)
+        (tmp_path / "new.state" / "thesis.tex").write_text("")
+        with pytest.raises(UserError, match="holds other things"):
+            WorkFolder(tmp_path / "new", {}, restart=restart)
+    assert (tmp_path / "new.state" / "thesis.tex").exists()
+
+
+def test_the_folder_one_is_in_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert WorkFolder(Path(), {}, restart=False).path == tmp_path / "here.state"
+    with pytest.raises(UserError, match="no folder to write"):
+        WorkFolder(Path("/"), {}, restart=False)
