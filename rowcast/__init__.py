@@ -5,6 +5,7 @@ The public names below are loaded on first use, so that `import rowcast` costs n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from rowcast.runtime.params import SamplingParams
 
 __version__ = "0.1.0"
+
+# Read when torch is first imported. A thread that is done with its part of a product spins until the others are, by libgomp's default for
+# so long that its core never looks idle: where another process has the core that the last one needs, it is not moved there.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __all__ = [
     "LLM",

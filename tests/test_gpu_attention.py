@@ -12,9 +12,11 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from rowcast.kernels.attention import attend, attend_entries  # noqa: E402
-from rowcast.kernels.gpu import decoding  # noqa: E402
+from rowcast.kernels.gpu import decoding, products  # noqa: E402
 from rowcast.kernels.gpu.decoding import SHORT, Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
+from rowcast.kernels.gpu.heads import head_rows  # noqa: E402
 from rowcast.kernels.gpu.rotate import apart, rotate_append  # noqa: E402
+from rowcast.kernels.gpu.select import Chosen  # noqa: E402
 from rowcast.runtime.rope import apply_rope  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -327,9 +329,8 @@ def test_every_program_waits_before_it_touches_memory(
     monkeypatch: pytest.MonkeyPatch, ends: list[int], bound: int, counts: list[int] | None, heads: list[int] | None
 ) -> None:
     """Where launches overlap, the end of a kernel tells the next one that those before it have ended, if it has waited for them."""
+    from triton.language.extra import cuda
     from triton.runtime import interpreter
-
-    from rowcast.kernels.gpu import decoding_kernels
 
     builder = interpreter.interpreter_builder
     programs: list[int] = []  # of each launch
@@ -350,8 +351,8 @@ def test_every_program_waits_before_it_touches_memory(
     monkeypatch.setattr(builder, "set_grid_dim", start)
     for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
         monkeypatch.setattr(builder, name, touch(name))
-    monkeypatch.setattr(decoding_kernels.cuda, "gdc_wait", lambda: waited[-1].add(builder.grid_idx))
-    monkeypatch.setattr(decoding_kernels.cuda, "gdc_launch_dependents", lambda: None)
+    monkeypatch.setattr(cuda, "gdc_wait", lambda: waited[-1].add(builder.grid_idx))
+    monkeypatch.setattr(cuda, "gdc_launch_dependents", lambda: None)
     torch.manual_seed(16)
     store = make_store(ends, 2, 64, torch.float32)
     q = torch.randn(4, 6, 64, device=DEVICE)
@@ -379,6 +380,38 @@ def test_splits_of_a_context() -> None:
     ]
     assert splits_for(cut, 124_928) == 80 + 106
     assert splits_for(cut._replace(levels=1), 4097) == 32 + 17
+
+
+@pytest.mark.gpu
+def test_what_follows_waits_for_attention() -> None:
+    """Also where contexts are short below a long bound: then the second kernel has nothing to do but to wait for the first."""
+    torch.manual_seed(17)
+    ends = [SHORT - 48] * 32
+    store = make_store(ends, 8, 128, torch.bfloat16)
+    q, weight = torch.randn(32, 32, 128, device=DEVICE).bfloat16(), torch.randn(64, 4096, device=DEVICE).bfloat16()
+    out = torch.empty_like(q)
+
+    def call(bound: int) -> Tensor:
+        out.fill_(torch.nan)
+        return products.rows_in(weight, run(store, q, 1, most_entries=bound, out=out).flatten(1)[:16])
+
+    wanted = call(ends[0])
+    assert torch.equal(call(2 * SHORT), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(2 * SHORT)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(found, wanted)
+
+
+def test_heads_beyond_the_count_are_none() -> None:
+    """Else attention would write the same head for each of them."""
+    own = torch.tensor([[True, False, True, True], [False, True, True, True]], device=DEVICE)
+    found = head_rows(Chosen(ints([2, 5, 1, 7]), ints([2]), own), 4)
+    assert found.own is not None and found.count is not None
+    assert found.heads.tolist() == [2, 5, -1, -1] and found.count.tolist() == [8] and found.own[:, 2:].sum() == 0
+    assert found.rows[:8].tolist() == [*range(8, 12), *range(20, 24)] and 0 <= found.rows.min() <= found.rows.max() < 32
 
 
 @pytest.mark.gpu

@@ -87,3 +87,14 @@ def test_logging_of_the_application_is_kept() -> None:
     assert logged(to_root) == "app: note of rowcast\napp: note of rowcast.inner\n"
     to_rowcast = "logging.getLogger('rowcast').addHandler(logging.NullHandler())"
     assert logged(to_rowcast) == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")], ids=str
+)
+def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
+    """Unless the user has said how they wait."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = "import os, rowcast; print(os.environ.get('GOMP_SPINCOUNT'))"
+    ran = subprocess.run([sys.executable, "-c", command], env=kept | given, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == spins
