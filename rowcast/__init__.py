@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Read when torch is first imported. A thread that is done with its part of a product spins until the others are, by libgomp's default for
-# so long that its core never looks idle: where another process has the core that the last one needs, it is not moved there.
+# Read when torch is first imported. A thread that is done with its part of a product spins until the others are, by libgomp's default
+# for so long that its core never looks idle: where another process has the core that the last one needs, it is not moved there.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
