@@ -56,7 +56,7 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_parses(line: str) -> None:
     """Names and options as the command line takes them; nothing runs."""
-    command = typer.main.get_command(rowcast.cli.app)
+    command = typer.main.get_command(rowcast.cli.command_line())
     args = shlex.split(line)[1:]
     while hasattr(command, "commands"):
         command = command.commands[args.pop(0)]

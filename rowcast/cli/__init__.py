@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -34,22 +34,44 @@ from rowcast.settings import configure_logging
 
 BROKEN_PIPE = 141
 """128 and SIGPIPE's number."""
+SETTINGS = {"submit": {"allow_interspersed_args": False}}
+"""What typer is told of a verb's arguments."""
 
-app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
-app.command()(generate.generate)
-app.command()(chat.chat)
-app.command()(serve.serve)
-app.command()(plan.plan)
-app.add_typer(bench.app, name="bench")
-app.command()(calibrate.calibrate)
-app.command()(distill.distill)
-app.command()(adapt.adapt)
-app.command()(prune.prune)
-app.command()(quantize.quantize)
-app.command("eval")(eval.evaluate)
-app.command(context_settings={"allow_interspersed_args": False})(submit.submit)
-app.command()(probe.probe)
-app.command()(env.env)
+VERBS: Mapping[str, Callable[..., int | None] | typer.Typer] = {
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "serve": serve.serve,
+    "plan": plan.plan,
+    "bench": bench.app,
+    "calibrate": calibrate.calibrate,
+    "distill": distill.distill,
+    "adapt": adapt.adapt,
+    "prune": prune.prune,
+    "quantize": quantize.quantize,
+    "eval": eval.evaluate,
+    "submit": submit.submit,
+    "probe": probe.probe,
+    "env": env.env,
+}
+
+
+def command_line(called: Container[str] = VERBS) -> typer.Typer:
+    """All verbs, of which only those that are `called` have their options: typer takes a while to read those of all."""
+    app = typer.Typer(name="rowcast", add_completion=False, pretty_exceptions_enable=False)
+    app.callback()(rowcast)
+    for name, verb in VERBS.items():
+        group = verb.registered_callback if isinstance(verb, typer.Typer) else None
+        if name not in called:
+            app.command(name, help=(group.callback if group else verb).__doc__)(_without_options)
+        elif isinstance(verb, typer.Typer):
+            app.add_typer(verb, name=name)
+        else:
+            app.command(name, context_settings=SETTINGS.get(name))(verb)
+    return app
+
+
+def _without_options() -> None:
+    raise AssertionError("only a verb that is called runs")
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,7 +80,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def rowcast(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -76,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     _accept_any_text()
+    called: Container[str] = [arg for arg in args if not arg.startswith("-")][:1]  # no option before it takes a value
+    if "submit" in called:  # which looks at the command that is to be the job
+        called = VERBS
     try:
-        code = app(args=args, prog_name="rowcast", standalone_mode=False)
+        code = command_line(called)(args=args, prog_name="rowcast", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, typer.TyperException) as error:
         message = _message(error) if isinstance(error, typer.TyperException) else options.as_typed(str(error))
