@@ -25,8 +25,10 @@ from rowcast.calibration.adapting.mix import Mix
 from rowcast.calibration.adapting.neurons import Neurons, above, top
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
+from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.module import load_module
-from rowcast.calibration.learning.part import Part, Unfinished
+from rowcast.calibration.learning.part import Part, Unfinished, World
+from rowcast.calibration.learning.trainer import Trainer
 from rowcast.calibration.recording import OneLayerKV, window_steps
 from rowcast.cli import main
 from rowcast.errors import UserError
@@ -178,6 +180,8 @@ def test_the_loss_weighs_densities_by_windows() -> None:
     loss = balanced(found, [1.0, 1.0, 0.2, 0.2], 3.0)
     ends = ((0.02 + 1e-3) ** 0.5 - 1e-3**0.5, (0.36 + 1e-3) ** 0.5 - 1e-3**0.5)
     assert float(loss) == pytest.approx((3 * ends[0] + ends[1]) / 4)
+    parts = [balanced(found[i::2], [1.0, 0.2], 3.0) for i in range(2)]  # each with roots of its own
+    assert float(sum(parts)) / 2 < float(loss) - 0.01
 
 
 @pytest.mark.parametrize(("name", "bits"), [("llama-bias", 4), ("opt", 8), ("falcon-40b", 4)])
@@ -296,6 +300,63 @@ def test_a_run_that_was_cut_off_gives_the_same_bits(
     assert adapt(str(model), [text], tmp_path / "cut", settings, device="cpu", show=False)["table"] == found["table"]
     with pytest.raises(UserError, match=r"other settings \(density\): add --restart"):
         adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), device="cpu", show=False)
+
+
+def test_a_text_that_changed_is_said(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, steps=2, written_tokens=0, judged_tokens=16, looks=0)
+    (tmp_path / "held.txt").write_text(" ".join(text.read_text().split()[:100]))
+    with monkeypatch.context() as patched:
+        patched.setattr("rowcast.calibration.adapting.adapt.Part", Ends)
+        Ends.left = 0
+        changing = tmp_path / "text.txt"
+        shutil.copyfile(text, changing)
+        with pytest.raises(Unfinished):
+            adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
+    changing.write_text(text.read_text() + " w1")
+    with pytest.raises(UserError, match=r"other settings \(texts\): add --restart"):
+        adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
+    shutil.copyfile(text, changing)
+    (tmp_path / "held.txt").write_text(" ".join(text.read_text().split()[:101]))
+    with pytest.raises(UserError, match=r"other settings \(held_out\): add --restart"):
+        adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
+
+
+def test_the_teacher_runs_in_its_own_format(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a step runs under autocast on a GPU: here its switch alone is set, which changes nothing on a CPU."""
+    seen: set[tuple[bool, bool]] = set()
+    move = Trainer._move
+
+    def moved(self: Trainer) -> Tensor:
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            return move(self)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    def watched(module: Any, ids: Tensor) -> Tensor:
+        seen.add((any(value.requires_grad for value in module.parameters()), torch.is_autocast_enabled("cuda")))
+        return hidden_states(module, ids)
+
+    monkeypatch.setattr(Trainer, "_move", moved)
+    monkeypatch.setattr("rowcast.calibration.adapting.adapt.hidden_states", watched)
+    settings = replace(SMALL, steps=1, written_tokens=0, judged_tokens=16, looks=0)
+    adapt(str(model), [text], tmp_path / "out", settings, device="cpu", show=False)
+    assert seen == {(True, True), (False, False)}
+
+
+def test_several_processes_share_a_batch_evenly(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def three(self: World, device: str = "auto") -> None:
+        asked.append(device)
+        self.rank, self.size, self._state = 0, 3, None
+
+    monkeypatch.setattr(World, "__init__", three)
+    with pytest.raises(
+        UserError, match=r"--batch 16 is not shared evenly by 3 processes with --accumulate 2: give a multiple of 6"
+    ):
+        adapt(str(model), [text], tmp_path / "out", replace(SMALL, accumulate=2), device="cpu", show=False)
+    assert asked == ["cpu"] and not (tmp_path / "out.state").exists()
 
 
 def test_relu_is_what_the_result_says_and_runs(text: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import VOCAB, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,22 @@ def test_a_checkpoint_goes_to_a_module_and_back(name: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match="not empty"):
         save_module(module, checkpoint, tmp_path / "back", {}, torch.float32)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "back"}
+
+
+def test_the_same_module_makes_the_same_bytes(tmp_path: Path) -> None:
+    tiny_model("llama-gqa", tmp_path / "there")
+    checkpoint = open_checkpoint(str(tmp_path / "there"))
+    module = load_module(checkpoint, torch.float32, CPU)
+    notes = {f"note {i}": f'\u00e9 \u2028 \x1f \x7f "{i}"\n' for i in range(5)}
+    files = []
+    for i in range(4):  # of 720 orders
+        save_module(module, checkpoint, tmp_path / f"{i}", dict(sorted(notes.items(), reverse=i % 2 == 1)), torch.float32)
+        files.append((tmp_path / f"{i}" / "model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2] == files[3]
+    assert read_metadata(tmp_path / "0" / "model.safetensors") == {"format": "pt", **notes}
+    with safe_open(tmp_path / "0" / "model.safetensors", "pt") as theirs:
+        assert theirs.metadata() == {"format": "pt", **notes}
+        assert all(torch.equal(theirs.get_tensor(key), checkpoint.source.read(key)) for key in theirs.keys())  # noqa: SIM118
 
 
 def test_shards_are_put_together_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

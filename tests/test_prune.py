@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rowcast import LLM, SamplingParams
+from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.module import load_module
-from rowcast.calibration.learning.part import Part, Unfinished
+from rowcast.calibration.learning.part import Part, Unfinished, World
+from rowcast.calibration.learning.trainer import Trainer
 from rowcast.calibration.pruning import Settings, prune, run
 from rowcast.calibration.pruning.blocks import blocks_of
 from rowcast.calibration.pruning.cut import Kept, choose, cut, kept_by
@@ -27,10 +30,11 @@ from rowcast.calibration.pruning.importance import By, Importance, measure
 from rowcast.calibration.pruning.refit import refit
 from rowcast.calibration.pruning.sizes import HEADS_FREE, Sizes, Target, candidates, neuron_unit
 from rowcast.cli import main
+from rowcast.errors import UserError
 from rowcast.placement.models import known_config
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.safetensors_header import read_metadata
-from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.config import ADAPTED, spec_from_config
 from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 fitting = importlib.import_module("rowcast.calibration.pruning.refit")
@@ -287,7 +291,7 @@ class Short(Part):
         return Short.looks == 0
 
 
-@pytest.mark.parametrize("looks", [[1, 11, 1], [27, 2]])  # while it weighs, and fits twice; while it learns, twice
+@pytest.mark.parametrize("looks", [[1, 8, 1], [12, 2]])  # while it weighs, and fits twice; while it learns, twice
 def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     model: Path, text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Sequence[int]
 ) -> None:
@@ -303,6 +307,98 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     found, wanted = (open_checkpoint(str(path)).source for path in (output, pruned))
     assert list(found.names()) == list(wanted.names())
     assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.names())
+
+
+def test_every_part_gets_further(model: Path, text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are over before they begin end as one whole run does."""
+    monkeypatch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
+    output, sittings = tmp_path / "pruned", 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Part, "over", True)
+        while not output.exists() and sittings < 40:
+            sittings += 1
+            try:
+                prune(str(model), [text], output, SMALL, show=False)
+            except Unfinished:
+                continue
+    passes, layers = SMALL.tokens // (2 * WINDOW), 2
+    assert sittings == passes + layers + SMALL.steps  # the last step is the end
+    found, wanted = (open_checkpoint(str(path)).source for path in (output, pruned))
+    assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.names())
+    assert (output / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_a_signal_ends_the_fit_at_once(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
+    monkeypatch.setattr(Part, "asked", True)
+    with pytest.raises(Unfinished):
+        prune(str(model), [text], tmp_path / "pruned", SMALL, show=False)
+    assert (tmp_path / "pruned.state" / "fit-0.safetensors").exists()
+    assert not (tmp_path / "pruned.state" / "fit-1.safetensors").exists()
+
+
+def test_a_text_that_changed_is_said(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changing, held = tmp_path / "text.txt", tmp_path / "held.txt"
+    shutil.copyfile(text, changing)
+    held.write_text("w3 w4 " * 100)
+    with monkeypatch.context() as patched:
+        patched.setattr(Part, "over", True)
+        with pytest.raises(Unfinished):
+            prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
+    changing.write_text(text.read_text() + " w1")
+    with pytest.raises(UserError, match=r"other settings \(texts\): add --restart"):
+        prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
+    shutil.copyfile(text, changing)
+    held.write_text("w3 w5 " * 100)
+    with pytest.raises(UserError, match=r"other settings \(held_out\): add --restart"):
+        prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
+
+
+def test_the_original_runs_in_its_own_format(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a step runs under autocast on a GPU: here its switch alone is set, which changes nothing on a CPU."""
+    seen: set[tuple[bool, bool]] = set()
+    move = Trainer._move
+
+    def moved(self: Trainer) -> Tensor:
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            return move(self)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    def watched(module: Any, windows: Tensor) -> Tensor:
+        seen.add((any(value.requires_grad for value in module.parameters()), torch.is_autocast_enabled("cuda")))
+        return hidden_states(module, windows)
+
+    monkeypatch.setattr(Trainer, "_move", moved)
+    monkeypatch.setattr(run, "hidden_states", watched)
+    prune(str(model), [text], tmp_path / "p", replace(SMALL, steps=1, refit_tokens=0), show=False)
+    assert seen == {(True, True), (False, False)}
+
+
+def test_several_processes_share_a_batch_evenly(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def three(self: World, device: str = "auto") -> None:
+        asked.append(device)
+        self.rank, self.size, self._state = 0, 3, None
+
+    monkeypatch.setattr(World, "__init__", three)
+    with pytest.raises(
+        UserError, match=r"--batch 4 is not shared evenly by 3 processes with --accumulate 1: give a multiple of 3"
+    ):
+        prune(str(model), [text], tmp_path / "p", SMALL, device="cpu", show=False)
+    assert asked == ["cpu"] and not (tmp_path / "p.state").exists()
+
+
+def test_what_adapting_measured_does_not_go_along(model: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "adapted")
+    config = json.loads((model / "config.json").read_bytes())
+    (tmp_path / "adapted" / "config.json").write_text(
+        json.dumps({**config, ADAPTED: {"density": 0.2, "acceptance": {"0.2": 0.9}}})
+    )
+    prune(str(tmp_path / "adapted"), [text], tmp_path / "p", replace(SMALL, steps=1, refit_tokens=0), show=False)
+    assert ADAPTED not in json.loads((tmp_path / "p" / "config.json").read_bytes())
 
 
 def test_a_finished_run_is_left_alone(model: Path, text: Path, pruned: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.packed_layer import unpack
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
+from rowcast.runtime.config import ADAPTED
 
 WINDOW = 16
 SMALL = Settings(group=32, tokens=40 * WINDOW, window=WINDOW, judged=4 * WINDOW)
@@ -187,6 +189,26 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_refused(model: Path, text: Path, tmp_path: Path, wish: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         quantise(model, [text], tmp_path / "out", Settings(**{"group": 32, "window": WINDOW, **wish}), progress=False)
+
+
+def test_a_text_to_fit_and_to_judge_by_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.txt"
+    shutil.copyfile(text, again)
+    with pytest.raises(UserError, match=r"again\.txt is to be learnt from and to judge by"):
+        quantise(model, [text], tmp_path / "out", SMALL, held_out=[again], progress=False)
+    again.write_text(text.read_text() + " w1")
+    assert quantise(model, [text], tmp_path / "out", SMALL, held_out=[again], progress=False)["settings"]["held_out"]
+
+
+def test_of_an_adapted_model_the_density_stays(model: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "adapted")
+    config = json.loads((model / "config.json").read_bytes())
+    (tmp_path / "adapted" / "config.json").write_text(
+        json.dumps({**config, ADAPTED: {"density": 0.2, "acceptance": {"0.2": 0.9}}})
+    )
+    nearest_level = Settings(group=32, method="nearest", tokens=40 * WINDOW, window=WINDOW, judged=4 * WINDOW)
+    quantise(tmp_path / "adapted", [text], tmp_path / "copy", nearest_level, progress=False)
+    assert json.loads((tmp_path / "copy" / "config.json").read_bytes())[ADAPTED] == {"density": 0.2}
 
 
 def test_the_command(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -75,6 +75,14 @@ def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window
 def spread(windows: Tensor, count: int) -> Tensor:
     """`count` of them, evenly spread: [W, window] -> [count, window]."""
     return windows[torch.arange(count) * len(windows) // max(1, count)]
+
+
+def check_held_out(learnt: Iterable[str], held: Iterable[tuple[Path, str]]) -> None:
+    """Raise UserError for a text that is judged by, with its SHA-256 in `held`, and also learnt from, by the SHA-256 in `learnt`."""
+    digests = set(learnt)
+    for path, digest in held:
+        if digest in digests:
+            raise UserError(f"the text {path} is to be learnt from and to judge by: give another one with --held-out")
 
 
 def read_text(path: Path) -> tuple[str, str]:

@@ -40,7 +40,12 @@ def adapt(
     ] = 4e-4,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of the warm-up.", rich_help_panel=_TRAINING)] = 100,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", help="Parts of a batch, where memory is short.", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            "--accumulate",
+            help="Parts of a batch, where memory is short. Each has a loss of its own: other parts or processes, another result.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 1,
     dense_weight: Annotated[
         float,

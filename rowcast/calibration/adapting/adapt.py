@@ -34,6 +34,7 @@ from rowcast.calibration.learning.progress import LearningProgress
 from rowcast.calibration.learning.state import WorkFolder
 from rowcast.calibration.learning.trainer import Trained, Trainer
 from rowcast.calibration.learning.writing import Writing, write
+from rowcast.calibration.text import read_text
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import ADAPTED, spec_from_config
@@ -73,12 +74,14 @@ def adapt(
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     spec, tokenizer = spec_from_config(checkpoint.config), load_tokenizer(checkpoint)
     settings.check(spec)
-    world = World()
+    read = [{"name": path.name, "sha256": read_text(path)[1]} for path in (*texts, *held_out)]
+    world = World(device)
+    world.check_shares(settings.batch, settings.accumulate)
     where = world.device or devices.choose_device(device)[0]
     kind = devices.DTYPES[devices.choose_dtype(dtype, checkpoint.stored_dtype, where)[0]]
     begun_with = {
         "format": FORMAT, "command": "adapt", "model": checkpoint.path.name, "fingerprint": checkpoint.source.fingerprint(),
-        "texts": [path.name for path in texts], "held_out": [path.name for path in held_out], "dtype": str(kind).removeprefix("torch."),
+        "texts": read[: len(texts)], "held_out": read[len(texts) :], "dtype": str(kind).removeprefix("torch."),
         "processes": world.size, "compiled": compiled, **asdict(settings),
     }  # fmt: skip
     with Part(part_minutes) as part:
@@ -97,7 +100,10 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def balanced(divergences: Tensor, densities: Sequence[float], dense_weight: float) -> Tensor:
-    """The loss of sequences with the mean divergences [B], by their densities, equal ones side by side."""
+    """The loss of sequences with the mean divergences [B], by their densities, equal ones side by side.
+
+    Of a part of a batch it is the part's own: the mean over parts is at most the whole batch's loss, and not the same.
+    """
     total, weights, start = divergences.new_zeros(()), 0.0, 0
     for density, count in runs(densities):
         weight = count * (dense_weight if density == DENSE else 1.0)
@@ -191,7 +197,7 @@ class _Job:
             ids = corpus.batch(step, settings.batch)[part::parts].to(self.device, non_blocking=True)
             whole = rounding is not None and step % ROUNDED_EVERY == ROUNDED_EVERY - 1
             neurons.densities = [DENSE] * len(ids) if whole else mix.of(step * settings.batch, settings.batch)[part::parts]
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cuda", enabled=False):  # in its own format, as when it judges
                 known = hidden_states(teacher, ids).flatten(0, 1)
             with rounding.on() if rounding is not None and whole else nullcontext():
                 ours = hidden_states(student, ids).flatten(0, 1)

@@ -23,7 +23,8 @@ class _Divergence(torch.autograd.Function):
         rows = max(1, ROW_BYTES.get(student.device.type, ROW_BYTES["cuda"]) // (4 * len(head)))
         for start in range(0, len(student), rows):
             span = slice(start, start + rows)
-            log_p = F.linear(teacher[span], teacher_head).float().log_softmax(-1)
+            with torch.autocast("cuda", enabled=False):
+                log_p = F.linear(teacher[span], teacher_head).float().log_softmax(-1)
             log_q = F.linear(student[span], head).float().log_softmax(-1)
             p, q = log_p.exp(), log_q.exp()
             found[span] = log_p.sub_(log_q).mul_(p).sum(-1)

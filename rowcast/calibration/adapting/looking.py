@@ -55,7 +55,8 @@ class Looks:
         sums = {density: _Sums() for density in self.densities}
         with _resting(student, neurons):
             for ids in torch.split(self.windows.to(student.device), WINDOWS_AT_ONCE):
-                theirs = hidden_states(teacher, ids)[:, :-1].flatten(0, 1)
+                with torch.autocast("cuda", enabled=False):  # in its own format
+                    theirs = hidden_states(teacher, ids)[:, :-1].flatten(0, 1)
                 for density, found in sums.items():
                     neurons.densities = [density] * len(ids)
                     neurons.used = neurons.passes = 0

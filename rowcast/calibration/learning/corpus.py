@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rowcast.calibration.learning.state import write_whole
-from rowcast.calibration.text import HELD_OUT, Encoder, read_text, spread
+from rowcast.calibration.text import HELD_OUT, Encoder, check_held_out, read_text, spread
 from rowcast.errors import UserError
 
 TEXT, TEXT_DESCRIPTION = "text.bin", "text.json"
@@ -84,9 +84,8 @@ class Corpus:
         if window < 8:
             raise UserError(f"a window of {window} tokens is too short to learn from: use 8 or more")
         read = [(path, *read_text(path)) for path in (*texts, *held_out)]
-        learnt = {digest for _, _, digest in read[: len(texts)]}
-        if both := [path for path, _, digest in read[len(texts) :] if digest in learnt]:
-            raise UserError(f"the text {both[0]} is to be learnt from and to judge by: give another one with --held-out")
+        digests = [(path, digest) for path, _, digest in read]
+        check_held_out((digest for _, digest in digests[: len(texts)]), digests[len(texts) :])
         described = folder / TEXT_DESCRIPTION
         names = [[path.name, digest, place >= len(texts)] for place, (path, _, digest) in enumerate(read)]
         if not described.exists() or json.loads(described.read_bytes())["read"] != names:

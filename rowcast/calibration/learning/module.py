@@ -149,12 +149,25 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, 
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE_FILE, metadata)
+        _save(shards[0], folder / SINGLE_FILE, metadata)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata)
+        _save(shard, folder / file, metadata)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """The same tensors and metadata make the same bytes: the library writes metadata in an order that varies, here they are sorted."""
+    save_file(tensors, path, dict(metadata))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length, "a header with its entries in another order is as long"
+        file.seek(8)
+        file.write(ordered)

@@ -13,7 +13,7 @@ from rowcast.calibration.learning.module import make_module, stored_tensors
 from rowcast.calibration.pruning.blocks import blocks_of
 from rowcast.calibration.pruning.importance import Importance
 from rowcast.calibration.pruning.sizes import HEADS_FREE, NEURONS_KEY, Sizes
-from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.config import ADAPTED, spec_from_config
 from rowcast.runtime.spec import ModelSpec
 
 
@@ -51,11 +51,11 @@ def kept_by(spec: ModelSpec, importance: Importance, sizes: Sizes) -> Kept:
 
 
 def smaller_config(config: dict[str, Any], spec: ModelSpec, sizes: Sizes) -> dict[str, Any]:
-    """config.json of a model of this spec, cut to `sizes`."""
+    """config.json of a model of this spec, cut to `sizes`; without what `adapt` said of it, which was measured with all neurons."""
     changed: dict[str, Any] = {NEURONS_KEY[spec.family]: sizes.neurons}
     if spec.family in HEADS_FREE:
         changed |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": spec.head_dim}
-    return {**config, **changed}
+    return {key: value for key, value in config.items() if key != ADAPTED} | changed
 
 
 @torch.no_grad()

@@ -108,6 +108,7 @@ def refit(
     folder: Path | None = None,
     batch_tokens: int = 4096,
     advance: Callable[[int], None] = lambda tokens: None,
+    saved: Callable[[], None] = lambda: None,
 ) -> list[tuple[float, float]]:
     """Fit the output and down products of `smaller`, layer by layer, over windows [W, T] of token ids.
 
@@ -117,7 +118,7 @@ def refit(
 
     Returns for each layer the sum of squared residuals that is left over that of before the fit, of attention and MLP, on the windows
     that ridges are chosen by; W is at least 2. Layers that are done are kept in `folder`, and taken from there. `advance` is told of
-    tokens times layers. Host memory: five hidden states a token.
+    tokens times layers, `saved` is called when another layer is in `folder`. Host memory: five hidden states a token.
     """
     assert len(windows) > 1
     batches = [ids.to(device) for ids in torch.split(windows, max(1, batch_tokens // windows.shape[1]))]
@@ -144,6 +145,7 @@ def refit(
             found = fit.attention(run_new, ours), fit.mlp(run_new, ours)
             if path is not None:
                 save_tensors(path, _changed(new), {"left": json.dumps(found)})
+                saved()
         for i, ids in enumerate(batches):
             exact[i], ours[i] = fit.behind[i], run_new[i](ours[i].to(device)).cpu()
             advance(ids.numel())

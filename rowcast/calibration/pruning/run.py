@@ -26,6 +26,7 @@ from rowcast.calibration.pruning.cut import choose, cut, smaller_config
 from rowcast.calibration.pruning.importance import By, Importance, measure
 from rowcast.calibration.pruning.refit import refit
 from rowcast.calibration.pruning.sizes import Sizes, Target, candidates, tensor_parallel
+from rowcast.calibration.text import read_text
 from rowcast.errors import UserError
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -129,12 +130,14 @@ def prune(
     if fitting == [Sizes.of(spec)]:
         raise UserError("those shares keep all neurons and heads: lower one of them")
     tokenizer = load_tokenizer(checkpoint)
-    world = World()
+    read = [{"name": path.name, "sha256": read_text(path)[1]} for path in (*texts, *held_out)]
+    world = World(device)
+    world.check_shares(settings.batch, settings.accumulate)
     where = world.device or devices.choose_device(device)[0]
     kind = devices.DTYPES[devices.choose_dtype(dtype, checkpoint.stored_dtype, where)[0]]
     begun_with = {
         "format": FORMAT, "command": "prune", "model": checkpoint.path.name, "fingerprint": checkpoint.source.fingerprint(),
-        "texts": [path.name for path in texts], "held_out": [path.name for path in held_out], "dtype": str(kind).removeprefix("torch."),
+        "texts": read[: len(texts)], "held_out": read[len(texts) :], "dtype": str(kind).removeprefix("torch."),
         "processes": world.size, **asdict(settings),
     }  # fmt: skip
     with Part(part_minutes) as part:
@@ -218,7 +221,7 @@ class _Job:
             with LearningProgress("fitting", windows.numel() * spec.num_layers, self.show) as bar:
                 left = refit(
                     original, smaller, spec, smaller_spec, windows, device=self.device,
-                    folder=self.folder.path, batch_tokens=BATCH_TOKENS, advance=self._advance(bar),
+                    folder=self.folder.path, batch_tokens=BATCH_TOKENS, advance=self._advance(bar), saved=self._saved,
                 )  # fmt: skip
             held["refitted"] = self._judge(original, smaller, corpus, "as refitted")
         figures = {
@@ -241,25 +244,40 @@ class _Job:
         os.replace(part, output)
 
     def _importance(self, original: Any, corpus: Corpus) -> Importance:
-        path = self.folder.path / IMPORTANCE
-        if not path.exists():
-            windows = _windows(corpus, self.settings.tokens)
-            with LearningProgress("weighing", windows.numel(), self.show) as bar:
-                found = measure(
-                    original, self.spec, windows, self.settings.by, device=self.device, batch_tokens=BATCH_TOKENS // 4,
-                    advance=self._advance(bar),
-                )  # fmt: skip
-            save_tensors(path, {"neurons": found.neurons, "heads": found.heads}, {})
-        tensors, _ = load_tensors(path)
-        return Importance(tensors["neurons"], tensors["heads"])
+        """Sums over passes; those of a part that is over are kept, with the number of passes."""
+        path, spec = self.folder.path / IMPORTANCE, self.spec
+        sums, done = {"neurons": torch.zeros(()), "heads": torch.zeros(())}, 0
+        if path.exists():
+            sums, metadata = load_tensors(path)
+            done = int(metadata["passes"])
+        windows = _windows(corpus, self.settings.tokens)
+        passes = torch.split(windows, max(1, BATCH_TOKENS // 4 // windows.shape[1]))
+        with LearningProgress("weighing", windows.numel(), self.show) as bar:
+            bar.advance(sum(ids.numel() for ids in passes[:done]), new=False)
+            for number, ids in enumerate(passes[done:], start=done + 1):
+                found = measure(original, spec, ids, self.settings.by, device=self.device, batch_tokens=ids.numel())
+                sums["neurons"] = sums["neurons"] + found.neurons * ids.numel()
+                sums["heads"] = sums["heads"] + found.heads * ids.numel()
+                bar.advance(ids.numel())
+                over = self.part.over
+                if over or number == len(passes):
+                    save_tensors(path, sums, {"passes": str(number)})
+                if over:
+                    raise self.part.stop()
+        return Importance(sums["neurons"] / windows.numel(), sums["heads"] / windows.numel())
 
     def _advance(self, bar: LearningProgress) -> Callable[[int], None]:
         def advance(tokens: int) -> None:
             bar.advance(tokens)
-            if self.part.over:
+            if self.part.asked:
                 raise self.part.stop()
 
         return advance
+
+    def _saved(self) -> None:
+        """Something is on disk that was not. A part that is over ends here alone, so that each gets further, however short it is."""
+        if self.part.over:
+            raise self.part.stop()
 
     def _recover(self, smaller: Any, original: Any, corpus: Corpus, save_seconds: float) -> Trained | None:
         settings = self.settings
@@ -269,7 +287,7 @@ class _Job:
 
         def loss_of(step: int, part: int, parts: int) -> Tensor:
             ids = corpus.batch(step, settings.batch)[part::parts].to(self.device, non_blocking=True)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cuda", enabled=False):  # in its own format, as when it judges
                 known = hidden_states(original, ids).flatten(0, 1)
             return head_divergence(hidden_states(smaller, ids).flatten(0, 1), head, known, original_head)
 

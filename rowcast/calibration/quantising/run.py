@@ -21,12 +21,12 @@ from rowcast.calibration.quantising.gptq import Rounded, gptq, nearest
 from rowcast.calibration.quantising.layers import PRODUCTS, LayerMatrices, OpenLayers
 from rowcast.calibration.quantising.writing import Stored, packed_tensors, quantization_config, write_tensors
 from rowcast.calibration.recording import OneLayerKV, window_steps
-from rowcast.calibration.text import read_windows
+from rowcast.calibration.text import check_held_out, read_text, read_windows
 from rowcast.errors import UserError
 from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.comm import SoloComm
-from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.config import ADAPTED, spec_from_config
 from rowcast.runtime.decoder import Decoder, tokens_of
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
@@ -99,6 +99,9 @@ def quantise(
     spec = spec_from_config(checkpoint.config)
     settings.check(spec)
     tokenizer = load_tokenizer(checkpoint)
+    if held_out:
+        digests = [(Path(text), read_text(Path(text))[1]) for text in (*texts, *held_out)]
+        check_held_out((digest for _, digest in digests[: len(texts)]), digests[len(texts) :])
     windows = read_windows([Path(text) for text in texts], tokenizer, tokens=settings.tokens, window=settings.window)
     fit, held, names = windows.fit, windows.held, [*windows.texts]
     if held_out:
@@ -279,6 +282,8 @@ class _Job:
         ignored = sorted({"lm_head", *(name for name in kept if "project" in name.rsplit(".", 1)[-1])})
         config |= {"dtype": str(self._stored).removeprefix("torch.")}
         config.pop("torch_dtype", None)
+        if ADAPTED in config:  # its acceptances were measured on other weights
+            config[ADAPTED] = {key: value for key, value in config[ADAPTED].items() if key != "acceptance"}
         config["quantization_config"] = quantization_config(settings.bits, settings.group, ignored)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if self._checkpoint.generation_config:
