@@ -3,6 +3,7 @@ tests of ladders and of the engine run on them, captured in graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from triton_interpreting import take_arrays_as_bounds
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.kernels import gpu
 from rowcast.placement import resident
+from rowcast.runtime.device_round.state import RoundState
 
 take_arrays_as_bounds()
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -76,6 +78,46 @@ def test_output_is_plain_output(models: dict[str, Path], plain: dict[str, list[l
     if ladder is not None:
         for rung in llm.plan.ladder[:-1]:
             assert acceptance(outputs, rung.partition(":")[0])[0], rung
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_round_launched_ahead_is_the_next_one(models: dict[str, Path], plain: dict[str, list[list[int]]]) -> None:
+    """It runs before the host has looked at the one before it: whatever joins, leaves or needs a block that the state knows nothing of
+    has the round done again."""
+    llm = make_llm(models, "plain")
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    rounds._goes_ahead = True
+    events: list[str] = []
+    with (
+        patch.object(rounds, "_fill", side_effect=wrapped(rounds._fill, events, "fill")),
+        patch.object(rounds, "_run", side_effect=wrapped(rounds._run, events, "run")),
+        patch("rowcast.runtime.device_round.state.RoundState.read", autospec=True, side_effect=read_as(events)),
+    ):
+        alone = llm.generate([SOME[0]], replace(GREEDY, max_tokens=7))
+        requests = [llm.engine.add(SOME[0], GREEDY)]
+        while len(requests[0].sequences[0].output_ids) < 2:
+            llm.engine.step()
+        requests.append(llm.engine.add(SOME[1], SEEDED))
+        while llm.engine.has_work:
+            llm.engine.step()
+    assert ids(alone)[0][:4] == plain["greedy"][0]
+    assert [request.sequences[0].output_ids for request in requests] == [plain["greedy"][0], plain["seeded"][1]]
+    # Rounds with 35 to 40 tokens in blocks of 4: the state is filled for the first, and where a block is new.
+    each = ["fill run run read", "read", "fill run run read", "run read", "run read", "read"]
+    assert events[: len(" ".join(each).split())] == " ".join(each).split()
+    llm.engine.check()
+
+
+def wrapped(function: Callable[..., Any], events: list[str], name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        events.append(name)
+        return function(*args)
+
+    return call
+
+
+def read_as(events: list[str]) -> Callable[..., Any]:
+    return wrapped(RoundState.read, events, "read")
 
 
 @pytest.mark.usefixtures("interpreted")

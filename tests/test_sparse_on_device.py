@@ -57,6 +57,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def device_reads(view: SparseWeights) -> Reads:
+    """What its passes on the device read since this was called last."""
+    with torch.inference_mode():
+        view.send_reads()
+    synchronize()
+    return view.device_reads()
+
+
 class Model:
     def __init__(self, name: str, path: Path, dtype: torch.dtype = torch.float32, layers: int = 1) -> None:
         tiny_model(name, path, num_hidden_layers=layers)
@@ -170,15 +178,14 @@ def test_each_token_gets_what_the_host_gives(tmp_path: Path, family: str, cut: s
     selector = CUTS[cut](sets.bank)
     for tokens in TOKENS if DEVICE.type == "cuda" else TOKENS[: 3 if cut == "re-ranked" else 2]:
         x, before = model.inputs(tokens, tokens), model.inputs(tokens, tokens + 50)
-        sets.view.reads(), sets.view.device_reads()
+        sets.view.reads(), device_reads(sets.view)
         expected, found = sets.by_host(x, before), sets.on_device(x, before)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        synchronize()
-        by_host, on_device = sets.view.reads(), sets.view.device_reads()
+        by_host, on_device = sets.view.reads(), device_reads(sets.view)
         if cut == "re-ranked" and tokens == 1:  # what is not kept is not multiplied on the device
             by_host.bytes -= (selector.candidates - selector.keep) * sets.bank.out_row_bytes
         assert on_device == by_host
-    assert sets.view.device_reads() == Reads()
+    assert device_reads(sets.view) == Reads()
 
 
 @pytest.mark.parametrize("random", [False, True])
@@ -194,8 +201,7 @@ def test_the_certified_head_on_the_device(opt: Model, random: bool) -> None:
         x = opt.inputs(tokens, tokens)
         view.begin(Tokens(*(torch.zeros(tokens, dtype=torch.int64),) * 3, ()), NO_KV)
         found, whole, wanted = view.head(x), opt.banks.head(x), TOP if random else 1
-        synchronize()
-        reads, best = view.device_reads(), whole.topk(min(wanted, len(rows)))
+        reads, best = device_reads(view), whole.topk(min(wanted, len(rows)))
         torch.testing.assert_close(found.gather(1, best.indices), best.values)
         assert torch.equal(found.argmax(1), whole.argmax(1))
         least = rows.nbytes if tokens == 17 else lm.bytes
@@ -253,14 +259,13 @@ def test_chosen_heads_are_the_hosts(tmp_path: Path, family: str, tokens: int) ->
     model = Model(family, tmp_path)
     passes = Passes(model, head_view(model, model.spec.num_heads // 4))
     ids = [(7 * t + tokens) % VOCAB for t in range(tokens)]
-    passes.view.reads(), passes.view.device_reads()
+    passes.view.reads(), device_reads(passes.view)
     expected, by_host = passes.by_host(ids), passes.view.reads()
     for entries in passes.kv.entries(0):
         entries[passes.blocks[3:]] = entries[passes.blocks[2], 1:] = torch.nan  # of the pass's own tokens
     found = passes.on_device(*passes.inputs(ids))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    synchronize()
-    assert passes.view.device_reads() == by_host
+    assert device_reads(passes.view) == by_host
 
 
 class LatePasses:
@@ -270,7 +275,7 @@ class LatePasses:
         self.passes, self.complete = (Passes(model, head_view(model, 1, None)) for _ in range(2))
         self._late, self.end = late, Passes.PROMPT
         for one in (self.passes, self.complete):
-            one.view.device_reads()
+            device_reads(one.view)
             one.view.begin_round(one.kv, [0], late=type(late) is int, random=False)
             for entries in one.kv.entries(0):
                 entries[one.blocks[3:]] = entries[one.blocks[2], 1:] = torch.nan  # behind the prompt
@@ -302,8 +307,7 @@ def test_entries_are_written_when_a_head_is_used(opt: Model, tokens: list[int]) 
     lacking = [both.run(count) for count in tokens]
     assert max(lacking) > 0
     assert all(n == 0 for n, count in zip(lacking, tokens, strict=True) if count > SPARSE_TOKENS)
-    synchronize()
-    late, complete = both.passes.view.device_reads(), both.complete.view.device_reads()
+    late, complete = device_reads(both.passes.view), device_reads(both.complete.view)
     assert late.bytes < complete.bytes or max(tokens) > SPARSE_TOKENS
 
 
@@ -344,15 +348,12 @@ def test_replays_follow_the_scores(tmp_path: Path, family: str, cut: str, dtype:
         seen = set()
         for seed in range(5):
             tokens.ids.copy_(torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)))
-            synchronize()
-            passes.view.device_reads()
+            device_reads(passes.view)
             graph.replay()
-            synchronize()
-            counted = passes.view.device_reads()
+            counted = device_reads(passes.view)
             assert not found.isnan().any()
             assert torch.equal(found, passes.on_device(tokens, bound))
-            synchronize()
-            assert passes.view.device_reads() == counted
+            assert device_reads(passes.view) == counted
             assert counted.neurons > 0 and counted.heads * 2 == counted.heads_of
             seen.add(counted.bytes)
         assert len(seen) > 1 or (count == 1 and "threshold" not in cut) or count == 12 or cut == "overflow"

@@ -40,6 +40,8 @@ class RowPool:
         self.values = tuple(values)
         self._buffer = buffer
         self._sums = torch.zeros(2, dtype=torch.int64, device=rows.device)
+        self._on_host = torch.zeros(2, dtype=torch.int64, pin_memory=rows.is_cuda)
+        self._seen = [0, 0]
         self.where = torch.zeros(1, dtype=torch.int32, device=rows.device)
         """By the ids of the bank that was called last: where those of its list lie."""
         self._banks: list[CachedBank] = []
@@ -74,14 +76,22 @@ class RowPool:
     def counts(self) -> RowCounts:
         """Since the last call of this. Waits for the device, but not for replays of captured calls, whose sums `read` has to get."""
         if self.called:
+            self.send()
+            if self.rows.is_cuda:
+                torch.cuda.current_stream(self.rows.device).synchronize()
             self.read()
         found, self._unread = self._unread, RowCounts()
         return found
 
+    def send(self) -> None:
+        """Copy the sums so far to the host, for `read`, behind what was launched."""
+        self._on_host.copy_(self._sums, non_blocking=True)
+
     def read(self) -> None:
-        """Get the sums so far from the device, which takes no waiting where it is idle."""
-        wanted, moved = self._sums.tolist()
-        self._sums.zero_()
+        """Take over the sums that `send` has copied. Precondition: that copy is over."""
+        sums = self._on_host.tolist()
+        wanted, moved = (now - before for now, before in zip(sums, self._seen, strict=True))
+        self._seen = sums
         before, self.called = self._unread, False
         self._unread = RowCounts(before.wanted + wanted, before.hit + wanted - moved, before.moved + moved)
 

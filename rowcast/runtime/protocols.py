@@ -267,10 +267,15 @@ class ChoosesOnDevice(Protocol):
         device."""
         ...
 
-    def device_reads(self) -> Reads:
-        """What these passes read since the last call of this, replays of captured ones included; `reads` has the others.
+    def send_reads(self) -> None:
+        """Have the device tell, behind the passes that were launched so far, what they read."""
+        ...
 
-        Does not wait for the device: precondition: the passes are over.
+    def device_reads(self) -> Reads:
+        """What these passes read up to the last `send_reads`, since those of the last call of this, replays of captured ones included;
+        `reads` has the others.
+
+        Does not wait for the device: precondition: the passes are over, of those since `send_reads` none need be.
         """
         ...
 

@@ -95,7 +95,8 @@ class DeviceRounds:
         self._own_kv = [store is not None and not store.shares_entries for store in self._stores[:-1]]
         self._shared = [rung for rung, store in enumerate(self._stores[:-1]) if store is not None and store.shares_entries]
         weights = [rung.decoder.weights for rung in self._rungs if isinstance(rung, ModelRunner)]
-        self._reads_more_at_random = any(isinstance(each, ChoosesOnDevice) and each.reads_more_at_random for each in weights)
+        self._choosing = [*{id(each): each for each in weights if isinstance(each, ChoosesOnDevice)}.values()]
+        self._reads_more_at_random = any(view.reads_more_at_random for view in self._choosing)
         self._states: dict[tuple[int, int], RoundState] = {}
         self._graphs: dict[tuple[int, int, Pass, Sampling], torch.cuda.CUDAGraph | None] = {}
         """By batch, bound of contexts, pass and sampling; None: run once, so that all kernels are compiled."""
@@ -106,7 +107,10 @@ class DeviceRounds:
         self._programs: dict[tuple[Any, ...], tuple[Pass, ...]] = {}
         self._stands: dict[tuple[int, int], float] = {}
         """By proposing and judging rung: the share of the judged proposals that stood lately."""
+        self._goes_ahead = self._device.type == "cuda" and len(self._rungs) == 1
         self._ahead: _Ahead | None = None
+        self._blocks: list[int] = []
+        """Of each sequence, when the state was filled."""
         self._sampling = Sampling()
         """Of the newest round."""
 
@@ -144,8 +148,9 @@ class DeviceRounds:
         Paths have these tokens then, views hold none of what was rejected. Passes and outcomes are told to `work`, counts to the
         climbers. Precondition: at most `BATCHES[-1]` sequences, all of them served.
 
-        Where there is the last rung only, the next round of the same sequences is launched before the host looks at this one's
-        tokens. If they do not go on, or others join them, it is run in vain: what it wrote lies behind what anybody has committed.
+        Where there is the last rung only, the next round of the same sequences is launched before the host waits for this one's
+        tokens: the device goes from one to the other. If they do not go on, or others join them, it is run in vain: what it wrote
+        lies behind what anybody has committed.
         `alone`: the step has no other round, which would come in between.
         """
         gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
@@ -163,7 +168,14 @@ class DeviceRounds:
                 self._reserve(len(self._rungs) - 1, climber, 0)
         else:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
+            self._blocks = [len(c.path.blocks) for c in climbers]
             clocks = [self._run(state, p, most, self._sampling, number, climbers) for number, p in enumerate(program)]
+        state.send()
+        for view in self._choosing:
+            view.send_reads()
+        if alone and self._may_go_ahead(climbers, steps, most):
+            lengths = [(c.path.seq_id, c.path.committed + 1) for c in climbers]
+            self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0, climbers)])
         report, stats, have = state.read()
         reads = self._reads_of(program, batch)
         gained = []
@@ -171,9 +183,6 @@ class DeviceRounds:
             tokens: list[int] = report[row, 2 : 2 + report[row, 0]].tolist()
             climber.path.ids[climber.path.committed :] = tokens
             gained.append([*tokens, -1] if report[row, 1] & FAILED else tokens)
-        if alone and self._may_go_ahead(climbers, steps, most):
-            lengths = [(c.path.seq_id, len(c.path.ids)) for c in climbers]
-            self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0, climbers)])
         self._keep_queries(program[-1].tokens, batch, climbers)
         self._tell(work, program, reads, climbers, stats, clocks)
         self._settle(climbers, used, have)
@@ -247,16 +256,16 @@ class DeviceRounds:
         return store.reserve(SeqStep(path.seq_id, tokens, start, path.blocks, path.prompt_length, sample=True))
 
     def _may_go_ahead(self, climbers: Sequence[Climber], steps: Sequence[SeqStep], most: int) -> bool:
-        """Whether the next round can be launched now: one pass, for which there are blocks, of sequences that are not at their end."""
-        view = self._top.view
-        if len(self._rungs) > 1 or self._device.type != "cuda" or (isinstance(view, PagedKV) and view.keep_queries):
+        """Whether the round after this one can be launched now: one pass, of sequences that are not at their end, each with one token
+        more and with blocks for it that the state knows of."""
+        view, store = self._top.view, self._stores[-1]
+        if not self._goes_ahead or (isinstance(view, PagedKV) and view.keep_queries):
             return False
-        lengths = [len(c.path.ids) for c in climbers]
-        store = self._stores[-1]
         assert store is not None
+        lengths = [c.path.committed + 1 for c in climbers]
         return (
             all(step.left > 1 for step in steps)
-            and all(len(c.path.blocks) * store.block_size >= length for c, length in zip(climbers, lengths, strict=True))
+            and all(blocks * store.block_size >= length for blocks, length in zip(self._blocks, lengths, strict=True))
             and self._bound([length + self._lookahead + 1 for length in lengths]) == most
         )
 

@@ -72,6 +72,7 @@ class RoundState:
         self._stats = list(self.round.stats)
         self._result = torch.zeros_like(result, device="cpu", pin_memory=pinned)
         self._have = torch.zeros_like(self.round.have, device="cpu", pin_memory=pinned)
+        self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self._columns = columns
         self._passes: dict[tuple[int, int], Pass] = {}
         self._tables: dict[tuple[int, int], list[int]] = {}
@@ -112,11 +113,17 @@ class RoundState:
         """The newest pass was the round's pass `number`."""
         self._stats[number].copy_(self._stats[self.newest], non_blocking=True)
 
-    def read(self) -> tuple[Any, Any, Any]:
-        """`Round.report`, `Round.stats` and `Round.have` on the host, as the round left them. Waits for the device."""
+    def send(self) -> None:
+        """Copy what the round leaves to the host, for `read`. Work that is launched from here on may change it on the device."""
         self._result.copy_(self.round.result, non_blocking=True)
         self._have.copy_(self.round.have, non_blocking=True)
-        if self._on_device.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        if self._sent is not None:
+            self._sent.record()
+
+    def read(self) -> tuple[Any, Any, Any]:
+        """`Round.report`, `Round.stats` and `Round.have` on the host, as the round of the last `send` left them. Waits for that round,
+        not for what was launched since."""
+        if self._sent is not None:
+            self._sent.synchronize()
         report, stats = (of(self._result, self.batch, self._columns) for of in (report_of, stats_of))
         return report.numpy(), stats.numpy(), self._have.numpy()

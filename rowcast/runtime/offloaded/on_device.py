@@ -61,6 +61,7 @@ class DirectPasses:
         y = neurons.mlp(x, choice, residual)
         if layer == self._last:
             self._counts.end()
+            self._counts.send()
             self._unread = torch.cuda.current_stream(x.device).record_event() if x.is_cuda else True
         return y
 

@@ -91,6 +91,11 @@ class OffloadedSparse(SparseWeights):
             reads = Reads.of([*map(sum, zip(reads.numbers(layers), direct.numbers(layers), strict=True))], layers)
         return reads
 
+    def send_reads(self) -> None:
+        if self._device is not None and self._offloaded.pool is not None:
+            self._offloaded.pool.rows.send()
+        super().send_reads()
+
     def device_reads(self) -> Reads:
         if self._device is not None and self._offloaded.pool is not None:
             self._offloaded.pool.rows.read()

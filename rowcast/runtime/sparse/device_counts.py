@@ -19,7 +19,7 @@ class DeviceCounts:
         self._total = torch.zeros(size, dtype=torch.int64, device=device)
         """As `Reads.numbers`."""
         self._on_host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        """What a pass leaves at its end."""
+        """As `send` copied it."""
         self._seen = [0] * size
         self._known: dict[tuple[int, ...], Tensor] = {}
         """What passes add that is known, by its numbers: a pass that is captured has run before."""
@@ -62,10 +62,13 @@ class DeviceCounts:
                 at = self._at[layers] = torch.tensor([len(SUMS) + layer for layer in layers], device=self._total.device)
             self._total.index_add_(0, at, torch.cat([count.view(1) for count in self._neurons.values()]).to(torch.int64))
             self._neurons.clear()
+
+    def send(self) -> None:
+        """Copy what is counted so far to the host, for `read`. Passes that are launched from here on come to the next one."""
         self._on_host.copy_(self._total, non_blocking=True)
 
     def read(self) -> Reads:
-        """What was counted since the last call. Precondition: the passes are over."""
+        """What was counted between the last two `send`s that were read. Precondition: the last copy is over."""
         total = self._on_host.tolist()
         found = Reads.of([now - before for now, before in zip(total, self._seen, strict=True)], self._layers)
         self._seen = total

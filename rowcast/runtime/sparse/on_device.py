@@ -98,8 +98,12 @@ class DevicePasses:
         reads.heads_of = tokens * self._banks.split.heads * self._banks.spec.num_layers
         reads.neurons_of = tokens * sum(len(bank.order) for bank in self._banks.ffn)
 
+    def send_reads(self) -> None:
+        """As `ChoosesOnDevice`."""
+        self._counts.send()
+
     def reads(self) -> Reads:
-        """Of all passes since the last call, replayed ones included. Precondition: they are over."""
+        """Of all passes up to the last `send_reads`, since those of the last call, replays included. Precondition: they are over."""
         return self._counts.read()
 
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]

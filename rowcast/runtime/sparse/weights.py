@@ -110,6 +110,10 @@ class SparseWeights:
     def begin_round(self, view: KVView, seq_ids: Sequence[int], late: bool, random: bool) -> None:
         self._on_device().begin_round(view, seq_ids, late, random)
 
+    def send_reads(self) -> None:
+        if self._device is not None:
+            self._device.send_reads()
+
     def device_reads(self) -> Reads:
         return Reads() if self._device is None else self._device.reads()
 
