@@ -38,6 +38,7 @@ from rowcast.runtime.step import PREFILL, RungCounts
 from rowcast.runtime.tokenizer import load_tokenizer
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 16
+"""On a CPU."""
 SHAPE_KV, LEAST_SHAPE_KV = 4096, 96
 """KV entries of the rung self where a shape is measured and no budget is given (TriForce, arXiv 2404.11912, section 5)."""
 
@@ -190,7 +191,7 @@ def run(settings: Settings) -> dict[str, Any]:
             llm = _load(settings, ladder, context)
             resolved[ladder] = llm.plan.ladder_text
             place = {"dtype": llm.plan.dtype, "device": llm.plan.device}
-            decode(llm, [prompts[0][:WARM_UP_PROMPT]], settings.params(WARM_UP_TOKENS))
+            warm_up(llm, prompts, settings)
             samples[ladder].append(decode(llm, prompts, params))
             del llm
             _release()
@@ -226,6 +227,15 @@ def run(settings: Settings) -> dict[str, Any]:
     if peer:
         report["transformers"] = assisted.summary(peer)
     return report
+
+
+def warm_up(llm: LLM, prompts: Sequence[list[int]], settings: Settings) -> None:
+    """On a GPU the same that is measured then: kernels are compiled and passes captured where a length is met first, and how long the
+    drafts are is decided meanwhile, which decides what passes there are."""
+    if torch.device(llm.plan.device).type == "cuda":
+        decode(llm, prompts, settings.params(settings.max_tokens))
+    else:
+        decode(llm, [prompts[0][:WARM_UP_PROMPT]], settings.params(WARM_UP_TOKENS))
 
 
 def decode(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> Sample:
