@@ -12,6 +12,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import lowbit as reference
 from rowcast.kernels.gpu import lowbit
+from rowcast.kernels.gpu.codes import Tiles
 from rowcast.kernels.lowbit import LowBit
 from rowcast.kernels.rows import ACTIVATIONS
 
@@ -86,10 +87,10 @@ def test_chosen_rows(count: int | None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_the_number_of_tokens(dtype: torch.dtype, splits: int, ahead: int) -> None:
     q, x = weight(80, 384, 4), inputs(16, 384, dtype)
-    tiles = lowbit.Tiles(32, 2, 1, splits, ahead)
-    whole = lowbit._run(q, x, 80, tiles=tiles)
+    tiles = Tiles(32, 2, 1, splits, ahead)
+    whole = lowbit.product(q, x, tiles=tiles)
     for tokens in (1, 7):
-        assert torch.equal(lowbit._run(q, x[:tokens], 80, tiles=tiles), whole[:tokens])
+        assert torch.equal(lowbit.product(q, x[:tokens], tiles=tiles), whole[:tokens])
     assert torch.equal(lowbit.product(q, x[3:4]), lowbit.product(q, x)[3:4])
     near(whole, exact(q, x))
 

@@ -12,7 +12,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import packed
 from rowcast.kernels.gpu import packed as on_gpu
-from rowcast.kernels.gpu.lowbit import Tiles
+from rowcast.kernels.gpu.codes import Tiles
 from rowcast.kernels.packed import Packed, dequantise, pack
 from rowcast.kernels.packed_sizes import Form
 from rowcast.kernels.rows import ACTIVATIONS

@@ -3,12 +3,7 @@
 A weight is scale * (code - (2^bits - 1) / 2), one float16 scale for a group of columns: symmetric, and 0 lies between two levels,
 which at 2 bits is much closer than a level at 0 would be. Codes are unsigned: an operand of 8-bit dot products as they are.
 
-Packing, for each block of 64 columns: byte j of 2 bits holds columns j, j + 16, j + 32, j + 48 from its low bits up; of 4 bits
-columns j and j + 32; of 8 bits column j. 3 bits are the 16 bytes of the low 2 bits, then 8 bytes with the high bits, column 8 i + k
-in bit k of byte i. Columns are padded with zeros to whole groups.
-
-On a GPU products go to `kernels/gpu/lowbit.py`, some tokens at a time; with many tokens, a block of rows at a time is dequantised for
-torch's product.
+Codes lie as `codes` packs them, columns padded with zeros to whole groups. On a GPU products go to `kernels/gpu/lowbit.py`.
 """
 
 from __future__ import annotations
@@ -22,22 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.kernels import gpu, native, select
+from rowcast.kernels import codes, native, select
 from rowcast.kernels.lowbit_sizes import BLOCK as BLOCK
 from rowcast.kernels.lowbit_sizes import ELEMENTS_AT_ONCE
-from rowcast.kernels.rows import ACTIVATION_CODES, ACTIVATIONS, ffn, library_for_tables
+from rowcast.kernels.rows import ACTIVATION_CODES, ffn, library_for_tables
 
 BITS = (2, 3, 4, 8)
 INPUT_ROUNDING = 2.0**-12
 """Bound of |x - x'| / |x| for the input x' that `product` multiplies by: 16-bit fixed point, one scale for 64 columns."""
-_ROWS_AT_ONCE = 2048
-"""In float32 at the same time, at most, beside `ELEMENTS_AT_ONCE`."""
 _CACHED_ELEMENTS = 1 << 20
-"""Likewise while a CPU looks for scales: it goes over them dozens of times, from its cache."""
+"""In float32 at the same time, at most, while a CPU looks for scales: it goes over them dozens of times, from its cache."""
 _MOST_COLUMNS = 1 << 15
 """Wider weights are torch's."""
-_MOST_GPU_TOKENS = 256
-"""With more, dequantising the weight once takes less time than reading its codes once for every `gpu.MOST_TOKENS` of them."""
 _SMALLEST_SCALE = {2: 0.5, 3: 0.6, 4: 0.7, 8: 0.95}
 """Where the search begins, as a share of the scale that represents a group's largest weight."""
 _CANDIDATES = 12
@@ -79,16 +70,15 @@ def quantise(weight: Tensor, bits: int, group: int = BLOCK) -> LowBit:
         raise UserError(f"a group of {group} columns cannot be packed, use a multiple of {BLOCK}")
     rows, columns = weight.shape
     padding = -columns % group
-    codes = torch.empty(rows, (columns + padding) * bits // 8, dtype=torch.uint8, device=weight.device)
+    packed = torch.empty(rows, (columns + padding) * bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, (columns + padding) // group, dtype=torch.float16, device=weight.device)
-    piece = _rows_at_once(columns + padding, _CACHED_ELEMENTS if weight.device.type == "cpu" else ELEMENTS_AT_ONCE)
-    for start in range(0, rows, piece):
-        span = slice(start, start + piece)
+    elements = _CACHED_ELEMENTS if weight.device.type == "cpu" else ELEMENTS_AT_ONCE
+    for span in codes.row_blocks(rows, columns + padding, elements):
         part = F.pad(weight[span].float(), (0, padding)).contiguous()
         grouped = part.view(part.shape[0], -1, group)
         scales[span] = scale = _best_scale(grouped, bits)
-        codes[span] = _pack(_codes(grouped, scale, bits).flatten(1), bits)
-    return LowBit(codes, scales, bits, group, columns)
+        packed[span] = codes.pack(_codes(grouped, scale, bits).flatten(1), bits)
+    return LowBit(packed, scales, bits, group, columns)
 
 
 def stacked(parts: Sequence[LowBit]) -> LowBit:
@@ -112,51 +102,35 @@ def product(
     Natively x is in 16-bit fixed point, one scale for 64 columns: within 1e-4 of it; a block of columns whose largest is below 1e-33
     counts as 0. Where torch multiplies, a result that is wanted in the 16 bits of x is a product in them.
     """
-    if _on_gpu(x):
+    if codes.on_gpu(x):
         from rowcast.kernels.gpu import lowbit
 
-        parts = torch.split(x, gpu.MOST_TOKENS)
-        residuals = [None] * len(parts) if residual is None else torch.split(residual, gpu.MOST_TOKENS)
-        return _joined([lowbit.product(q, p, bias, residual=r, dtype=dtype) for p, r in zip(parts, residuals, strict=True)])
-    lib = _library(q, x)
-    if lib is not None:
-        out = _run(lib, q, x, None, 0)
-    else:
-        wide = x.to(dtype if dtype == x.dtype else torch.float32)
-        out = torch.empty(x.shape[0], q.rows, dtype=dtype, device=x.device)
-        for rows, part in _dequantised(q):
-            out[:, rows] = F.linear(wide, part.to(wide.dtype))
-    for term in (bias, residual):
-        if term is not None:
-            out.add_(term)
-    return out.to(dtype)
+        return codes.in_parts(lambda part, added: lowbit.product(q, part, bias, residual=added, dtype=dtype), x, residual)
+    lib = library_for(q, x)
+    out = codes.by_torch(_dequantised(q), q.rows, x, dtype) if lib is None else _run(lib, q, x, None, 0)
+    return codes.finished(out, bias, residual, dtype)
 
 
 def ffn_hidden(q: LowBit, bias: Tensor | None, x: Tensor, activation: str, gated: bool) -> Tensor:
     """What an MLP's neurons hand to its down projection, in the dtype of x: act(g) * u with the N rows of g and then the N of u in
     `q` where it is gated, else act(q x). x [T, D], bias [2 N] or [N] -> [T, N]."""
-    if _on_gpu(x):
+    if codes.on_gpu(x):
         from rowcast.kernels.gpu import lowbit
 
-        return _joined([lowbit.ffn_hidden(q, part, activation, bias, gated) for part in torch.split(x, gpu.MOST_TOKENS)])
-    act, hidden = ACTIVATIONS[activation], product(q, x, bias, dtype=x.dtype)
-    if not gated:
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=1)
-    return act(gate).mul_(up)
+        return codes.in_parts(lambda part, _: lowbit.ffn_hidden(q, part, activation, bias, gated), x)
+    return codes.activated(product(q, x, bias, dtype=x.dtype), activation, gated)
 
 
 def gated_scores(q: LowBit, x: Tensor, norms: Tensor, activation: str) -> Tensor:  # [T, D], [N] -> float32 [T, N]
     """|act(g) * u| * norms, with the N rows of g and then the N of u in `q`: each neuron's contribution to a gated MLP's output."""
-    if _on_gpu(x) and norms.dtype == torch.float32:
+    if codes.on_gpu(x) and norms.dtype == torch.float32:
         from rowcast.kernels.gpu import lowbit
 
-        return _joined([lowbit.gated_scores(q, part, norms, activation) for part in torch.split(x, gpu.MOST_TOKENS)])
-    lib = _library(q, x)
+        return codes.in_parts(lambda part, _: lowbit.gated_scores(q, part, norms, activation), x)
+    lib = library_for(q, x)
     if lib is not None and norms.dtype == torch.float32:
         return _run(lib, q, x, norms.contiguous(), ACTIVATION_CODES[activation])
-    gate, up = product(q, x).chunk(2, dim=1)
-    return (ACTIVATIONS[activation](gate) * up).abs() * norms
+    return codes.activated(product(q, x), activation, gated=True).abs() * norms
 
 
 def gated_ffn(
@@ -168,7 +142,7 @@ def gated_ffn(
     """
     assert x.shape == (1, q.columns) and q.rows == 2 * len(norms)
     assert gate.shape == up.shape == down.shape == (len(norms), q.columns)
-    lib = library_for_tables(x, gate, up, down) if _library(q, x) is not None and norms.dtype == torch.float32 else None
+    lib = library_for_tables(x, gate, up, down) if library_for(q, x) is not None and norms.dtype == torch.float32 else None
     if lib is None:
         ids, own = select.top_union(gated_scores(q, x, norms, activation), keep, shards)
         return ffn(gate, up, None, down, x, ids, own, activation)
@@ -204,16 +178,9 @@ def gated_ffn(
     return out
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.shape[0] <= _MOST_GPU_TOKENS and gpu.takes(x[: gpu.MOST_TOKENS])
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _library(q: LowBit, x: Tensor) -> CDLL | None:
-    """For any number of tokens, so that a token's products do not depend on how many others there are."""
+def library_for(q: LowBit, x: Tensor) -> CDLL | None:
+    """The native part where it multiplies x [T, D] with this weight: whatever the number of tokens, so that a token's products do not
+    depend on how many others there are."""
     return native.library() if x.device.type == "cpu" and len(x) and q.padded <= _MOST_COLUMNS else None
 
 
@@ -242,17 +209,7 @@ def _run(lib: CDLL, q: LowBit, x: Tensor, norms: Tensor | None, activation: int)
 
 
 def _dequantised(q: LowBit) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, so that no second weight is ever whole in memory."""
-    middle, piece = ((1 << q.bits) - 1) / 2, _rows_at_once(q.padded, ELEMENTS_AT_ONCE)
-    for start in range(0, q.rows, piece):
-        rows = slice(start, min(start + piece, q.rows))
-        levels = _unpack(q.codes[rows], q.bits).float().sub_(middle).view(rows.stop - start, -1, q.group)
-        part = levels.mul_(q.scales[rows, :, None]).flatten(1)
-        yield rows, part[:, : q.columns]
-
-
-def _rows_at_once(columns: int, elements: int) -> int:
-    return max(1, min(_ROWS_AT_ONCE, elements // max(1, columns)))
+    return codes.dequantised(q.codes, q.scales, q.bits, q.group, q.columns, ((1 << q.bits) - 1) / 2)
 
 
 def _codes(grouped: Tensor, scale: Tensor, bits: int) -> Tensor:  # [R, G, group], [R, G] -> uint8 [R, G, group]
@@ -277,32 +234,3 @@ def _best_scale(grouped: Tensor, bits: int) -> Tensor:  # [R, G, group] -> float
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:  # uint8 [R, padded] -> uint8 [R, padded * bits / 8]
-    blocks = codes.view(codes.shape[0], -1, BLOCK)
-    if bits == 3:
-        high = (blocks >> 2).view(*blocks.shape[:2], 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
-        packed = torch.cat([_fold(blocks & 3, 2), high.sum(-1, dtype=torch.uint8)], dim=-1)
-    else:
-        packed = _fold(blocks, bits)
-    return packed.flatten(1)
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:  # uint8 [R, padded * bits / 8] -> uint8 [R, padded]
-    blocks = packed.view(packed.shape[0], -1, BLOCK * bits // 8)
-    if bits == 3:
-        high = (blocks[..., 16:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-        return (_unfold(blocks[..., :16], 2) | (high.flatten(2) << 2)).flatten(1)
-    return _unfold(blocks, bits).flatten(1)
-
-
-def _fold(blocks: Tensor, bits: int) -> Tensor:  # uint8 [R, B, 64] -> uint8 [R, B, 8 * bits]
-    parts = blocks.view(*blocks.shape[:2], 8 // bits, -1)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
-    return (parts << shifts[:, None]).sum(2, dtype=torch.uint8)
-
-
-def _unfold(packed: Tensor, bits: int) -> Tensor:  # uint8 [R, B, 8 * bits] -> uint8 [R, B, 64]
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, :, None] >> shifts[:, None]) & ((1 << bits) - 1)).flatten(2)

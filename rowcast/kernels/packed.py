@@ -1,7 +1,7 @@
 """Weights as quantised checkpoints hold them: codes of 2, 3, 4 or 8 bits, and for each group of columns a scale and a level of 0.
 
 A weight is scale * (code - zero), with one zero point for all or one for each group (GPTQ, AWQ, compressed-tensors, GGUF's Q4_0 and
-Q8_0), or scale * code + minimum (Q4_1). A group is 32 columns, whole blocks of 64, or a whole row. Codes lie as `lowbit` packs them,
+Q8_0), or scale * code + minimum (Q4_1). A group is 32 columns, whole blocks of 64, or a whole row. Codes lie as `codes` packs them,
 and nothing is rounded: scales and minima keep the number format that they are stored in.
 
 On a GPU products go to `kernels/gpu/packed.py`, some tokens at a time; on a CPU to `lowbit`'s, whose levels are symmetric, with what
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowcast.kernels import gpu, lowbit
+from rowcast.kernels import lowbit
+from rowcast.kernels.codes import activated, by_torch, dequantised, finished, in_parts, on_gpu
+from rowcast.kernels.codes import pack as pack_codes
 from rowcast.kernels.lowbit import BLOCK, LowBit
-from rowcast.kernels.lowbit_sizes import ELEMENTS_AT_ONCE
 from rowcast.kernels.packed_sizes import padded_columns
-from rowcast.kernels.rows import ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def pack(
 
     found = whole(scales)
     assert found is not None
-    packed = lowbit._pack(F.pad(codes, (0, padded - columns)), bits)
+    packed = pack_codes(F.pad(codes, (0, padded - columns)), bits)
     return Packed(packed, found, whole(zeros), whole(minima), zero, bits, group, columns)
 
 
@@ -113,39 +113,25 @@ def product(
     q: Packed, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """x W^T, plus a bias [R] and a residual [T, R], which is not modified: [T, K] -> [T, R] in `dtype`; as exact as `lowbit`."""
-    if lowbit._on_gpu(x):
+    if on_gpu(x):
         from rowcast.kernels.gpu import packed
 
-        parts = torch.split(x, gpu.MOST_TOKENS)
-        residuals = [None] * len(parts) if residual is None else torch.split(residual, gpu.MOST_TOKENS)
-        found = [packed.product(q, p, bias, residual=r, dtype=dtype) for p, r in zip(parts, residuals, strict=True)]
-        return lowbit._joined(found)
+        return in_parts(lambda part, added: packed.product(q, part, bias, residual=added, dtype=dtype), x, residual)
     near = _symmetric(q)
-    if near is not None and lowbit._library(near, x) is not None:
+    if near is not None and lowbit.library_for(near, x) is not None:
         out = lowbit.product(near, x).addmm_(_group_sums(q, x), _shifts(q).T)
     else:
-        wide = x.to(dtype if dtype == x.dtype else torch.float32)
-        out = torch.empty(x.shape[0], q.rows, dtype=wide.dtype, device=x.device)
-        for rows, part in _dequantised(q):
-            out[:, rows] = F.linear(wide, part.to(wide.dtype))
-    for term in (bias, residual):
-        if term is not None:
-            out.add_(term)
-    return out.to(dtype)
+        out = by_torch(_dequantised(q), q.rows, x, dtype)
+    return finished(out, bias, residual, dtype)
 
 
 def ffn_hidden(q: Packed, bias: Tensor | None, x: Tensor, activation: str, gated: bool) -> Tensor:
     """As `lowbit.ffn_hidden`: act(g) * u with the N rows of g and then the N of u in `q` where it is gated, else act(q x)."""
-    if lowbit._on_gpu(x):
+    if on_gpu(x):
         from rowcast.kernels.gpu import packed
 
-        parts = torch.split(x, gpu.MOST_TOKENS)
-        return lowbit._joined([packed.ffn_hidden(q, part, activation, bias, gated) for part in parts])
-    act, hidden = ACTIVATIONS[activation], product(q, x, bias, dtype=x.dtype)
-    if not gated:
-        return act(hidden)
-    gate, up = hidden.chunk(2, dim=1)
-    return act(gate).mul_(up)
+        return in_parts(lambda part, _: packed.ffn_hidden(q, part, activation, bias, gated), x)
+    return activated(product(q, x, bias, dtype=x.dtype), activation, gated)
 
 
 def _symmetric(q: Packed) -> LowBit | None:
@@ -168,14 +154,4 @@ def _group_sums(q: Packed, x: Tensor) -> Tensor:  # [T, K] -> float32 [T, G]
 
 
 def _dequantised(q: Packed) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, so that no second weight is ever whole in memory."""
-    piece = lowbit._rows_at_once(q.padded, ELEMENTS_AT_ONCE)
-    for start in range(0, q.rows, piece):
-        rows = slice(start, min(start + piece, q.rows))
-        levels = lowbit._unpack(q.codes[rows], q.bits).float().view(rows.stop - start, -1, q.group)
-        if q.minima is None:
-            levels.sub_(q.zero if q.zeros is None else q.zeros[rows, :, None].float())
-        levels.mul_(q.scales[rows, :, None].float())
-        if q.minima is not None:
-            levels.add_(q.minima[rows, :, None].float())
-        yield rows, levels.flatten(1)[:, : q.columns]
+    return dequantised(q.codes, q.scales, q.bits, q.group, q.columns, q.zero if q.zeros is None else q.zeros, q.minima)

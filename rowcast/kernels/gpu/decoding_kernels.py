@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from rowcast.kernels.gpu.product_kernels import _arrive
+from rowcast.kernels.gpu.scratch import arrive
 
 _LOG2E: Final = tl.constexpr(1.4426950408889634)
 _STATS: Final = tl.constexpr(256)  # splits whose maxima are read at a time
@@ -270,7 +270,7 @@ def partial(
         low = _split_of(_oldest_seen(start, window, has_window and chunks_ptr is None), fine, knee, levels)
         high = _split_of(tl.minimum(end, short) - 1, fine, knee, levels) + 1
         if (start < short) & (split < high):  # noqa: SIM102 - both sides of an `and` would be evaluated
-            if _arrive(counters_ptr + (sequence * K + head) * row_tiles + tile, high - low):
+            if arrive(counters_ptr + (sequence * K + head) * row_tiles + tile, high - low):
                 mine = is_real & (at < short)
                 made = _put_together(stats_ptr, sums_ptr, lines, sums, mine, low, high, dim, short_splits, d)
                 made = made.to(out_ptr.dtype.element_ty)

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from rowcast.kernels.gpu import MOST_TOKENS, lowbit, products
+from rowcast.kernels.gpu.codes import Tiles
 from rowcast.kernels.gpu.lm_head_kernels import (
     bounds_kernel,
     choose_kernel,
@@ -231,7 +232,7 @@ def _search(
     for number, stage in enumerate(stages):
         if listed is not None:
             chosen = _chosen_rows(stage.proxy, x)
-            refinement = lowbit._run(stage.proxy, x, listed.capacity, ids=listed.ids, count=listed.count, tiles=chosen)
+            refinement = lowbit.product(stage.proxy, x, ids=listed.ids, count=listed.count, tiles=chosen)
             finer_kernel[(tokens,)](
                 listed.estimate,
                 refinement,
@@ -319,9 +320,9 @@ class _New:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
 
-def _chosen_rows(q: LowBit, x: Tensor) -> lowbit.Tiles | None:
+def _chosen_rows(q: LowBit, x: Tensor) -> Tiles | None:
     """For a later proxy, of which few rows are read: more splits than the capacity would ask for."""
-    return lowbit.Tiles(64, 4, 1, 4) if x.is_cuda else None
+    return Tiles(64, 4, 1, 4) if x.is_cuda else None
 
 
 def _block(device: torch.device) -> int:

@@ -5,18 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rowcast.kernels.gpu.scratch import arrive
+
 _SHORTEST = tl.constexpr(1e-10)
 _LOWEST = tl.constexpr(-(2**63))
-
-
-@triton.jit
-def _arrive(counter, programs):
-    """Whether this program is the last of so many to get here; all that the others wrote before is then visible to it."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit
@@ -94,7 +86,7 @@ def parts_kernel(
         tl.store(squares + token, found)
         tl.store(rescored + token, 0)
         tl.store(counts + tl.arange(0, CELLS), tl.zeros([CELLS], tl.int32), mask=token == 0)
-    if _arrive(arrivals + token, many + 1):
+    if arrive(arrivals + token, many + 1):
         span = tl.arange(0, DIRECTIONS)
         part = tl.load(along + token * many + span, mask=span < many, other=0.0, cache_modifier=".cg").to(tl.float64)
         square = tl.load(squares + token, cache_modifier=".cg")
@@ -159,7 +151,7 @@ def bounds_kernel(
     tl.store(to, best)
     if KEPT == 2:
         tl.store(to + GROUPS, tl.max(tl.where(grouped == best[:, None], float("-inf"), grouped), 1))
-    if _arrive(arrivals + token, blocks):
+    if arrive(arrivals + token, blocks):
         span = tl.arange(0, MAXIMA)
         number = blocks * KEPT * GROUPS
         known = tl.load(maxima + token * number + span, mask=span < number, other=float("-inf"), cache_modifier=".cg")
@@ -260,7 +252,7 @@ def choose_kernel(
                 for token in range(tokens):
                     rough = tl.load(estimate + token * places + place, mask=mask, other=0.0)
                     tl.store(chosen_estimate + token * capacity + to, rough, mask=fits)
-    if _arrive(arrivals, tl.num_programs(0)):
+    if arrive(arrivals, tl.num_programs(0)):
         over = limit > places
         if over:
             tl.store(chosen_count, capacity + 1)
@@ -340,7 +332,7 @@ def top_kernel(
         _write(best, rank, values, found_ids, token, K)
     else:
         tl.store(partial + (token * PROGRAMS + part) * KEPT + rank, best)
-        if _arrive(arrivals + token, working):
+        if arrive(arrivals + token, working):
             all_of = tl.arange(0, PROGRAMS * KEPT)
             found = tl.load(
                 partial + token * PROGRAMS * KEPT + all_of, mask=all_of < working * KEPT, other=_LOWEST, cache_modifier=".cg"

@@ -1,4 +1,4 @@
-"""The kernel of `packed.py`: `lowbit_kernels`, whose levels, layouts and tiles it takes, for another level of 0 and for groups of 32.
+"""The kernel of `packed.py`: that of `lowbit_kernels` for another level of 0 and for groups of 32. Parts: `code_kernels`.
 
 A block's sum is of code - b, b what is least work to take off. The weight of a code is scale * (code - zero), so that the sum of the
 block's inputs, which the matrix units find as a product with ones, joins it times b - zero, by row; or scale * code + minimum, so that
@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowcast.kernels.gpu.lowbit_kernels import _add_product, _finish, _inputs, _levels, _raised
-from rowcast.kernels.gpu.product_kernels import _arrive, _sum_partials
+from rowcast.kernels.gpu.code_kernels import (
+    add_product,
+    by_row,
+    codes_at,
+    end_product,
+    inputs_at,
+    levels_of,
+    load_inputs,
+    load_words,
+    raised_by,
+)
 
 
 @triton.jit
@@ -34,34 +43,12 @@ def _groups(scales, zeros, minima, block, blocks, GROUP: tl.constexpr, HALVES: t
 
 
 @triton.jit
-def _words(words, block, blocks, BITS: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr):
-    """Words [4, 8, W, H, J] of UNROLL blocks from `block` [W] on."""
-    found = ()
-    for u in tl.static_range(UNROLL):
-        at = words + ((block + u) * (2 * BITS))[None, None, :, None, None]
-        if WHOLE:
-            word = tl.load(at, eviction_policy="evict_first")
-        else:
-            word = tl.load(at, mask=(block + u < blocks)[None, None, :, None, None], other=0, eviction_policy="evict_first")
-        found = found + (word,)  # type: ignore[assignment]  # noqa: RUF005
-    return found
-
-
-@triton.jit
 def _half_of(x, half: tl.constexpr, SPLIT: tl.constexpr):
     """Inputs [4, 8, W, N, ...] of a whole block; SPLIT: those of its other half are 0."""
     if SPLIT:
         quarter = tl.arange(0, 4)[:, None, None, None, None, None]
         x = tl.where(quarter // 2 == half, x, x * 0)
     return x
-
-
-@triton.jit
-def _by_row(value, shape: tl.constexpr):
-    """[4, 8, W, H] as numbers for each row and token of a sum of `shape` [W, R, T]."""
-    wide = value.to(tl.float32)[:, :, :, :, None, None]
-    wide = tl.broadcast_to(wide, [4, 8, value.shape[2], value.shape[3], shape[2] // 8, 2])
-    return tl.reshape(tl.permute(wide, (2, 3, 1, 4, 0, 5)), shape)
 
 
 @triton.jit
@@ -74,7 +61,7 @@ def _sum_inputs(acc, u: tl.constexpr, half: tl.constexpr, inputs, PARTS: tl.cons
     ones = tl.full([4, 8, acc.shape[0], acc.shape[1] // 8, 4 // PARTS, 2, 2], 1.0, tl.float32).to(DTYPE)
     y = tl.zeros(acc.shape, tl.float32)
     for part in tl.static_range(FROM, TO):
-        y = _add_product(y, ones, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
+        y = add_product(y, ones, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
     return y
 
 
@@ -92,17 +79,17 @@ def _add_half(acc, sums, words, groups, u: tl.constexpr, half: tl.constexpr, inp
     third = high + ((block + u) * (2 * BITS) + 4)[None, None, :, None, None]
     y = tl.zeros(acc.shape, tl.float32)
     for part in tl.static_range(FROM, TO):
-        levels = _levels(words[u], third, here, part, BITS, RAISED, DTYPE, ASM)
-        y = _add_product(y, levels, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
+        levels = levels_of(words[u], third, here, part, BITS, RAISED, DTYPE, ASM)
+        y = add_product(y, levels, _half_of(inputs[u * PARTS + part], half, SPLIT), DTYPE, ASM)
     if ZEROS:
-        y += sums * (OFF - _by_row(groups[FIRST + 1], acc.shape))
+        y += sums * (OFF - by_row(groups[FIRST + 1], acc.shape))
     elif MINIMA:
         y += sums * OFF
     else:
         y += sums * (OFF - ZERO)
-    acc += y * _by_row(groups[FIRST], acc.shape)
+    acc += y * by_row(groups[FIRST], acc.shape)
     if MINIMA:
-        acc += sums * _by_row(groups[FIRST + 1], acc.shape)
+        acc += sums * by_row(groups[FIRST + 1], acc.shape)
     return acc
 
 
@@ -141,10 +128,8 @@ def packed_kernel(
     """y = act(g) * u, or act(u); + bias before, + residual after."""
     DTYPE: tl.constexpr = tl.float16 if x_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
-    RAISED: tl.constexpr = _raised(BITS, tl.float16 == DTYPE, True)
+    RAISED: tl.constexpr = raised_by(BITS, tl.float16 == DTYPE, True)
     PACKED: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2  # inputs of a word
-    OWN: tl.constexpr = 16 // PARTS // PACKED  # words of a part that a lane reads
-    VECTOR: tl.constexpr = min(OWN, 4)
     STRIDE: tl.constexpr = 64 // PACKED
     STEP: tl.constexpr = WARPS * UNROLL
     HALVES: tl.constexpr = 1 if GROUP else 2
@@ -154,21 +139,13 @@ def packed_kernel(
     quarter, eighth, warp = tl.arange(0, 4), tl.arange(0, 8), tl.arange(0, WARPS)
     rows = tl.minimum(tile * ROWS + tl.arange(0, ROWS // 8)[None, :] * 8 + eighth[:, None], capacity - 1)
     rows = rows.to(tl.int64)[None, :, None, :] + (quarter * 0)[:, None, None, None] + (warp * 0)[None, None, :, None]
-    high = (codes_ptr.to(tl.pointer_type(tl.int32)) + rows * (blocks * (2 * BITS)))[:, :, :, :, None]
-    words = high + quarter[:, None, None, None, None] * (4 // PARTS) + tl.arange(0, 4 // PARTS)[None, None, None, None, :]
+    words, high = codes_at(codes_ptr, rows, blocks, BITS, PARTS)
     scales, zeros, minima = scales_ptr + rows * group_stride, None, None
     if ZEROS:
         zeros = zeros_ptr + rows * group_stride
     if MINIMA:
         minima = minima_ptr + rows * group_stride
-    token = (tl.arange(0, TOKENS // 8)[None, :] * 8 + eighth[:, None])[None, :, None, :, None, None]
-    within = (tl.arange(0, OWN // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])[None, None, None, None, :, :]
-    within = within + (quarter * OWN)[:, None, None, None, None, None]
-    x = x_ptr
-    if PACKED == 2:
-        x = x_ptr.to(tl.pointer_type(tl.int32))
-    width = columns // PACKED
-    x = x + token * width + within
+    x, within, token, width = inputs_at(x_ptr, columns, PARTS, PACKED, TOKENS)
     half_rows = (tl.program_id(0) * 0 + capacity).to(tl.int64)  # a capacity of 1 comes as a constant
     code_up = half_rows * (blocks * (2 * BITS))
     group_up = half_rows * group_stride
@@ -183,27 +160,27 @@ def packed_kernel(
     acc_up = tl.zeros([WARPS, ROWS, TOKENS], tl.float32)
     last = end - STEP
     block = begin + warp * UNROLL
-    coming = _words(words, block, blocks, BITS, UNROLL, WHOLE)
+    coming = load_words(words, block, blocks, BITS, UNROLL, WHOLE)
     groups = _groups(scales, zeros, minima, block, blocks, GROUP, HALVES, UNROLL)
     coming_up, groups_up = coming, groups
     if GATED:
-        coming_up = _words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
+        coming_up = load_words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
         groups_up = _groups(scales_up, zeros_up, minima_up, block, blocks, GROUP, HALVES, UNROLL)
     if OVERLAP:
         gdc_wait()
     if OVERLAP and EARLY:
         gdc_launch_dependents()
-    xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
+    xs_coming = load_inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
     for at in tl.range(begin, end, STEP):
         now, own, now_up, own_up, xs = coming, groups, coming_up, groups_up, xs_coming
         # The next step's are on their way while this one's products run.
         block = tl.minimum(at + STEP, last) + warp * UNROLL
-        coming = _words(words, block, blocks, BITS, UNROLL, WHOLE)
+        coming = load_words(words, block, blocks, BITS, UNROLL, WHOLE)
         groups = _groups(scales, zeros, minima, block, blocks, GROUP, HALVES, UNROLL)
         if GATED:
-            coming_up = _words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
+            coming_up = load_words(words + code_up, block, blocks, BITS, UNROLL, WHOLE)
             groups_up = _groups(scales_up, zeros_up, minima_up, block, blocks, GROUP, HALVES, UNROLL)
-        xs_coming = _inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
+        xs_coming = load_inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
         block = at + warp * UNROLL
         for u in tl.static_range(UNROLL):
             for half in tl.static_range(HALVES):
@@ -215,25 +192,5 @@ def packed_kernel(
                                        PARTS, HALVES, ZERO, ZEROS, MINIMA, DTYPE, ASM)  # fmt: skip
     if OVERLAP and not EARLY:
         gdc_launch_dependents()
-    acc, acc_up = tl.sum(acc, 0), tl.sum(acc_up, 0)
-    places = tile * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(places, capacity - 1)
-    valid = places < capacity
-    column = tl.arange(0, TOKENS)[None, :]
-    at = column * capacity + places[:, None]
-    mask = valid[:, None] & (column < tokens)
-    if SPLITS > 1:
-        size = tokens * capacity
-        step = (2 if GATED else 1) * size
-        tl.store(partial_ptr + split * step + at, acc, mask=mask)
-        if GATED:
-            tl.store(partial_ptr + split * step + size + at, acc_up, mask=mask)
-        if _arrive(counter_ptr + tile, SPLITS):
-            acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
-            if GATED:
-                acc_up = _sum_partials(partial_ptr + size, at, mask, step, SPLITS)
-            _finish(acc, acc_up, bias_ptr, None, residual_ptr, out_ptr, rows, valid, capacity, at, mask, GATED, ACTIVATION,
-                    False)  # fmt: skip
-    else:
-        _finish(acc, acc_up, bias_ptr, None, residual_ptr, out_ptr, rows, valid, capacity, at, mask, GATED, ACTIVATION,
-                False)  # fmt: skip
+    end_product(acc, acc_up, None, bias_ptr, None, residual_ptr, out_ptr, partial_ptr, counter_ptr, split, tile, tokens, capacity,
+                capacity, GATED, ACTIVATION, False, SPLITS, ROWS, TOKENS)  # fmt: skip

@@ -1,8 +1,7 @@
 """The kernels of `products.py`: chosen rows of a table times up to 16 tokens, along the rows and across them.
 
 Tokens are the columns of the tile that the matrix units take, y^T [rows, 16] = W [rows, K] x^T [K, 16], so that weights go from memory
-to shared memory to the matrix units without passing through registers. Sums that several CTAs share are written as float32 partial
-sums; the last CTA to arrive, found by a counter that it sets back to 0, adds them in the order of the splits.
+to shared memory to the matrix units without passing through registers. Sums that several CTAs share: `scratch.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from rowcast.kernels.gpu.scratch import arrive, sum_partials
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _load_rows(at, row_valid, column_valid, WHOLE_ROWS: tl.constexpr, WHOLE_COLU
 
 
 @triton.jit
-def _activate(v, ACTIVATION: tl.constexpr):
+def activate(v, ACTIVATION: tl.constexpr):
     """One of `rowcast.kernels.rows.ACTIVATIONS`, or "none", of float32 values."""
     if ACTIVATION == "relu":
         v = tl.where(v < 0, 0.0, v)
@@ -44,25 +45,6 @@ def _activate(v, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         v = v / (1 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
     return v
-
-
-@triton.jit
-def _arrive(counter_ptr, SPLITS: tl.constexpr):
-    """Whether this CTA is the last of SPLITS to get here; all that the others wrote before is then visible to it."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
-
-
-@triton.jit
-def _sum_partials(partial_ptr, at, mask, step, SPLITS: tl.constexpr):
-    """The partial sums at `at`, `at + step`, ... added in order."""
-    total = tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partial_ptr + split * step + at, mask=mask, other=0.0, cache_modifier=".cg")
-    return total
 
 
 @triton.jit
@@ -79,9 +61,9 @@ def _finish_rows(acc, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr
     if GATED:
         if gate_bias_ptr is not None:
             gate += tl.load(gate_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)[:, None]
-        y = _activate(gate, ACTIVATION) * up
+        y = activate(gate, ACTIVATION) * up
     else:
-        y = _activate(up, ACTIVATION)
+        y = activate(up, ACTIVATION)
     at = token[None, :] * capacity + position[:, None]
     mask = (token[None, :] < tokens) & valid[:, None]
     if residual_ptr is not None:
@@ -186,8 +168,8 @@ def rows_in_kernel(
             at = token[None, :] * capacity + position[:, None] + tl.where(is_gate, SPLITS * step, 0)[:, None]
             mask = (token[None, :] < tokens) & valid[:, None]
             tl.store(partial_ptr + split * step + at, acc, mask=mask)
-            if _arrive(counter_ptr + tile, SPLITS):
-                acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
+            if arrive(counter_ptr + tile, SPLITS):
+                acc = sum_partials(partial_ptr, at, mask, step, SPLITS)
                 _finish_rows(acc, gate_bias_ptr, up_bias_ptr, residual_ptr, own_ptr, out_ptr, lane_rows, lane, total, token, tokens,
                              capacity, out_stride, GATED, ACTIVATION, BLOCK_R, TOKENS)  # fmt: skip
         if ids_ptr is not None:
@@ -267,8 +249,8 @@ def rows_out_kernel(
     else:
         step = tokens * columns
         tl.store(partial_ptr + split * step + at, acc, mask=mask)
-        if _arrive(counter_ptr + tile, SPLITS):
-            acc = _sum_partials(partial_ptr, at, mask, step, SPLITS)
+        if arrive(counter_ptr + tile, SPLITS):
+            acc = sum_partials(partial_ptr, at, mask, step, SPLITS)
             _finish_columns(acc, bias_ptr, residual_ptr, out_ptr, column, inside, at, mask)
 
 

@@ -1,6 +1,7 @@
 """What kernels need beside their results: partial sums, and counters by which the last CTA to arrive is found.
 
-Partial sums are allocated by the call. Counters are at 0 between calls. Calls can be captured; the first must not be.
+Sums that several CTAs share are written as float32 partial sums; the last CTA to arrive adds them in the order of the splits. Partial
+sums are allocated by the call. Counters are at 0 between calls. Calls can be captured; the first must not be.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _COUNTERS: Final = 1 << 16
@@ -48,3 +51,22 @@ def partial_sums(device: torch.device, splits: int, values: int, tiles: int) -> 
     if splits == 1:
         return None, None
     return torch.empty(splits * values, dtype=torch.float32, device=device), counters(device, tiles)
+
+
+@triton.jit
+def arrive(counter_ptr, programs):
+    """Whether this CTA is the last of so many to get here. All that the others wrote before is then visible to it, the counter is 0."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def sum_partials(partial_ptr, at, mask, step, SPLITS: tl.constexpr):
+    """The partial sums at `at`, `at + step`, ... added in order."""
+    total = tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partial_ptr + split * step + at, mask=mask, other=0.0, cache_modifier=".cg")
+    return total

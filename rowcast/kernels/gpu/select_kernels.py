@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rowcast.kernels.gpu.product_kernels import _arrive
+from rowcast.kernels.gpu.scratch import arrive
 
 _LEAST = tl.constexpr(-(2**31))
 _VALUE_STEPS = tl.constexpr(12)
@@ -140,7 +140,7 @@ def top_mask_kernel(
     row = token * total
     chosen, _ = _best(tl.load(scores_ptr + row + at, mask=valid, other=0.0), valid, kept_stop - kept)
     tl.store(mask_ptr + row + at, chosen.to(tl.uint8), mask=valid)
-    if _arrive(counter_ptr + shard, tokens):
+    if arrive(counter_ptr + shard, tokens):
         any_of = tl.zeros([BLOCK], tl.uint8)
         for t in tl.range(0, tokens, loop_unroll_factor=8):
             any_of = any_of | tl.load(mask_ptr + t * total + at, mask=valid, other=0, cache_modifier=".cg")
