@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from rowcast import LLM, SamplingParams, UserError
+from rowcast.calibration.learning.job import How
 from rowcast.calibration.pruning import Settings, prune
 
 PROMPT = "The history of the town begins with"
@@ -54,7 +55,7 @@ def measure(args: argparse.Namespace, output: Path) -> dict[str, Any]:
         keep=args.keep, neurons=args.neurons, heads=args.heads, by=args.by, tokens=args.tokens, refit_tokens=args.refit_tokens,
         steps=args.steps, judged_tokens=args.judged, window=args.window,
     )  # fmt: skip
-    found = prune(args.model, args.text, output, settings, held_out=args.held_out, device=args.device, dtype=args.dtype)
+    found = prune(args.model, args.text, output, settings, How(args.dtype, args.device), held_out=args.held_out)
     sizes = ", ".join(f"{kind} {found[kind][0]} -> {found[kind][1]}" for kind in ("neurons", "heads", "kv_heads"))
     print(f"{found['kept']:.3f} of the parameters outside embeddings: {sizes}")
     print(f"{'':10} {'perplexity':>10} {'T=1':>6} {'T=0':>6} {'KL':>6}")

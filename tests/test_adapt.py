@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibrate import model_with_tokenizer
-from tiny import VOCAB, tiny_model
+from learning_runs import CPU, QUIET, parts_of
+from tiny import VOCAB, model_with_words, random_words, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,9 +27,9 @@ from rowcast.calibration.adapting.mix import Mix
 from rowcast.calibration.adapting.neurons import Neurons, above, top
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
-from rowcast.calibration.learning.judge import hidden_states
+from rowcast.calibration.adapting.table import Row, measure
 from rowcast.calibration.learning.module import load_module
-from rowcast.calibration.learning.part import Part, Unfinished, World
+from rowcast.calibration.learning.part import Unfinished
 from rowcast.calibration.learning.trainer import Trainer
 from rowcast.calibration.recording import OneLayerKV, window_steps
 from rowcast.cli import main
@@ -46,7 +48,6 @@ from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.sparse.scorers import Oracle
 from rowcast.runtime.sparse.selection import Selector, shards_for
 
-CPU = torch.device("cpu")
 FAMILIES = ("opt", "llama-gqa", "llama-bias", "qwen3", "bloom", "mpt", "falcon-40b")
 SMALL = Settings(
     density=0.2, window=16, batch=16, steps=60, learning_rate=2e-3, warmup=5, written_tokens=1024, prompt_tokens=4, judged_tokens=256,
@@ -56,21 +57,18 @@ SMALL = Settings(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_with_tokenizer(tmp_path_factory.mktemp("opt"), "opt")
+    return model_with_words(tmp_path_factory.mktemp("opt"), "opt")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    ids = torch.randint(VOCAB, (1200,), generator=torch.Generator().manual_seed(1))
-    path.write_text(" ".join(f"w{i}" for i in ids.tolist()))
-    return path
+    return random_words(tmp_path_factory.mktemp("text") / "text.txt", 1200)
 
 
 @pytest.fixture(scope="module")
 def adapted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("adapted") / "model"
-    return output, adapt(str(model), [text], output, SMALL, device="cpu", show=False)
+    return output, adapt(str(model), [text], output, SMALL, QUIET)
 
 
 def banks_of(checkpoint: Checkpoint) -> BankWeights:
@@ -267,29 +265,17 @@ def test_a_config_that_says_nonsense_of_it_is_refused(model: Path) -> None:
             spec_from_config({**config, ADAPTED: value})
 
 
-class Ends(Part):
-    """A part that is over when it has been asked so many times."""
-
-    left = 0
-
-    @property
-    def over(self) -> bool:
-        Ends.left -= 1
-        return Ends.left < 0
-
-
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_run_that_was_cut_off_gives_the_same_bits(
     bits: int | None, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(SMALL, steps=7, written_tokens=256, judged_tokens=16, looks=1, bits=bits)
-    monkeypatch.setattr("rowcast.calibration.adapting.adapt.Part", Ends)
     parts = {}
     for name, most in (("whole", 10**6), ("cut", 5)):
         for attempt in range(20):
-            Ends.left = most
+            parts_of(most, monkeypatch)
             try:
-                found = adapt(str(model), [text], tmp_path / name, settings, device="cpu", show=False)
+                found = adapt(str(model), [text], tmp_path / name, settings, QUIET)
                 break
             except Unfinished:
                 assert not (tmp_path / name).exists() and attempt < 19
@@ -297,72 +283,42 @@ def test_a_run_that_was_cut_off_gives_the_same_bits(
     assert parts["whole"] == 0 < parts["cut"]
     whole, cut = (open_checkpoint(str(tmp_path / name)).source for name in parts)
     assert all(torch.equal(whole.read(name), cut.read(name)) for name in whole.names())
-    assert adapt(str(model), [text], tmp_path / "cut", settings, device="cpu", show=False)["table"] == found["table"]
+    assert adapt(str(model), [text], tmp_path / "cut", settings, QUIET)["table"] == found["table"]
     with pytest.raises(UserError, match=r"other settings \(density\): add --restart"):
-        adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), device="cpu", show=False)
+        adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), QUIET)
 
 
-def test_a_text_that_changed_is_said(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_measuring(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not saved half done: the same command measures anew what it has trained."""
     settings = replace(SMALL, steps=2, written_tokens=0, judged_tokens=16, looks=0)
-    (tmp_path / "held.txt").write_text(" ".join(text.read_text().split()[:100]))
+
+    def told_to_stop(*arguments: Any, **more: Any) -> list[Row]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments, **more)
+
     with monkeypatch.context() as patched:
-        patched.setattr("rowcast.calibration.adapting.adapt.Part", Ends)
-        Ends.left = 0
-        changing = tmp_path / "text.txt"
-        shutil.copyfile(text, changing)
-        with pytest.raises(Unfinished):
-            adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
-    changing.write_text(text.read_text() + " w1")
-    with pytest.raises(UserError, match=r"other settings \(texts\): add --restart"):
-        adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
-    shutil.copyfile(text, changing)
-    (tmp_path / "held.txt").write_text(" ".join(text.read_text().split()[:101]))
-    with pytest.raises(UserError, match=r"other settings \(held_out\): add --restart"):
-        adapt(str(model), [changing], tmp_path / "out", settings, held_out=[tmp_path / "held.txt"], device="cpu", show=False)
+        patched.setattr("rowcast.calibration.adapting.adapt.measure", told_to_stop)
+        with pytest.raises(Unfinished) as stopped:
+            adapt(str(model), [text], tmp_path / "out", settings, QUIET)
+    assert stopped.value.by_signal == signal.SIGTERM and not (tmp_path / "out").exists()
+    trained = (tmp_path / "out.state" / "training.safetensors").read_bytes()
+    monkeypatch.setattr(Trainer, "_move", None)  # nothing is trained again
+    found = adapt(str(model), [text], tmp_path / "out", settings, QUIET)
+    assert trained and found["training"]["steps"] == 2 and len(found["table"]) > 2
 
 
-def test_the_teacher_runs_in_its_own_format(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though a step runs under autocast on a GPU: here its switch alone is set, which changes nothing on a CPU."""
-    seen: set[tuple[bool, bool]] = set()
-    move = Trainer._move
-
-    def moved(self: Trainer) -> Tensor:
-        torch.set_autocast_enabled("cuda", True)
-        try:
-            return move(self)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-
-    def watched(module: Any, ids: Tensor) -> Tensor:
-        seen.add((any(value.requires_grad for value in module.parameters()), torch.is_autocast_enabled("cuda")))
-        return hidden_states(module, ids)
-
-    monkeypatch.setattr(Trainer, "_move", moved)
-    monkeypatch.setattr("rowcast.calibration.adapting.adapt.hidden_states", watched)
-    settings = replace(SMALL, steps=1, written_tokens=0, judged_tokens=16, looks=0)
-    adapt(str(model), [text], tmp_path / "out", settings, device="cpu", show=False)
-    assert seen == {(True, True), (False, False)}
-
-
-def test_several_processes_share_a_batch_evenly(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def three(self: World, device: str = "auto") -> None:
-        asked.append(device)
-        self.rank, self.size, self._state = 0, 3, None
-
-    monkeypatch.setattr(World, "__init__", three)
-    with pytest.raises(
-        UserError, match=r"--batch 16 is not shared evenly by 3 processes with --accumulate 2: give a multiple of 6"
-    ):
-        adapt(str(model), [text], tmp_path / "out", replace(SMALL, accumulate=2), device="cpu", show=False)
-    assert asked == ["cpu"] and not (tmp_path / "out.state").exists()
+def test_no_steps_are_told_as_such(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--steps", "0", "--window", "16", "--judged", "16", "--density", "0.2", "--device", "cpu"]
+    assert main(["adapt", str(model), "--text", str(text), "-o", str(tmp_path / "out"), *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "0.0 M tokens at 0.0 k tokens/s, no steps; default density 0.2"
+    assert json.loads(lines[-1])["training"]["loss"] is None
 
 
 def test_relu_is_what_the_result_says_and_runs(text: Path, tmp_path: Path) -> None:
-    model = model_with_tokenizer(tmp_path / "llama", "llama-gqa")
+    model = model_with_words(tmp_path / "llama", "llama-gqa")
     settings = replace(SMALL, choice="relu", steps=10, written_tokens=0, judged_tokens=16, looks=1)
-    found = adapt(str(model), [text], tmp_path / "out", settings, device="cpu", show=False)
+    found = adapt(str(model), [text], tmp_path / "out", settings, QUIET)
     assert open_checkpoint(str(tmp_path / "out")).config["hidden_act"] == "relu"
     assert found["looks"]["10"]["used"]["1"] < 0.7 < found["looks"]["10"]["acceptance"]["1"]
 
@@ -388,9 +344,9 @@ def test_bad_input_is_one_sentence(
 
 
 def test_relu_needs_a_config_that_names_its_activation(text: Path, tmp_path: Path) -> None:
-    model = model_with_tokenizer(tmp_path / "bloom", "bloom")
+    model = model_with_words(tmp_path / "bloom", "bloom")
     with pytest.raises(UserError, match="--choice relu cannot be had of a bloom"):
-        adapt(str(model), [text], tmp_path / "out", replace(SMALL, choice="relu"), device="cpu")
+        adapt(str(model), [text], tmp_path / "out", replace(SMALL, choice="relu"), QUIET)
     shutil.rmtree(model)
 
 

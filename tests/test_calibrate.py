@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tiny import VOCAB, tiny_model
+from tiny import VOCAB, model_with_words, random_words, tiny_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from rowcast.calibration import Settings, calibrate, fitting, run
 from rowcast.calibration.curves import Rows, found, lost_curve, thresholds
@@ -79,24 +77,12 @@ class Spy(DenseWeights):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_with_tokenizer(tmp_path_factory.mktemp("llama"), "llama-gqa")
-
-
-def model_with_tokenizer(path: Path, family: str) -> Path:
-    tiny_model(family, path)
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
-    return path
+    return model_with_words(tmp_path_factory.mktemp("llama"), "llama-gqa")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    ids = torch.randint(VOCAB, (60 * WINDOW,), generator=torch.Generator().manual_seed(1))
-    path.write_text(" ".join(f"w{i}" for i in ids.tolist()))
-    return path
+    return random_words(tmp_path_factory.mktemp("text") / "text.txt", 60 * WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +343,7 @@ def test_other_settings_do_not_go_on_where_others_stopped(
 def test_a_finished_calibration_of_another_model_is_not_overwritten(calibrated: Calibration, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(calibrated.path, output)
-    model_with_tokenizer(tmp_path / "opt", "opt")
+    model_with_words(tmp_path / "opt", "opt")
     with pytest.raises(UserError, match=r"fingerprint.*--restart"):
         calibrate(tmp_path / "opt", [text], output, SMALL)
     assert Calibration.open(output, calibrated.fingerprint).identity == calibrated.identity
@@ -501,7 +487,7 @@ def test_a_scorer_that_the_model_cannot_have_is_refused_before_the_pass(
     target: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run, "State", None)
-    path = str(model_with_tokenizer(tmp_path / "opt", "opt"))
+    path = str(model_with_words(tmp_path / "opt", "opt"))
     options = ["--text", str(text), "-o", str(tmp_path / "out"), "--window", str(WINDOW), "--by", "gate", target, "0.8"]
     assert main(["calibrate", path, *options]) == 2
     assert "by=gate needs a gated MLP" in capsys.readouterr().err

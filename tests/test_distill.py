@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-import multiprocessing.context
-import os
+import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tiny import VOCAB, tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from learning_runs import QUIET, ended, in_child, in_two
+from tiny import VOCAB, model_with_words, tiny_model, tiny_words, words_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rowcast import LLM, SamplingParams
 from rowcast.calibration.distill import Settings, distill, draft_config, parameters, reduced
 from rowcast.calibration.learning.gguf_export import q8_bytes
+from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.part import Part, Unfinished
 from rowcast.cli import main
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
-from rowcast.runtime.config import spec_from_config
+from rowcast.runtime.config import ADAPTED, spec_from_config
 
 SMALL = (
     "--hidden", "32", "--layers", "1", "--heads", "1", "--neurons", "64", "--streaming", "56", "--window", "64", "--batch", "8",
@@ -34,13 +34,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target") / "model"
-    tiny_model("llama-gqa", path)
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
-    return path
+    return model_with_words(tmp_path_factory.mktemp("target") / "model", "llama-gqa")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +43,7 @@ def text(target: Path) -> Path:
     llm = LLM(str(target), ladder="plain", progress=False)
     params = SamplingParams(max_tokens=120, ignore_eos=True, detokenize=False, seed=1)
     ids = [i for out in llm.generate([[5 + k] for k in range(30)], params) for i in out.outputs[0].token_ids]
-    path = target.parent / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in ids))
-    return path
+    return words_of(target.parent / "text.txt", ids)
 
 
 def command(target: Path, text: Path, output: Path, *more: str) -> list[str]:
@@ -61,18 +53,6 @@ def command(target: Path, text: Path, output: Path, *more: str) -> list[str]:
 def made(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "rowcast.json").read_bytes())
     return found
-
-
-def in_child(arguments: list[str], **environment: str) -> multiprocessing.context.ForkProcess:
-    """The command in a process of its own, which has all imported already."""
-
-    def run() -> None:
-        os.environ.update(environment)
-        os._exit(main(arguments))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +115,16 @@ def test_sixteen_bits_are_a_directory_like_the_targets(target: Path, text: Path,
     assert main(command(target, text, tmp_path / "e", "--steps", "2", "--start", str(tmp_path / "d"), "--written", "0")) == 0
 
 
+def test_of_an_adapted_start_nothing_is_claimed(target: Path, text: Path, tmp_path: Path) -> None:
+    """What adapting measured is not so of weights that were trained on."""
+    claimed = {ADAPTED: {"density": 0.2, "acceptance": {"0.2": 0.9}}}
+    start = model_with_words(tmp_path / "start", "llama-tied", **claimed)
+    assert spec_from_config(open_checkpoint(str(start)).config).adapted is not None
+    more = ("--steps", "1", "--bits", "16", "--written", "0", "--start", str(start))
+    assert main(command(target, text, tmp_path / "d", *more)) == 0
+    assert ADAPTED not in json.loads((tmp_path / "d" / "config.json").read_bytes())
+
+
 def test_parts_and_kills_change_nothing(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +155,25 @@ def test_parts_and_kills_change_nothing(
         assert made(tmp_path / other)["held_out"] == made(tmp_path / "whole")["held_out"]
 
 
+def test_a_draft_learns_prompts_as_the_engine_has_them(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a tokenizer that puts a BOS token before them begin with it: texts and what the target writes, learnt and judged."""
+    seen: list[Tensor] = []
+
+    def watched(module: Any, ids: Tensor) -> Tensor:
+        seen.append(ids)
+        return hidden_states(module, ids)
+
+    for module in ("job", "judge"):
+        monkeypatch.setattr(f"rowcast.calibration.learning.{module}.hidden_states", watched)
+    shutil.copytree(target, tmp_path / "target")
+    assert open_checkpoint(str(tiny_words(tmp_path / "target", bos=True))).config["bos_token_id"] == 1
+    assert main(command(tmp_path / "target", text, tmp_path / "out", "--steps", "2", "--text-share", "0.5")) == 0
+    assert {ids.shape[1] for ids in seen} == {64, 32, 100}
+    assert all((ids[:, 0] == 1).all() and (ids[:, 1] != 1).any() for ids in seen)
+
+
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_part_ends_with_the_code_of_its_signal(
     number: int | None, code: int, target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +186,7 @@ def test_a_part_ends_with_the_code_of_its_signal(
 
 def test_a_signal_ends_judging(target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = command(target, text, tmp_path / "out", "--steps", "1", "--written", "0")
-    monkeypatch.setattr(Part, "asked", True)
+    monkeypatch.setattr(Part, "asked", property(lambda self: (tmp_path / "out.state" / "stored").exists()))
     monkeypatch.setattr(Part, "stop", lambda self: Unfinished(signal.SIGTERM))
     assert main(call) == 143 and not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -188,14 +197,9 @@ def test_two_processes_train_as_one(target: Path, text: Path, tmp_path: Path, mo
     pytest.importorskip("accelerate")
     monkeypatch.setattr("rowcast.calibration.learning.writing.CPU_SEQUENCES", 3)
     more = ("--steps", "4", "--written", "900", "--bits", "16")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [in_child(command(target, text, tmp_path / "two", *more), RANK=str(i), LOCAL_RANK=str(i), **place) for i in range(2)]
+    both = in_two(command(target, text, tmp_path / "two", *more))
     assert main(command(target, text, tmp_path / "one", *more)) == 0
-    for process in both:
-        process.join(100)
-        assert process.exitcode == 0
+    ended(both)
     one, two = (open_checkpoint(str(tmp_path / name)).source for name in ("one", "two"))
     for name in one.names():
         torch.testing.assert_close(two.read(name), one.read(name), rtol=2e-3, atol=2e-3)
@@ -269,5 +273,5 @@ def test_a_text_that_is_too_short_for_a_context_is_said(
         hidden=32, layers=1, heads=1, streaming=56, window=64, batch=2, steps=0, written_tokens=0, contexts=(64, 128, 5000)
     )
     (tmp_path / "t.txt").write_text(" ".join(text.read_text().split()[:800]))
-    found = distill(str(target), [tmp_path / "t.txt"], tmp_path / "out", settings, show=False)
+    found = distill(str(target), [tmp_path / "t.txt"], tmp_path / "out", settings, QUIET)
     assert list(found["held_out"]) == ["64"] and "no held-out text has 128 tokens" in caplog.text

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from scipy.stats import hypergeom
 from sparse_models import HeadModel
-from tiny import VOCAB, tiny_model
+from tiny import VOCAB, model_with_words, tiny_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import rowcast.cli
 from rowcast.calibration.evaluate import bytes_per_token, evaluate
@@ -336,12 +334,7 @@ def test_an_answer_is_what_decoding_gives(banks: BankWeights, sparse_prompt: boo
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama-gqa", path)
-    model = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    path = model_with_words(tmp_path_factory.mktemp("model"), "llama-gqa")
     (path / "text.txt").write_text(" ".join(f"w{i}" for i in tokens(400, 7)))
     (path / "empty.txt").write_text(" \n")
     (path / "short.txt").write_text("w1 w2")

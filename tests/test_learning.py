@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from learning_runs import CPU, Ends
 from safetensors import safe_open
 from tiny import VOCAB, tiny_model
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from rowcast.calibration.learning.gguf_export import write_gguf
 from rowcast.calibration.learning.judge import Figures, ModuleSubject, coupled_acceptance, judge
 from rowcast.calibration.learning.module import load_module, make_module, save_module
 from rowcast.calibration.learning.part import Part, Unfinished, World
-from rowcast.calibration.learning.trainer import Trainer, TrainSettings
+from rowcast.calibration.learning.settings import TrainSettings
+from rowcast.calibration.learning.trainer import Trainer
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.safetensors_header import read_metadata
@@ -32,7 +34,6 @@ from rowcast.runtime.shard import Shard
 from rowcast.runtime.step import SeqStep
 from rowcast.runtime.weights import DenseWeights
 
-CPU = torch.device("cpu")
 FAMILIES = (
     "opt-350m",
     "llama-gqa",
@@ -120,19 +121,6 @@ def test_eight_bits_are_what_all_readers_see(tmp_path: Path) -> None:
     assert (ours.model.layers[0].self_attn.q_proj.weight - module.model.layers[0].self_attn.q_proj.weight).abs().max() < 0.01
     assert ours.config.bos_token_id == 1
     assert path.stat().st_size < 1.3 * sum(value.numel() for value in module.parameters())
-
-
-class Ends(Part):
-    """A part that is over when it has been asked so many times."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    @property
-    def over(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
 
 
 class Line(nn.Module):
@@ -268,6 +256,27 @@ def test_signals_end_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not timed.over
     clock[0] = 60.0
     assert timed.over and timed.stop().by_signal is None
+
+
+@pytest.mark.parametrize(("code", "number"), [(1, None), (1 + signal.SIGTERM, signal.SIGTERM)])
+def test_processes_stop_together(code: int, number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+    told = [code, code, 0]
+
+    def agree(self: World, number: int, device: torch.device) -> int:
+        said.append(number)
+        return told[len(said) - 1]
+
+    monkeypatch.setattr(World, "agree", agree)
+    mine = Unfinished(number)
+    with pytest.raises(Unfinished) as stopped:
+        World().stop_together(mine, CPU)
+    assert stopped.value is mine and said == [code], "as the leading one says to the others"
+    with pytest.raises(Unfinished) as stopped:
+        World().stop_together(None, CPU)
+    assert stopped.value.by_signal == number, "and they for the same reason"
+    World().stop_together(None, CPU)
+    assert said == [code, 0, 0]
 
 
 @pytest.mark.parametrize(

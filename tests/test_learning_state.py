@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from learning_runs import Ends
 from safetensors import SafetensorError
-from test_learning import Ends, make_trainer
+from test_learning import make_trainer
 
 from rowcast.calibration.learning import state, trainer
 from rowcast.calibration.learning.part import Unfinished

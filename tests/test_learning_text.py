@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_learning import CPU, FAMILIES, Ends, some_ids
-from tiny import VOCAB, tiny_model
+from learning_runs import CPU, Ends
+from test_learning import FAMILIES, some_ids
+from tiny import VOCAB, tiny_model, tiny_words
 
-from rowcast.calibration.learning.corpus import Corpus
+from rowcast.calibration.learning.corpus import Corpus, tokens_before
 from rowcast.calibration.learning.part import Part, Unfinished, World
 from rowcast.calibration.learning.writing import Writer, Writing, _sequences, write
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import kv_bytes_per_token, parameter_count
+from rowcast.runtime.tokenizer import load_tokenizer
 
 
 class Numbers:
@@ -25,6 +27,14 @@ class Numbers:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [int(word) for word in text.split()]
+
+
+class Begun(Numbers):
+    """Puts two tokens before a prompt, as others do one, and one behind it."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = super().encode(text)
+        return [98, 99, *ids, 97] if add_special_tokens else ids
 
 
 def text_of(path: Path, ids: Sequence[int]) -> Path:
@@ -77,6 +87,30 @@ def test_written_text_takes_its_share(corpus: Corpus, tmp_path: Path) -> None:
     found = [int((corpus.batch(step, 4) == 99).all(1).sum()) for step in range(10)]
     assert sum(found) == 28 and set(found) == {2, 3}
     assert corpus.written_tokens == 100
+
+
+def test_windows_begin_as_what_the_engine_is_given_does(tmp_path: Path) -> None:
+    text = text_of(tmp_path / "a.txt", range(90))
+    corpus = Corpus.open(tmp_path, [text], Begun(), VOCAB, window=10, seed=3)
+    windows, held, prompts = torch.cat([corpus.batch(step, 3) for step in range(3)]), corpus.held(6, 9), corpus.prompts(9, 5, 0)
+    for rows, size in ((windows, 10), (held, 6), (prompts, 5)):
+        assert rows.shape[1] == size and (rows[:, :2] == torch.tensor([98, 99])).all()
+        assert (rows[:, 3:] == rows[:, 2:-1] + 1).all(), "then its text goes on"
+    assert len(set(windows[:, 2:].flatten().tolist())) == windows[:, 2:].numel(), "each once an epoch"
+    assert held[:, 2:].flatten().tolist() == list(range(80, 88)) and windows[:, 2:].max() < 80
+    assert corpus.prompts(3, 1, 0).tolist() == [[98]] * 3 and corpus.held(1, 2).tolist() == [[98]] * 2
+    assert [one["tokens"] for one in corpus.describe()] == [90]
+    with pytest.raises(UserError, match="--window 9 is too short to learn from: give 10 tokens or more"):
+        Corpus.open(tmp_path, [text], Begun(), VOCAB, window=9)
+    with pytest.raises(UserError, match="prompts begin with the token id 99, the model has 99: use the model's own tokenizer"):
+        Corpus.open(tmp_path, [text], Begun(), 99, window=10)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_what_a_tokenizer_puts_before_a_prompt(bos: bool, tmp_path: Path) -> None:
+    tiny_model("llama-tied", tmp_path)
+    tokenizer = load_tokenizer(open_checkpoint(str(tiny_words(tmp_path, bos=bos))))
+    assert tokens_before(" w5 w1 w7", tokenizer) == tuple(tokenizer.encode("w9")[:-1]) == ((1,) if bos else ())
 
 
 @pytest.mark.parametrize(
@@ -174,3 +208,16 @@ def test_writing_goes_on_where_it_was_cut_off(corpus: Corpus, tmp_path: Path, mo
     assert corpus.written_tokens == 120
     with pytest.raises(UserError, match="other settings"):
         write(checkpoint, corpus, tmp_path / "cut", Writing(60, 10, 5), dtype=torch.float32, device=CPU, show=False)
+    for sitting in range(3):
+        with pytest.raises(Unfinished):
+            written(tmp_path / "short", Ends(0))
+        assert len(list((tmp_path / "short").glob("*.bin"))) == sitting + 1, "a part that has no time writes one file"
+    assert written(tmp_path / "short", Ends(0)) == whole
+    monkeypatch.setattr(Part, "asked", True)
+    with pytest.raises(Unfinished):
+        written(tmp_path / "asked", Ends(0))
+    assert not list((tmp_path / "asked").glob("*.bin")), "a signal ends it at once"
+    with pytest.raises(
+        UserError, match="--prompt-tokens 10 leaves nothing to write of a --window of 10: give a number from 1 to 9"
+    ):
+        write(checkpoint, corpus, tmp_path / "none", Writing(60, 10, 10), dtype=torch.float32, device=CPU, show=False)

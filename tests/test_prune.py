@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, tiny_model
+from learning_runs import CPU, QUIET, ended, in_two, parts_of
+from tiny import VOCAB, model_with_words, random_words, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rowcast import LLM, SamplingParams
-from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.module import load_module
-from rowcast.calibration.learning.part import Part, Unfinished, World
-from rowcast.calibration.learning.trainer import Trainer
+from rowcast.calibration.learning.part import Part, Unfinished
 from rowcast.calibration.pruning import Settings, prune, run
 from rowcast.calibration.pruning.blocks import blocks_of
 from rowcast.calibration.pruning.cut import Kept, choose, cut, kept_by
@@ -30,7 +28,6 @@ from rowcast.calibration.pruning.importance import By, Importance, measure
 from rowcast.calibration.pruning.refit import refit
 from rowcast.calibration.pruning.sizes import HEADS_FREE, Sizes, Target, candidates, neuron_unit
 from rowcast.cli import main
-from rowcast.errors import UserError
 from rowcast.placement.models import known_config
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.safetensors_header import read_metadata
@@ -39,7 +36,6 @@ from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 fitting = importlib.import_module("rowcast.calibration.pruning.refit")
 
-CPU = torch.device("cpu")
 WINDOW = 16
 FAMILIES = ("llama-gqa", "llama-bias", "qwen2-window", "qwen3", "mistral-window", "opt", "opt-350m", "falcon-7b", "falcon-40b")
 SMALL = Settings(
@@ -69,26 +65,14 @@ def ids(windows: int, seed: int = 0, window: int = WINDOW) -> Tensor:
     return torch.randint(VOCAB, (windows, window), generator=torch.Generator().manual_seed(seed))
 
 
-def with_tokenizer(folder: Path) -> Path:
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "model"
-    tiny_model("llama-gqa", folder)
-    return with_tokenizer(folder)
+    return model_with_words(tmp_path_factory.mktemp("model") / "model", "llama-gqa")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"w{i}" for i in ids(1, seed=1, window=12000)[0].tolist()))
-    return path
+    return random_words(tmp_path_factory.mktemp("text") / "text.txt", 12000)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +80,7 @@ def pruned(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("out") / "pruned"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
-        prune(str(model), [text], output, SMALL, show=False)
+        prune(str(model), [text], output, SMALL, QUIET)
     return output
 
 
@@ -272,7 +256,7 @@ def test_the_result_is_an_ordinary_checkpoint(pruned: Path, model: Path) -> None
 
 def test_each_stage_brings_it_closer(model: Path, text: Path, tmp_path: Path) -> None:
     more = Settings(**{**fields(SMALL), "steps": 60, "batch": 8, "learning_rate": 2e-3, "refit_tokens": 4096})
-    held = prune(str(model), [text], tmp_path / "p", more, show=False)["held_out"]
+    held = prune(str(model), [text], tmp_path / "p", more, QUIET)["held_out"]
     assert held["recovered"]["kl"] < 0.95 * held["refitted"]["kl"] < 0.9 * held["cut"]["kl"]
 
 
@@ -280,115 +264,57 @@ def fields(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
 
 
-class Short(Part):
-    """A part that is over at its n-th look."""
-
-    looks = 0
-
-    @property
-    def over(self) -> bool:
-        Short.looks -= 1
-        return Short.looks == 0
-
-
 @pytest.mark.parametrize("looks", [[1, 8, 1], [12, 2]])  # while it weighs, and fits twice; while it learns, twice
 def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     model: Path, text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: Sequence[int]
 ) -> None:
-    monkeypatch.setattr(run, "Part", Short)
     monkeypatch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
     output = tmp_path / "pruned"
     for count in looks:
-        Short.looks = count
-        with pytest.raises(Unfinished):
-            prune(str(model), [text], output, SMALL, show=False, save_seconds=0)
+        with monkeypatch.context() as patched:
+            parts_of(count - 1, patched)
+            with pytest.raises(Unfinished):
+                prune(str(model), [text], output, SMALL, replace(QUIET, save_seconds=0))
         assert not output.exists()
-    prune(str(model), [text], output, SMALL, show=False)
+    prune(str(model), [text], output, SMALL, QUIET)
     found, wanted = (open_checkpoint(str(path)).source for path in (output, pruned))
     assert list(found.names()) == list(wanted.names())
     assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.names())
 
 
-def test_every_part_gets_further(model: Path, text: Path, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts that are over before they begin end as one whole run does."""
-    monkeypatch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
-    output, sittings = tmp_path / "pruned", 0
-    with monkeypatch.context() as patched:
-        patched.setattr(Part, "over", True)
-        while not output.exists() and sittings < 40:
-            sittings += 1
-            try:
-                prune(str(model), [text], output, SMALL, show=False)
-            except Unfinished:
-                continue
-    passes, layers = SMALL.tokens // (2 * WINDOW), 2
-    assert sittings == passes + layers + SMALL.steps  # the last step is the end
-    found, wanted = (open_checkpoint(str(path)).source for path in (output, pruned))
-    assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.names())
-    assert (output / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
-
-
 def test_a_signal_ends_the_fit_at_once(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "BATCH_TOKENS", 8 * WINDOW)
-    monkeypatch.setattr(Part, "asked", True)
+    monkeypatch.setattr(Part, "asked", property(lambda self: (tmp_path / "pruned.state" / "fit-0.safetensors").exists()))
     with pytest.raises(Unfinished):
-        prune(str(model), [text], tmp_path / "pruned", SMALL, show=False)
+        prune(str(model), [text], tmp_path / "pruned", SMALL, QUIET)
     assert (tmp_path / "pruned.state" / "fit-0.safetensors").exists()
     assert not (tmp_path / "pruned.state" / "fit-1.safetensors").exists()
 
 
-def test_a_text_that_changed_is_said(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changing, held = tmp_path / "text.txt", tmp_path / "held.txt"
-    shutil.copyfile(text, changing)
-    held.write_text("w3 w4 " * 100)
+def test_a_signal_ends_judging(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Part, "asked", True)
+        with pytest.raises(Unfinished):
+            prune(str(model), [text], tmp_path / "pruned", SMALL, QUIET)
+    assert (tmp_path / "pruned.state" / run.IMPORTANCE).exists()
+    assert not (tmp_path / "pruned.state" / "fit-0.safetensors").exists()
+    prune(str(model), [text], tmp_path / "pruned", SMALL, QUIET)
+
+
+def test_all_processes_stop_where_the_leading_one_does(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It alone weighs, cuts and judges, and the others wait for it."""
+    pytest.importorskip("accelerate")
+    sizes = ["--keep", "0.7", "--tokens", "256", "--refit-tokens", "1024", "--window", "16", "--judged", "128"]
+    recovery = ["--steps", "2", "--batch", "4", "--device", "cpu"]
+    command = ["prune", str(model), "--text", str(text), "-o", str(tmp_path / "two"), *sizes, *recovery]
     with monkeypatch.context() as patched:
         patched.setattr(Part, "over", True)
-        with pytest.raises(Unfinished):
-            prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
-    changing.write_text(text.read_text() + " w1")
-    with pytest.raises(UserError, match=r"other settings \(texts\): add --restart"):
-        prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
-    shutil.copyfile(text, changing)
-    held.write_text("w3 w5 " * 100)
-    with pytest.raises(UserError, match=r"other settings \(held_out\): add --restart"):
-        prune(str(model), [changing], tmp_path / "p", SMALL, held_out=[held], show=False)
-
-
-def test_the_original_runs_in_its_own_format(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though a step runs under autocast on a GPU: here its switch alone is set, which changes nothing on a CPU."""
-    seen: set[tuple[bool, bool]] = set()
-    move = Trainer._move
-
-    def moved(self: Trainer) -> Tensor:
-        torch.set_autocast_enabled("cuda", True)
-        try:
-            return move(self)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-
-    def watched(module: Any, windows: Tensor) -> Tensor:
-        seen.add((any(value.requires_grad for value in module.parameters()), torch.is_autocast_enabled("cuda")))
-        return hidden_states(module, windows)
-
-    monkeypatch.setattr(Trainer, "_move", moved)
-    monkeypatch.setattr(run, "hidden_states", watched)
-    prune(str(model), [text], tmp_path / "p", replace(SMALL, steps=1, refit_tokens=0), show=False)
-    assert seen == {(True, True), (False, False)}
-
-
-def test_several_processes_share_a_batch_evenly(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def three(self: World, device: str = "auto") -> None:
-        asked.append(device)
-        self.rank, self.size, self._state = 0, 3, None
-
-    monkeypatch.setattr(World, "__init__", three)
-    with pytest.raises(
-        UserError, match=r"--batch 4 is not shared evenly by 3 processes with --accumulate 1: give a multiple of 3"
-    ):
-        prune(str(model), [text], tmp_path / "p", SMALL, device="cpu", show=False)
-    assert asked == ["cpu"] and not (tmp_path / "p.state").exists()
+        ended(in_two(command))
+    assert (tmp_path / "two.state" / run.IMPORTANCE).exists() and not (tmp_path / "two").exists()
+    ended(in_two(command))
+    assert json.loads((tmp_path / "two" / "rowcast.json").read_bytes())["settings"]["processes"] == 2
 
 
 def test_what_adapting_measured_does_not_go_along(model: Path, text: Path, tmp_path: Path) -> None:
@@ -397,13 +323,13 @@ def test_what_adapting_measured_does_not_go_along(model: Path, text: Path, tmp_p
     (tmp_path / "adapted" / "config.json").write_text(
         json.dumps({**config, ADAPTED: {"density": 0.2, "acceptance": {"0.2": 0.9}}})
     )
-    prune(str(tmp_path / "adapted"), [text], tmp_path / "p", replace(SMALL, steps=1, refit_tokens=0), show=False)
+    prune(str(tmp_path / "adapted"), [text], tmp_path / "p", replace(SMALL, steps=1, refit_tokens=0), QUIET)
     assert ADAPTED not in json.loads((tmp_path / "p" / "config.json").read_bytes())
 
 
 def test_a_finished_run_is_left_alone(model: Path, text: Path, pruned: Path) -> None:
     before = (pruned / "model.safetensors").stat().st_mtime_ns
-    assert prune(str(model), [text], pruned, SMALL, show=False)["kept"] <= 0.7
+    assert prune(str(model), [text], pruned, SMALL, QUIET)["kept"] <= 0.7
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before
 
 

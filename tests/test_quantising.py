@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tiny import VOCAB, tiny_model
+from learning_runs import sittings
+from tiny import model_with_words, random_words
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from rowcast import LLM, SamplingParams
 from rowcast.calibration.learning.part import Part, Unfinished
@@ -43,19 +43,11 @@ FAMILIES: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    ids = torch.randint(VOCAB, (60 * WINDOW,), generator=torch.Generator().manual_seed(1))
-    path.write_text(" ".join(f"w{i}" for i in ids.tolist()))
-    return path
+    return random_words(tmp_path_factory.mktemp("text") / "text.txt", 60 * WINDOW)
 
 
 def model_of(path: Path, family: str) -> Path:
-    tiny_model(family, path, **FAMILIES[family])
-    found = tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(found)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
-    return path
+    return model_with_words(path, family, **FAMILIES[family])
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +161,17 @@ def test_cut_off_and_gone_on(model: Path, text: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "cut.state").exists()
     monkeypatch.setattr(run, "OpenLayers", None)  # nothing is loaded where all is done
     assert quantise(model, [text], tmp_path / "cut", SMALL, progress=False) == whole
+
+
+def test_every_part_gets_further(model: Path, text: Path, tmp_path: Path) -> None:
+    def run(texts: Sequence[Path], output: Path) -> dict[str, Any]:
+        return quantise(model, texts, output, SMALL, progress=False)
+
+    run([text], tmp_path / "whole")
+    layers = 2
+    assert sittings(run, [text], tmp_path / "parts") == layers
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

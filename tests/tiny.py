@@ -5,11 +5,13 @@ Every parameter is random, biases and norm weights included, and large enough th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 101  # odd, so that ranks hold unequal shares of it
 
@@ -126,6 +128,33 @@ def tiny_model(name: str, path: Path, **overrides: Any) -> Any:
     randomise(model)
     model.save_pretrained(path)
     return model
+
+
+def model_with_words(path: Path, name: str, **overrides: Any) -> Path:
+    """The folder `path` with the model called `name` and the tokenizer of `tiny_words`."""
+    tiny_model(name, path, **overrides)
+    return tiny_words(path)
+
+
+def tiny_words(path: Path, *, bos: bool = False) -> Path:
+    """Put a tokenizer beside the model in `path`, which has a word for each id: w0, w1, ... `bos`: prompts begin with w1."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)
+    return path
+
+
+def words_of(path: Path, ids: Iterable[int]) -> Path:
+    """Write a text of these ids, by the tokenizer of `tiny_words`."""
+    path.write_text(" ".join(f"w{i}" for i in ids))
+    return path
+
+
+def random_words(path: Path, count: int) -> Path:
+    """Write a text of so many random ids."""
+    return words_of(path, torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(1)).tolist())
 
 
 def randomise(model: torch.nn.Module) -> None:

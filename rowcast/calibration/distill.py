@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rowcast.calibration.learning.corpus import Corpus
 from rowcast.calibration.learning.gguf_export import GROUP, check_exportable, q8_bytes, write_gguf
+from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import Figures, ModuleSubject, hidden_states, judge
 from rowcast.calibration.learning.losses import head_divergence, mixed_term
 from rowcast.calibration.learning.module import load_module, make_module, write_module
-from rowcast.calibration.learning.part import Part, World
-from rowcast.calibration.learning.progress import LearningProgress
-from rowcast.calibration.learning.state import WorkFolder
+from rowcast.calibration.learning.settings import LearningSettings, check_least, check_share
 from rowcast.calibration.learning.streaming import check_streams, stream
-from rowcast.calibration.learning.trainer import Trained, Trainer, TrainSettings
-from rowcast.calibration.learning.writing import Writing, write
-from rowcast.calibration.text import read_text
 from rowcast.errors import UserError
-from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.drafts import Draft, check_vocabulary
 from rowcast.runtime.spec import ModelSpec
-from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 HEAD_DIM = 64
 CONTEXTS = (512, 7936)
 GRAM_ROWS = 1 << 14
@@ -42,8 +34,8 @@ JUDGED_LAST = 1024
 """Of a long context, so many last tokens are judged: those that have it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(LearningSettings):
     """What a draft is made with."""
 
     hidden: int | None = None
@@ -57,54 +49,34 @@ class Settings:
     """KV entries that it sees, as in the ladder draft:kv=256; 0: all."""
     start: str | None = None
     """A draft to go on from; sizes are then its own."""
+    bits: int = 8
+    """Of the weights as they are stored: 8, or 16."""
     window: int = 1024
-    """Tokens of a training window: several times what it sees, so that most of its tokens see a window that has moved on."""
+    """Several times what it sees, so that most of its tokens see a window that has moved on."""
     batch: int = 64
-    """Windows of a step, over all processes."""
     steps: int = 4000
     learning_rate: float = 2e-3
-    warmup: int = 100
-    accumulate: int = 1
     variation: float = 0.0
     """Weight of total variation in the loss beside KL, at the last step. It rises up to there: far from the target it says little."""
     written_tokens: int = 20_000_000
-    """That the target writes; 0: text given alone."""
-    prompt_tokens: int = 32
     text_share: float = 0.15
-    """Of the windows, from texts as they are."""
-    bits: int = 8
-    """Of the weights as they are stored: 8, or 16."""
     judged_tokens: int = 32768
-    """Held-out tokens, at most, that acceptance is measured on at each context."""
+    """At each context."""
     contexts: tuple[int, ...] = CONTEXTS
     """Tokens of context to measure at, as far as the target and the held-out text have them."""
-    seed: int = 0
 
-    def check(self) -> None:
-        """Raise UserError for what cannot be."""
-        for name, count, least in (
+    def check(self, spec: ModelSpec) -> None:
+        """Raise UserError for what cannot be, of a target like this."""
+        self.check_learning(spec)
+        check_least(
             ("hidden", self.hidden, GROUP), ("layers", self.layers, 1), ("heads", self.heads, 1), ("neurons", self.neurons, 1),
-            ("batch", self.batch, 1), ("written", self.written_tokens, 0), ("streaming", self.streaming, 0), ("seed", self.seed, 0),
-            ("judged", self.judged_tokens, 1), ("context", min(self.contexts, default=2), 2), ("accumulate", self.accumulate, 1),
-        ):  # fmt: skip
-            if count is not None and count < least:
-                raise UserError(f"--{name} {count} is too low: give {least} or more")
-        for name, share in (("text-share", self.text_share), ("variation", self.variation)):
-            if not 0 <= share <= 1:
-                raise UserError(f"--{name} {share:g} is not a share: give a number from 0 to 1")
+            ("streaming", self.streaming, 0), ("context", min(self.contexts, default=2), 2),
+        )  # fmt: skip
+        check_share("variation", self.variation)
         if self.bits not in (8, 16):
             raise UserError(f"--bits {self.bits} is no way to store a draft: use 8 or 16")
         if self.hidden is not None and self.hidden % 2:
             raise UserError(f"--hidden {self.hidden} is odd: give an even width")
-        if self.batch % self.accumulate:
-            raise UserError(f"--accumulate {self.accumulate} does not divide --batch {self.batch}: give a divisor")
-        if self.seed >> 32:
-            raise UserError(f"--seed {self.seed} is too high: give a number below 2^32")
-        self.training.check()
-
-    @property
-    def training(self) -> TrainSettings:
-        return TrainSettings(self.steps, self.learning_rate, self.warmup, accumulate=self.accumulate)
 
 
 def distill(
@@ -112,51 +84,31 @@ def distill(
     texts: Sequence[Path],
     output: Path,
     settings: Settings,
+    how: How | None = None,
     *,
     held_out: Sequence[Path] = (),
-    dtype: str = "auto",
-    device: str = "auto",
     compiled: bool = False,
-    part_minutes: float | None = None,
-    save_seconds: float = 60.0,
-    restart: bool = False,
-    show: bool | None = None,
 ) -> dict[str, Any]:
     """Train a draft for `target` and write it to the folder `output`, with rowcast.json: how it was made and its figures, returned.
 
     Killed and called again in the same way it goes on where it was. `held_out`: texts that only judge. `compiled`: the target with
     torch.compile, which takes a minute and is faster then; it changes the last bits. Raises UserError for bad input, Unfinished where
-    `part_minutes` are over or a signal came, with everything saved.
+    `how.part_minutes` are over or a signal came, with everything saved.
     """
-    settings.check()
-    checkpoint = target if isinstance(target, Checkpoint) else open_checkpoint(target)
-    spec, tokenizer = spec_from_config(checkpoint.config), load_tokenizer(checkpoint)
-    if settings.window > spec.max_context:
-        raise UserError(f"--window {settings.window} is longer than the model's context of {spec.max_context}: lower it")
-    start = None if settings.start is None else _open_start(settings.start, spec, tokenizer)
-    config = draft_config(checkpoint, spec, settings) if start is None else start.config
+    opened = Opened.of(target, settings.check)
+    start = None if settings.start is None else _open_start(settings.start, opened)
+    config = draft_config(opened.checkpoint, opened.spec, settings) if start is None else start.config
     if settings.bits == 8:
         check_exportable({**config, "rope_parameters": _rope(config)})
     if settings.streaming:
         check_streams(spec_from_config(config), settings.streaming)
-    read = [{"name": path.name, "sha256": read_text(path)[1]} for path in (*texts, *held_out)]
-    world = World(device)
-    world.check_shares(settings.batch, settings.accumulate)
-    where = world.device or devices.choose_device(device)[0]
-    kind = devices.DTYPES[devices.choose_dtype(dtype, checkpoint.stored_dtype, where)[0]]
-    begun_with = {
-        "format": FORMAT, "command": "distill", "target": checkpoint.path.name, "fingerprint": checkpoint.source.fingerprint(),
-        "texts": read[: len(texts)], "held_out": read[len(texts) :], "dtype": str(kind).removeprefix("torch."),
-        "processes": world.size, "compiled": compiled, **asdict(settings),
-        **({} if start is None else {"start_fingerprint": start.source.fingerprint()}),
-    }  # fmt: skip
-    with Part(part_minutes) as part:
-        folder = WorkFolder(output, begun_with, restart=restart, leads=world.leads)
-        world.wait()
-        if folder.finished:
-            return folder.description()
-        job = _Job(checkpoint, spec, settings, folder, world, part, where, kind, compiled, show)
-        return job.run(config, start, tokenizer, texts, held_out, save_seconds)
+    begun_with: dict[str, Any] = {"compiled": compiled}
+    if start is not None:
+        begun_with["start_fingerprint"] = start.source.fingerprint()
+    return learn(
+        "distill", opened, settings, texts, output, how, lambda job: _Distilling(job, settings, config, start, compiled).run(),
+        held_out=held_out, begun_with=begun_with,
+    )  # fmt: skip
 
 
 def draft_config(checkpoint: Checkpoint, spec: ModelSpec, settings: Settings) -> dict[str, Any]:
@@ -215,147 +167,103 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": config.get("rope_theta"), **found}
 
 
-def _open_start(name: str, spec: ModelSpec, tokenizer: Tokenizer) -> Checkpoint:
+def _open_start(name: str, opened: Opened) -> Checkpoint:
     found = open_checkpoint(name)
     draft = Draft(found, spec_from_config(found.config), found.source.fingerprint())
-    check_vocabulary(name, draft, spec, tokenizer)
+    check_vocabulary(name, draft, opened.spec, opened.tokenizer)
     return found
 
 
-@dataclass(slots=True)
-class _Job:
-    checkpoint: Checkpoint
-    spec: ModelSpec
+@dataclass(frozen=True, slots=True)
+class _Distilling:
+    job: Job
     settings: Settings
-    folder: WorkFolder
-    world: World
-    part: Part
-    device: torch.device
-    dtype: torch.dtype
+    config: Mapping[str, Any]
+    """The draft's."""
+    start: Checkpoint | None
     compiled: bool
-    show: bool | None
 
-    def run(
-        self,
-        config: Mapping[str, Any],
-        start: Checkpoint | None,
-        tokenizer: Tokenizer,
-        texts: Sequence[Path],
-        held_out: Sequence[Path],
-        save_seconds: float,
-    ) -> dict[str, Any]:
-        settings, world = self.settings, self.world
-        corpus = self._corpus(texts, held_out, tokenizer)
-        speed = 0.0
-        if settings.written_tokens:
-            writing = Writing(settings.written_tokens, settings.window, settings.prompt_tokens)
-            speed = write(
-                self.checkpoint, corpus, self.folder.path, writing,
-                dtype=self.dtype, device=self.device, world=world, part=self.part, show=self.show,
-            )  # fmt: skip
-        teacher = load_module(self.checkpoint, self.dtype, self.device).requires_grad_(False)
-        student = self._student(config, start, teacher)
-        trained = self._train(student, teacher, corpus, save_seconds)
-        if world.agree(int(self.part.over), self.device):
-            raise self.part.stop()
+    def run(self) -> dict[str, Any]:
+        job, settings = self.job, self.settings
+        teacher = load_module(job.opened.checkpoint, job.dtype, job.device).requires_grad_(False)
+        student = self._student(teacher)
+        head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+
+        def loss_of(lesson: Lesson) -> Tensor:
+            term = mixed_term(settings.variation * lesson.step / settings.steps)
+            ours = hidden_states(student, lesson.ids)
+            return head_divergence(ours.flatten(0, 1), head, lesson.known.flatten(0, 1), teacher_head, term=term)
+
+        # The teacher alone: it has most of the time, and inductor does not take the student's attention.
+        hidden = _Compiled(hidden_states) if self.compiled else None
+        trained = job.train(student, teacher, loss_of, "distilling", hidden)
+        job.pause()
         description: dict[str, Any] = {
-            "target": self.checkpoint.path.name,
+            "target": job.opened.checkpoint.path.name,
             "parameters": sum(value.numel() for value in student.parameters()),
-            "config": {key: config.get(key) for key in _SIZES},
-            "texts": corpus.describe(),
-            "written_tokens": corpus.written_tokens,
-            "writing_tokens_per_s": speed or None,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "training": trained.to_json(),
+            "config": {key: self.config.get(key) for key in _SIZES},
+            **job.describe(trained),
         }
-        if world.leads:
-            stored = self.folder.path / "stored"
+
+        def finish() -> None:
+            stored = job.folder.path / "stored"
             stored.mkdir(exist_ok=True)
             self._store(student, stored)
-            description["bytes"] = sum(
-                path.stat().st_size for path in stored.iterdir() if path.suffix in (".gguf", ".safetensors")
-            )
-            figures = self._judge(open_checkpoint(str(stored)), teacher, corpus)
+            weights = (path for path in stored.iterdir() if path.suffix in (".gguf", ".safetensors"))
+            description["bytes"] = sum(path.stat().st_size for path in weights)
+            figures = self._judge(open_checkpoint(str(stored)), teacher)
             description["held_out"] = {str(context): found.to_json() for context, found in figures.items()}
-            self.folder.publish(lambda part: self._store(student, part), description)
-        world.wait()
-        return {**description, "settings": self.folder.settings}
+            job.folder.publish(lambda folder: self._store(student, folder), description)
 
-    def _corpus(self, texts: Sequence[Path], held_out: Sequence[Path], tokenizer: Tokenizer) -> Corpus:
-        def opened() -> Corpus:
-            return Corpus.open(
-                self.folder.path, texts, tokenizer, self.spec.vocab_size, window=self.settings.window, seed=self.settings.seed,
-                held_out=held_out, text_share=self.settings.text_share,
-            )  # fmt: skip
+        job.lead(finish)
+        return description
 
-        found = opened() if self.world.leads else None  # it writes the ids, which the others map
-        self.world.wait()
-        return found or opened()
-
-    def _student(self, config: Mapping[str, Any], start: Checkpoint | None, teacher: Any) -> Any:
-        if start is not None:
-            student = load_module(start, torch.float32, self.device)
+    def _student(self, teacher: Any) -> Any:
+        device = self.job.device
+        if self.start is not None:
+            student = load_module(self.start, torch.float32, device)
         else:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(self.settings.seed)
-                student = make_module(config, torch.float32, "cpu").to(self.device)
+                student = make_module(self.config, torch.float32, "cpu").to(device)
             student.get_input_embeddings().weight.data.copy_(
-                reduced(teacher.get_input_embeddings().weight, config["hidden_size"])
+                reduced(teacher.get_input_embeddings().weight, self.config["hidden_size"])
             )
         if self.settings.streaming:
             stream(student, self.settings.streaming)
         return student
 
-    def _train(self, student: Any, teacher: Any, corpus: Corpus, save_seconds: float) -> Trained:
-        settings = self.settings
-        # The teacher alone: it has most of the time, and inductor does not take the student's attention.
-        theirs: Callable[[Any, Tensor], Tensor] = _Compiled(hidden_states) if self.compiled else hidden_states
-        head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
-
-        def loss_of(step: int, part: int, parts: int) -> Tensor:
-            ids = corpus.batch(step, settings.batch)[part::parts].to(self.device, non_blocking=True)
-            with torch.no_grad(), torch.autocast("cuda", enabled=False):  # in its own format, as when it judges
-                known = theirs(teacher, ids)
-            term = mixed_term(settings.variation * step / settings.steps)
-            return head_divergence(hidden_states(student, ids).flatten(0, 1), head, known.flatten(0, 1), teacher_head, term=term)
-
-        trainer = Trainer(
-            student, loss_of, settings.training, self.folder.path, device=self.device,
-            batch_tokens=settings.batch * settings.window, world=self.world, part=self.part, save_seconds=save_seconds,
-            name="distilling", show=self.show,
-        )  # fmt: skip
-        return trainer.run()
-
     def _store(self, student: Any, folder: Path) -> None:
+        target = self.job.opened.checkpoint
         if self.settings.bits == 8:
-            write_gguf(student, folder, f"draft for {self.checkpoint.path.name}")
+            write_gguf(student, folder, f"draft for {target.path.name}")
         else:
-            write_module(student, self.checkpoint, folder, {"target": self.checkpoint.path.name}, torch.float16)
+            write_module(student, target, folder, {"target": target.path.name}, torch.float16)
 
-    def _judge(self, stored: Checkpoint, teacher: Any, corpus: Corpus) -> dict[int, Figures]:
+    def _judge(self, stored: Checkpoint, teacher: Any) -> dict[int, Figures]:
         """The draft as it is stored, over held-out windows of each context."""
-        draft = load_module(stored, self.dtype, self.device)
+        job = self.job
+        draft = load_module(stored, job.dtype, job.device)
         if self.settings.streaming:
             stream(draft, self.settings.streaming)
         found: dict[int, Figures] = {}
         for context in self.settings.contexts:
-            size = min(context, self.spec.max_context)
+            size = min(context, job.opened.spec.max_context)
             skip = max(0, size - 1 - JUDGED_LAST) if size > 2 * JUDGED_LAST else 0
-            windows = corpus.held(size, max(1, self.settings.judged_tokens // (size - skip)))
+            windows = job.corpus.held(size, max(1, self.settings.judged_tokens // (size - skip)))
             if not len(windows) or size in found:
                 log.warning("no held-out text has %d tokens: acceptance is not measured at that context", size)
                 continue
-            with LearningProgress(f"judging at {size}", windows.numel(), self.show if self.world.leads else False) as bar:
+            with job.bar(f"judging at {size}", windows.numel()) as advance:
                 found[size] = judge(
-                    ModuleSubject(teacher), {"draft": ModuleSubject(draft)}, windows, device=self.device, skip=skip,
-                    advance=lambda tokens: self._judged(bar, tokens),
-                )["draft"]  # fmt: skip
+                    ModuleSubject(teacher),
+                    {"draft": ModuleSubject(draft)},
+                    windows,
+                    device=job.device,
+                    skip=skip,
+                    advance=advance,
+                )["draft"]
         return found
-
-    def _judged(self, bar: LearningProgress, tokens: int) -> None:
-        bar.advance(tokens)
-        if self.part.asked and self.world.size == 1:  # of several, the others wait for this one
-            raise self.part.stop()
 
 
 _SIZES = (

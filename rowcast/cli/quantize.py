@@ -12,9 +12,9 @@ from rowcast.cli.output import print_json
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A directory, a GGUF file or a hub id.")],
+    model: learning.Model,
     text: Annotated[list[Path], typer.Option("--text", help="A text file whose inputs matter; repeatable.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: learning.Output,
     held_out: learning.HeldOut = None,
     bits: Annotated[int, typer.Option("--bits", help="Of a weight: 3, 4 or 8.")] = 4,
     group: Annotated[int, typer.Option("--group", help="Inputs that share a scale and a zero point.")] = 64,
@@ -28,8 +28,8 @@ def quantize(
     part_minutes: learning.PartMinutes = None,
     dtype: options.DType = "auto",
     device: options.Device = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where another copy was left.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="No text, only the JSON line.")] = False,
+    restart: learning.Restart = False,
+    as_json: learning.AsJson = False,
 ) -> None:
     """Round a model's layers to few bits, calibrated on text, as a checkpoint that the engine and Transformers open.
 

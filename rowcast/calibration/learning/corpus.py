@@ -22,6 +22,9 @@ from rowcast.calibration.text import HELD_OUT, Encoder, check_held_out, read_tex
 from rowcast.errors import UserError
 
 TEXT, TEXT_DESCRIPTION = "text.bin", "text.json"
+LEAST_TOKENS = 8
+"""Of a text, in a window."""
+PROBE_CHARACTERS = 100
 
 
 def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -51,12 +54,14 @@ class Corpus:
 
     window: int
     ids: npt.NDArray[Any]
-    """[N], mapped: all texts."""
+    """[N], mapped: all texts, without special tokens around them."""
     texts: list[Text]
     vocab_size: int
     seed: int
     text_share: float = 1.0
     """Of each batch's windows; the others are the model's own. Without written text all are from texts."""
+    begins: tuple[int, ...] = ()
+    """What every window and prompt begins with, as what the engine is given does: the tokenizer's BOS token, if it puts one there."""
     written: list[npt.NDArray[Any]] = field(default_factory=list)
     """[S, L] each, mapped, L at least the window."""
     _orders: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -81,11 +86,16 @@ class Corpus:
         """
         if not texts:
             raise UserError("no text was given, name a file with --text")
-        if window < 8:
-            raise UserError(f"a window of {window} tokens is too short to learn from: use 8 or more")
         read = [(path, *read_text(path)) for path in (*texts, *held_out)]
         digests = [(path, digest) for path, _, digest in read]
         check_held_out((digest for _, digest in digests[: len(texts)]), digests[len(texts) :])
+        begins = tokens_before(read[0][1], encoder)
+        if window < LEAST_TOKENS + len(begins):
+            raise UserError(f"--window {window} is too short to learn from: give {LEAST_TOKENS + len(begins)} tokens or more")
+        if max(begins, default=0) >= vocab_size:
+            raise UserError(
+                f"prompts begin with the token id {max(begins)}, the model has {vocab_size}: use the model's own tokenizer"
+            )
         described = folder / TEXT_DESCRIPTION
         names = [[path.name, digest, place >= len(texts)] for place, (path, _, digest) in enumerate(read)]
         if not described.exists() or json.loads(described.read_bytes())["read"] != names:
@@ -93,12 +103,12 @@ class Corpus:
             write_whole(described, json.dumps({"texts": made, "read": names}, indent=2).encode())
         found = json.loads(described.read_bytes())
         ids = np.memmap(folder / TEXT, dtype=id_type(vocab_size), mode="r")
-        corpus = cls(window, ids, [Text(**text) for text in found["texts"]], vocab_size, seed, text_share)
+        corpus = cls(window, ids, [Text(**text) for text in found["texts"]], vocab_size, seed, text_share, begins)
         if not corpus._text_windows():
             most = max(text.held - text.start for text in corpus.texts)
             raise UserError(
-                f"the longest text has {most} tokens to learn from, a window has {window}: give a longer text with --text or a shorter "
-                "--window"
+                f"the longest text has {most} tokens to learn from, a window has {corpus._body} of them: give a longer text with "
+                "--text or a shorter --window"
             )
         if not corpus.held(window, 1).numel():
             raise UserError(f"no held-out text has {window} tokens: give a longer text, or one to judge by with --held-out")
@@ -130,27 +140,37 @@ class Corpus:
 
     def held(self, window: int, most: int) -> Tensor:
         """At most so many held-out windows of another size, evenly spread, [W, window] int64; none where no text is long enough."""
-        found = []
+        found, body = [], max(1, window - len(self.begins))
         for text in self.texts:
             ids = torch.from_numpy(self.ids[text.held : text.end].astype(np.int64))
-            found.append(ids[: len(ids) // window * window].view(-1, window))
+            found.append(ids[: len(ids) // body * body].view(-1, body))
         whole = torch.cat(found)
-        return spread(whole, min(most, len(whole)))
+        return self._begun(spread(whole, min(most, len(whole))))[:, :window]
 
     def prompts(self, count: int, tokens: int, number: int) -> Tensor:
         """`count` places of the texts to write on from, [count, tokens] int64: a function of the seed and `number`."""
+        body = max(0, tokens - len(self.begins))
         draws = np.random.default_rng([self.seed, 1, number])
-        spans = [(text.start, text.held - tokens) for text in self.texts if text.held - tokens > text.start]
+        spans = [(text.start, text.held - body) for text in self.texts if text.held - body > text.start]
         if not spans:
             raise UserError(f"no text has {tokens} tokens to write on from: give a longer text with --text")
         sizes = np.array([last - first for first, last in spans])
         chosen = draws.choice(len(spans), count, p=sizes / sizes.sum())
         starts = [spans[i][0] + int(draws.integers(sizes[i])) for i in chosen]
-        return torch.stack([torch.from_numpy(self.ids[start : start + tokens].astype(np.int64)) for start in starts])
+        rows = torch.stack([torch.from_numpy(self.ids[start : start + body].astype(np.int64)) for start in starts])
+        return self._begun(rows)[:, :tokens]
+
+    @property
+    def _body(self) -> int:
+        """Tokens of a text in a window of it."""
+        return self.window - len(self.begins)
+
+    def _begun(self, rows: Tensor) -> Tensor:  # [W, n] -> [W, begins + n]
+        return torch.cat([torch.tensor(self.begins, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
 
     def _text_windows(self) -> list[int]:
         """Windows of each text. One less than fit, so that each epoch can begin elsewhere."""
-        fit = [(text.held - text.start) // self.window for text in self.texts]
+        fit = [(text.held - text.start) // self._body for text in self.texts]
         return [max(count - 1, min(count, 1)) for count in fit] if any(fit) else []
 
     def _text_window(self, n: int) -> npt.NDArray[Any]:
@@ -160,10 +180,10 @@ class Corpus:
         ends = list(accumulate(counts))
         which = next(i for i, end in enumerate(ends) if index < end)
         text, inside = self.texts[which], index - (ends[which] - counts[which])
-        slack = text.held - text.start - counts[which] * self.window
+        slack = text.held - text.start - counts[which] * self._body
         phase = int(np.random.default_rng([self.seed, 2, epoch, which]).integers(slack + 1))
-        start = text.start + phase + inside * self.window
-        return self.ids[start : start + self.window]
+        start = text.start + phase + inside * self._body
+        return np.concatenate([np.array(self.begins, self.ids.dtype), self.ids[start : start + self._body]])
 
     def _written_window(self, n: int) -> npt.NDArray[Any]:
         counts = [len(rows) * (rows.shape[1] // self.window) for rows in self.written]
@@ -185,6 +205,14 @@ class Corpus:
             generator = torch.Generator().manual_seed((self.seed << 24) + (epoch << 1) + (kind == "text"))
             self._orders[key] = torch.randperm(count, generator=generator)
         return self._orders[key]
+
+
+def tokens_before(text: str, encoder: Encoder) -> tuple[int, ...]:
+    """What an encoder puts before a prompt: a BOS token, as those of Llama, Mistral and OPT do, or nothing. `text`: any that is one."""
+    some = text.strip()[:PROBE_CHARACTERS]
+    bare, whole = encoder.encode(some, add_special_tokens=False), encoder.encode(some)
+    places = range(len(whole) - len(bare) + 1)
+    return next((tuple(whole[:place]) for place in places if whole[place : place + len(bare)] == bare), ())
 
 
 def _tokenise(

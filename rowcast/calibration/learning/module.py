@@ -16,9 +16,12 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE
+from rowcast.runtime.config import ADAPTED
 from rowcast.runtime.tokenizer import load_tokenizer
 
 SHARD_BYTES = 4 << 30
+_OF_A_CHECKPOINT = ("quantization_config", ADAPTED)
+"""Of a config, what its weights on disk are like: what is trained or cut has others."""
 _OTHER_FILES = ("model*.safetensors", INDEX_FILE, "config.json", "generation_config.json", "*.gguf", "*.bin", "*.pt", "*.pth")
 """Of a checkpoint's directory, what is not its tokenizer."""
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja")
@@ -27,12 +30,13 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 def make_module(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> Any:
     """A Transformers model (`PreTrainedModel`) of a config.json, with the library's own initial weights, for evaluation.
 
+    Without what the config says of a checkpoint's own weights: how they are quantised, what adapting measured.
     Draws from torch's global generator. Raises UserError where Transformers does not know the config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        known = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
+        known = AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _OF_A_CHECKPOINT})
         with torch.device(device):
             return AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False).eval()
     except (TypeError, ValueError, KeyError) as error:

@@ -72,6 +72,12 @@ class World:
         torch.distributed.broadcast(told, 0)
         return int(told)
 
+    def stop_together(self, stopped: Unfinished | None, device: torch.device) -> None:
+        """Raise Unfinished in all processes where the leading one has `stopped`: by the signal that came there."""
+        code = 0 if stopped is None else 1 + (stopped.by_signal or 0)
+        if told := self.agree(code, device):
+            raise stopped or Unfinished(told - 1 or None)
+
     def check_shares(self, batch: int, accumulate: int) -> None:
         """Raise UserError for a batch that these processes, each in so many parts, do not share evenly: windows would weigh unequal."""
         if batch % (self.size * accumulate):

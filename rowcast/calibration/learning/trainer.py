@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rowcast.calibration.learning.part import Part, World
 from rowcast.calibration.learning.progress import LearningProgress
+from rowcast.calibration.learning.settings import TrainSettings
 from rowcast.calibration.learning.state import load_tensors, save_tensors
 from rowcast.errors import UserError
 
@@ -29,43 +30,6 @@ READ_EVERY = 20
 
 LossOf = Callable[[int, int, int], Tensor]
 """(step, part, parts) -> the mean loss of the windows `part`, `part + parts`, ... of the step's batch, a scalar with a gradient."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How weights are moved."""
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_share: float = 0.0
-    """Of the learning rate, at the last step."""
-    weight_decay: float = 0.01
-    """Of matrices."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    """Most length of the gradient."""
-    accumulate: int = 1
-    """Parts that a batch is cut into on each process, where memory is short."""
-
-    def check(self) -> None:
-        """Raise UserError for what cannot be."""
-        for name, count, least in (
-            ("steps", self.steps, 0),
-            ("accumulate", self.accumulate, 1),
-            ("warmup", self.warmup_steps, 0),
-        ):
-            if count < least:
-                raise UserError(f"--{name} {count} is too low: give {least} or more")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning-rate {self.learning_rate:g} moves nothing: give a number above 0")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: up to the whole one, then down in a straight line."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,10 @@ class Writing:
         if self.length > context:
             raise UserError(f"sequences of {self.length} tokens are longer than the model's context of {context}: lower --window")
         if not 0 < self.prompt_tokens < self.length:
-            raise UserError(f"prompts of {self.prompt_tokens} tokens leave nothing to write of {self.length}: raise --window")
+            raise UserError(
+                f"--prompt-tokens {self.prompt_tokens} leaves nothing to write of a --window of {self.length}: give a number from 1 to "
+                f"{self.length - 1}"
+            )
         if not 0 <= self.free_share <= 1:
             raise UserError(f"a share of {self.free_share:g} sequences is none: give a number from 0 to 1")
 
@@ -85,7 +88,8 @@ def write(
     """Write what is missing into `folder` and add all to `corpus`. Returns this call's tokens a second, over all processes; 0 where
     nothing was missing.
 
-    Raises Unfinished where the part is over: whole files stay.
+    Raises Unfinished where the part is over: whole files stay. There is one more at least than before, however short the part is; only
+    a signal ends it sooner.
     """
     spec = spec_from_config(checkpoint.config)
     writing.check(spec.max_context)
@@ -99,18 +103,19 @@ def write(
         with LearningProgress("writing", count * per_file, shown) as bar:
             bar.advance(sum(file.exists() for file in files) * per_file, new=False)
             writer = Writer(checkpoint, spec, sequences, writing.length, dtype=dtype, device=device)
+            first = True
             while missing := [number for number, file in enumerate(files) if not file.exists()]:
                 world.wait()  # all have looked before the first one writes
                 mine = missing[world.rank : world.rank + 1]
                 for number in mine:
                     begins = _begins(checkpoint, corpus, writing, sequences, number)
-                    ids = writer.write(*begins, writing.temperature, corpus.seed + number, part)
+                    ids = writer.write(*begins, writing.temperature, corpus.seed + number, part, whole=first)
                     if ids is not None:
                         write_whole(files[number], ids.numpy().astype(id_type(spec.vocab_size)).tobytes())
                         bar.advance(per_file * min(world.size, len(missing)))
+                first = False
                 world.wait()
-                if world.agree(int(part.over), device):
-                    raise part.stop()
+                world.stop_together(part.stop() if part.over else None, device)
             speed = bar.tokens_per_s
         del writer
         if device.type == "cuda":
@@ -145,8 +150,13 @@ class Writer:
         self._steps: dict[int, Callable[[], None]] = {}
         """By how much of the K/V is read, for one temperature."""
 
-    def write(self, ids: Tensor, prompts: Tensor, temperature: float, seed: int, part: Part) -> Tensor | None:
-        """Go on from ids [S, P], the first prompts[i] of row i: [S, L], on the CPU. None where the part is over before the end."""
+    def write(
+        self, ids: Tensor, prompts: Tensor, temperature: float, seed: int, part: Part, *, whole: bool = False
+    ) -> Tensor | None:
+        """Go on from ids [S, P], the first prompts[i] of row i: [S, L], on the CPU.
+
+        None where the part is over before the end, or with `whole` a signal came.
+        """
         if temperature != self._temperature:
             self._temperature, self._steps = temperature, {}
         self._ids.zero_()
@@ -155,7 +165,7 @@ class Writer:
         self._kv.position.zero_()
         with _seeded(seed, self._device):
             for place in range(self._length - 1):
-                if place % LOOK_STEPS == 0 and part.over:
+                if place % LOOK_STEPS == 0 and part.over and (part.asked or not whole):
                     return None
                 self._step(min(self._length, place // BUCKET * BUCKET + BUCKET))()
         return self._ids.cpu()

@@ -155,7 +155,7 @@ class _Job:
             bar.advance(each * done, new=False)
             streams = self._streams(done)
             for layer in range(done, spec.num_layers):
-                if part.over:
+                if part.over and (part.asked or layer > done):  # each part gets further, however short it is
                     raise part.stop()
                 self._layer(layer, streams)
                 bar.say(f"layer {layer + 1} of {spec.num_layers}")
