@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from rowcast.kernels.attention import attend, attend_entries  # noqa: E402
 from rowcast.kernels.gpu import decoding, products  # noqa: E402
-from rowcast.kernels.gpu.decoding import SHORT, Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
+from rowcast.kernels.gpu.decoding import Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
 from rowcast.kernels.gpu.heads import head_rows  # noqa: E402
 from rowcast.kernels.gpu.rotate import apart, rotate_append  # noqa: E402
 from rowcast.kernels.gpu.select import Chosen  # noqa: E402
@@ -23,8 +23,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
-SMALL = Tiles(32, 32, 64, 2, 2, 4, 64)
-"""Short splits and tiles, so that short contexts cross their boundaries, and that of contexts made in one launch."""
+SMALL = Tiles(32, 32, 64, 2, 2, 4)
+"""Short splits and tiles, so that short contexts cross their boundaries."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -170,7 +170,7 @@ def test_a_token_alone_has_the_same_bits(dtype: torch.dtype, heads: int, kv_head
     """For any number of tokens, other sequences and bound on the context; at boundaries of tiles and splits too."""
     torch.manual_seed(5)
     cut = tiles_for(kv_heads, 64, dtype) if ON_GPU else SMALL
-    edges = [cut.entries, cut.fine, cut.short, cut.knee, 2 * cut.knee + 4 * cut.fine] if ON_GPU else [cut.short, 2 * cut.knee]
+    edges = [cut.entries, cut.fine, cut.knee, 2 * cut.knee + 4 * cut.fine] if ON_GPU else [cut.knee, 2 * cut.knee]
     for edge in edges:
         for window in (None, 37):
             end = edge + 5
@@ -212,7 +212,7 @@ def test_a_token_alone_has_the_same_bits(dtype: torch.dtype, heads: int, kv_head
 def test_bits_on_a_gpu(dtype: torch.dtype, size: int, heads: int, kv_heads: int) -> None:
     """Of 1, 7 and 16 tokens, whatever the bound on the context."""
     torch.manual_seed(6)
-    for end in (30, 1000, SHORT + 7, 4500):
+    for end in (30, 1000, 2055, 4500):
         store = make_store([end, end - 3], kv_heads, size, dtype)
         q = torch.randn(2, 16, heads, size, device=DEVICE).to(dtype)
         several = run(store, q.flatten(0, 1), 16, overlap=False).view(2, 16, heads, size)
@@ -323,7 +323,7 @@ def test_listed_chunks_of_a_sequence_shorter_than_the_sinks(end: int) -> None:
 @pytest.mark.parametrize(
     ("ends", "bound", "counts", "heads"),
     [([40, 60], 70, None, None), ([40, 60], 60, None, None), ([40, 130], 130, None, [1, 5]), ([200, 9], 200, [0, 0], None)],
-    ids=["short below a long bound", "one launch", "some heads", "no tokens"],
+    ids=["short below a long bound", "all in use", "some heads", "no tokens"],
 )
 def test_every_program_waits_before_it_touches_memory(
     monkeypatch: pytest.MonkeyPatch, ends: list[int], bound: int, counts: list[int] | None, heads: list[int] | None
@@ -358,7 +358,7 @@ def test_every_program_waits_before_it_touches_memory(
     q = torch.randn(4, 6, 64, device=DEVICE)
     options = {"counts": None if counts is None else ints(counts), "heads": None if heads is None else ints(heads)}
     found = run(store, q, 2, most_entries=bound, overlap=True, **options)
-    assert len(programs) == (1 if bound <= SMALL.short else 2)
+    assert len(programs) == 2
     assert [len(each) for each in waited] == programs
     wanted = expected(store, q, 2) if counts is None else torch.zeros(4, 6, 64)
     assert_close(found, wanted if heads is None else wanted[:, heads])
@@ -384,22 +384,23 @@ def test_splits_of_a_context() -> None:
 
 @pytest.mark.gpu
 def test_what_follows_waits_for_attention() -> None:
-    """Also where contexts are short below a long bound: then the second kernel has nothing to do but to wait for the first."""
+    """Also where contexts are short below a long bound, so that most programs have nothing to do but to wait."""
     torch.manual_seed(17)
-    ends = [SHORT - 48] * 32
+    ends = [2000] * 32
     store = make_store(ends, 8, 128, torch.bfloat16)
     q, weight = torch.randn(32, 32, 128, device=DEVICE).bfloat16(), torch.randn(64, 4096, device=DEVICE).bfloat16()
-    out = torch.empty_like(q)
+    out, starts = torch.empty_like(q), ints([end - 1 for end in ends])
 
     def call(bound: int) -> Tensor:
         out.fill_(torch.nan)
-        return products.rows_in(weight, run(store, q, 1, most_entries=bound, out=out).flatten(1)[:16])
+        decode(q, store.keys, store.values, store.tables, starts, scale=128**-0.5, most_entries=bound, out=out)
+        return products.rows_in(weight, out.flatten(1)[:16])
 
     wanted = call(ends[0])
-    assert torch.equal(call(2 * SHORT), wanted)
+    assert torch.equal(call(4096), wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = call(2 * SHORT)
+        found = call(4096)
     for _ in range(50):
         graph.replay()
         assert torch.equal(found, wanted)

@@ -114,7 +114,7 @@ class OnItsWay(Outbox):
     """As on a GPU: nothing is in place before somebody waits for it."""
 
     def post(self, content: Tensor, put: Callable[[Tensor], None]) -> None:
-        self._posted.append(_Posted(content, content.clone(), put, SimpleNamespace(synchronize=lambda: None)))
+        self._posted.append(_Posted(content, content.cpu().clone(), put, SimpleNamespace(synchronize=lambda: None)))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

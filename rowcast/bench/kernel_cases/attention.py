@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.bench.kernel_cases.case import Case
-from rowcast.kernels.gpu.decoding import SHORT, Chunks, Tiles, decode, tiles_for
+from rowcast.kernels.gpu.decoding import Chunks, decode
 from rowcast.kernels.gpu.retrieval import choose_chunks, chunk_scores, summarise
 from rowcast.kernels.gpu.rotate import apart, rotate_append
 
@@ -62,8 +62,8 @@ def _attention(kv_heads: int, entries: int, tokens: int, sequences: int = 1) -> 
     copies = max(1, _ROTATED_BYTES // bytes_each)
     starts, q = _ints(*[entries - tokens] * sequences), _random(sequences * tokens, HEADS, HEAD)
 
-    def ours(keys: Tensor, values: Tensor, table: Tensor, tiles: Tiles | None = None) -> Callable[[], object]:
-        return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries, tiles=tiles)
+    def ours(keys: Tensor, values: Tensor, table: Tensor) -> Callable[[], object]:
+        return lambda: decode(q, keys, values, table, starts, scale=HEAD**-0.5, most_entries=entries)
 
     def theirs() -> Callable[[], object]:
         k, v = (_random(sequences, kv_heads, entries, HEAD) for _ in range(2))
@@ -77,9 +77,6 @@ def _attention(kv_heads: int, entries: int, tokens: int, sequences: int = 1) -> 
     shape = f"{sequences} x {tokens} tokens of {entries}, {HEADS} heads, {kv_heads} KV heads of {HEAD}, bf16"
     stores = [_store(kv_heads, entries, sequences) for _ in range(copies)]
     peers = {"torch SDPA, K and V contiguous": [theirs() for _ in range(copies)]}
-    if entries <= SHORT:
-        tiles = tiles_for(kv_heads, HEAD, q.dtype)._replace(short=0)
-        peers["in two launches"] = [ours(*store, tiles=tiles) for store in stores]
     return Case("decode", shape, bytes_each, [ours(*store) for store in stores], peers)
 
 

@@ -2,9 +2,8 @@
 
 The fast path of `kernels.attention.attend` and `attend_entries` for many sequences at once, over keys and values where they lie:
 blocks found by a table, or one block a sequence. Two steps: each split of the context gives a partial maximum, sum and weighted sum of
-values for each query row, then partials are combined in the order of positions: by the last split's program that is done, for tokens
-with a short context, where a second launch would take longer than the first; by a second kernel for others. The query heads of a group
-and a sequence's tokens are rows of one tile, so K and V are read once for all of them.
+values for each query row, then a second kernel combines partials in the order of positions. The query heads of a group and a
+sequence's tokens are rows of one tile, so K and V are read once for all of them.
 
 Bits: splits and tiles have absolute boundaries that depend on positions and on the store's shape alone, and what a token must not see
 adds exact zeros. So a token's result is the same whatever the number of tokens, the other sequences, or the bound on the context.
@@ -20,13 +19,9 @@ from torch import Tensor
 
 from rowcast.kernels.gpu.decoding_kernels import combine, partial
 from rowcast.kernels.gpu.overlap import overlaps
-from rowcast.kernels.gpu.scratch import counters
 
 MOST_ROWS: Final = 64
 """Query rows of a tile: tokens times query heads of a group; more of them are several tiles."""
-
-SHORT: Final = 2048
-"""Entries up to which a token's parts are so few that one program puts them together as fast as many do."""
 
 _COMBINED: Final = 32
 """Elements of a head that a program of the second step makes."""
@@ -60,15 +55,13 @@ class Tiles(NamedTuple):
     levels: int
     stages: int
     warps: int
-    short: int = 0
-    """A token that sees no entry from this one on is made in one launch. 0, or where a split ends."""
 
 
 def tiles_for(kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The cut for `kv_heads` heads of `head_dim`."""
     if dtype == torch.float32:  # exact products are made outside the matrix units
-        return Tiles(32, 128, 4096, 2, 2, 4, SHORT)
-    return Tiles(64, 64, 2048, 5, 3, 4, SHORT) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4, SHORT)
+        return Tiles(32, 128, 4096, 2, 2, 4)
+    return Tiles(64, 64, 2048, 5, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
 
 
 def splits_for(tiles: Tiles, entries: int) -> int:
@@ -131,7 +124,6 @@ def decode(
     assert q.stride(2) == 1 and keys.stride(3) == 1 and values.stride(3) == 1 and tables.stride(1) == 1
     cut = tiles or tiles_for(kv_heads, size, q.dtype)
     assert cut.fine % cut.entries == 0 and cut.knee % (2 * cut.fine) == 0 and cut.levels >= 1
-    assert cut.short % cut.fine == 0 and cut.short <= cut.knee
     columns = query_heads if heads is None else heads.shape[0]
     out = q.new_empty(rows, columns, size) if out is None else out
     if rows == 0 or columns == 0:
@@ -146,7 +138,7 @@ def decode(
         listed = chunks.sinks + count * chunks.size
         assert chunks.ids.shape[:2] == (sequences, kv_heads) and chunks.ids.stride()[1:] == (count, 1)
     most_seen = listed + most_entries if most_shown is None or chunks is None else most_shown
-    splits, all_short = splits_for(cut, most_seen), most_seen <= cut.short
+    splits = splits_for(cut, most_seen)
     stats = q.new_empty(2, rows * query_heads, splits, dtype=torch.float32)
     sums = q.new_empty(rows * query_heads, splits, size, dtype=torch.float32)
     recent = starts if chunks is None else chunks.recent
@@ -166,8 +158,6 @@ def decode(
         recent,
         stats,
         sums,
-        out,
-        counters(q.device, sequences * kv_heads * row_tiles) if cut.short else None,
         tokens,
         splits,
         listed,
@@ -175,8 +165,6 @@ def decode(
         0 if window is None else window,
         scale,
         1.0 if absolute_bias_scale is None else absolute_bias_scale,
-        out.stride(0),
-        out.stride(1),
         q.stride(0),
         q.stride(1),
         *keys.stride()[:3],
@@ -202,16 +190,11 @@ def decode(
         cut.fine,
         cut.knee,
         cut.levels,
-        cut.short,
-        triton.next_power_of_2(splits_for(cut, cut.short)),
-        all_short,
         overlap,
         num_stages=cut.stages if tile < 64 else min(cut.stages, 2),  # two programs have to fit a multiprocessor
         num_warps=cut.warps,
         **early,
     )
-    if all_short:
-        return out
     combine[(rows, columns, triton.cdiv(size, _COMBINED))](
         stats,
         sums,
@@ -235,7 +218,6 @@ def decode(
         cut.fine,
         cut.knee,
         cut.levels,
-        cut.short,
         overlap,
         num_warps=4,
         **early,

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from rowcast.kernels.gpu.scratch import arrive
-
 _LOG2E: Final = tl.constexpr(1.4426950408889634)
 _STATS: Final = tl.constexpr(256)  # splits whose maxima are read at a time
 _STEP: Final = tl.constexpr(128)  # parts that are combined at a time
@@ -99,8 +97,6 @@ def partial(
     recent_ptr,  # [B]
     stats_ptr,  # float32 [2, B * T * H, splits]: the maximum, in powers of two, and the sum
     sums_ptr,  # float32 [B * T * H, splits, d]
-    out_ptr,  # [B * T, C, d]
-    counters_ptr,  # int32 [B, K, row_tiles]: zeros
     tokens,
     splits,
     listed,
@@ -108,8 +104,6 @@ def partial(
     window,
     scale,
     bias_scale,
-    out_token,
-    out_head,
     q_token,
     q_head,
     k_block,
@@ -139,18 +133,11 @@ def partial(
     fine: tl.constexpr,
     knee: tl.constexpr,
     levels: tl.constexpr,
-    short: tl.constexpr,
-    short_splits: tl.constexpr,  # of `short` entries, rounded up to a power of two
-    all_short: tl.constexpr,
     overlap: tl.constexpr,
 ):
-    """One split of one sequence, one KV head and one tile of query rows. Entries are counted as the sequence shows them.
-
-    The last split to arrive finishes the rows that see less than `short` entries; `combine` makes the others.
-    """
+    """One split of one sequence, one KV head and one tile of query rows. Entries are counted as the sequence shows them."""
     if overlap:
-        if not all_short:
-            cuda.gdc_launch_dependents()
+        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     # Neighbours run at a time: row tiles and KV heads of the same entries. The short splits come last and even out the end.
     pid = tl.program_id(0)
@@ -187,21 +174,6 @@ def partial(
     limit = columns
     if head_count_ptr is not None:
         limit = tl.minimum(columns, tl.load(head_count_ptr))
-    if short > 0 and split == 0:  # What nobody asked for is 0.
-        nothing = tl.zeros([D, R], tl.float32).to(out_ptr.dtype.element_ty)
-        if heads_ptr is None:
-            to = out_ptr + (sequence * tokens + token).to(tl.int64) * out_token + query_head * out_head
-            nobodys = (row >= real * G) & (row < tokens * G)
-            tl.store(to[None, :] + dim[:, None], nothing, mask=nobodys[None, :] & (dim[:, None] < d))
-        elif tile == 0:
-            # R places at a time, of the tokens' columns that lie K apart.
-            for base in tl.range(head, tokens * columns, K * R):
-                place = base + tl.arange(0, R) * K
-                to = out_ptr + (sequence * tokens + place // columns).to(tl.int64) * out_token + place % columns * out_head
-                listed_head = tl.load(heads_ptr + place % columns, mask=place < tokens * columns, other=0)
-                nobodys = (place // columns >= real) | (place % columns >= limit) | (listed_head < 0)
-                nobodys &= place < tokens * columns
-                tl.store(to[None, :] + dim[:, None], nothing, mask=nobodys[None, :] & (dim[:, None] < d))
     if (real <= 0) | (first >= stop) | (tile * R >= real * G):
         return
     if heads_ptr is not None:
@@ -258,57 +230,11 @@ def partial(
         acc = tl.dot(tl.trans(v), weights.to(v.dtype), acc * fade[None, :], input_precision="ieee")
         position, block = next_position, next_block
 
-    if overlap and all_short:  # What comes next may take the places of programs that have nothing left to load.
-        cuda.gdc_launch_dependents()
-    lines = ((sequence * tokens + token) * H + query_head).to(tl.int64) * splits
+    line = ((sequence * tokens + token) * H + query_head).to(tl.int64) * splits + split
     sums = tl.num_programs(1).to(tl.int64) * tokens * H * splits  # from a line's maximum to its sum
-    line = lines + split
     tl.store(stats_ptr + line, highest, mask=is_real)
     tl.store(stats_ptr + sums + line, total, mask=is_real)
     tl.store(sums_ptr + line[None, :] * d + dim[:, None], acc, mask=is_real[None, :] & (dim[:, None] < d))
-    if short > 0:
-        low = _split_of(_oldest_seen(start, window, has_window and chunks_ptr is None), fine, knee, levels)
-        high = _split_of(tl.minimum(end, short) - 1, fine, knee, levels) + 1
-        if (start < short) & (split < high):  # noqa: SIM102 - both sides of an `and` would be evaluated
-            if arrive(counters_ptr + (sequence * K + head) * row_tiles + tile, high - low):
-                mine = is_real & (at < short)
-                made = _put_together(stats_ptr, sums_ptr, lines, sums, mine, low, high, dim, short_splits, d)
-                made = made.to(out_ptr.dtype.element_ty)
-                inside = mine[None, :] & (dim[:, None] < d)
-                to = out_ptr + (sequence * tokens + token).to(tl.int64) * out_token
-                if heads_ptr is None:
-                    tl.store((to + query_head * out_head)[None, :] + dim[:, None], made, mask=inside)
-                else:
-                    column = tl.arange(0, C)
-                    wanted = tl.load(heads_ptr + column, mask=column < limit, other=-1).to(tl.int32)
-                    is_here = wanted[None, :] == query_head[:, None]  # [R, C]
-                    place = tl.max(tl.where(is_here, column[None, :], -1), 1)
-                    while tl.max(place, 0) >= 0:  # A head may be listed several times.
-                        there = inside & (place >= 0)[None, :]
-                        tl.store((to + place * out_head)[None, :] + dim[:, None], made, mask=there)
-                        place = tl.max(tl.where(is_here & (column[None, :] < place[:, None]), column[None, :], -1), 1)
-
-
-@triton.jit
-def _put_together(stats_ptr, sums_ptr, lines, sums, mine, low, high, dim, S: tl.constexpr, d: tl.constexpr):
-    """[D, R] from the parts low to high - 1, fewer than S, of the rows that are `mine`; what `sums` is, see `partial`.
-
-    One part after the other, so that a row's bits do not depend on how many there are.
-    """
-    each = tl.arange(0, S)
-    is_part = mine[:, None] & ((each >= low) & (each < high))[None, :]
-    tops = tl.load(stats_ptr + lines[:, None] + each[None, :], mask=is_part, other=float("-inf"), cache_modifier=".cg")
-    origin = tl.where(mine, tl.max(tops, 1), 0.0)
-    total = tl.zeros_like(origin)
-    acc = total[None, :] + tl.zeros_like(dim).to(tl.float32)[:, None]
-    inside = mine[None, :] & (dim[:, None] < d)
-    for part in tl.range(low, high, loop_unroll_factor=4 if acc.numel <= 4096 else 1):
-        weight = tl.exp2(tl.load(stats_ptr + lines + part, mask=mine, other=float("-inf"), cache_modifier=".cg") - origin)
-        total += weight * tl.load(stats_ptr + sums + lines + part, mask=mine, other=0.0, cache_modifier=".cg")
-        acc += weight[None, :] * tl.load(
-            sums_ptr + (lines + part)[None, :] * d + dim[:, None], mask=inside, other=0.0, cache_modifier=".cg"
-        )
-    return acc / tl.where(mine, total, 1.0)[None, :]
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -335,7 +261,6 @@ def combine(
     fine: tl.constexpr,
     knee: tl.constexpr,
     levels: tl.constexpr,
-    short: tl.constexpr,
     overlap: tl.constexpr,
 ):
     """D elements of one head of one token, from the parts of its splits: what `partial` left (arguments as there)."""
@@ -354,16 +279,13 @@ def combine(
     if counts_ptr is not None:
         is_real &= token < tl.load(counts_ptr + sequence)
     if not is_real:
-        if short == 0:
-            tl.store(out_at, tl.zeros([D], tl.float32).to(out_ptr.dtype.element_ty), mask=dim < d)
+        tl.store(out_at, tl.zeros([D], tl.float32).to(out_ptr.dtype.element_ty), mask=dim < d)
         return
     at = tl.load(starts_ptr + sequence) + token
     oldest = _oldest_seen(at, window, has_window)
     if chunked:
         at += listed - tl.load(recent_ptr + sequence)
         oldest = at * 0
-    if at < short:
-        return
     low, high = _split_of(oldest, fine, knee, levels), _split_of(at, fine, knee, levels) + 1
     line = (row * H + head).to(tl.int64) * splits
     lines = tl.num_programs(0).to(tl.int64) * H * splits
@@ -381,4 +303,6 @@ def combine(
         total += tl.sum(weights * tl.load(stats_ptr + lines + line + split, mask=mine, other=0.0), 0)
         sums_at = sums_ptr + (line + split)[:, None] * d + dim[None, :]
         acc += tl.sum(weights[:, None] * tl.load(sums_at, mask=mine[:, None] & (dim[None, :] < d), other=0.0), 0)
+    if overlap:
+        cuda.gdc_launch_dependents()
     tl.store(out_at, (acc / total).to(out_ptr.dtype.element_ty), mask=dim < d)

@@ -169,8 +169,12 @@ def lowbit_kernel(
         block = tl.minimum(at + STEP, last) + warp * UNROLL
         xs_coming = load_inputs(x, within, token < tokens, block, width, STRIDE, PARTS, UNROLL, WHOLE)
         block = at + warp * UNROLL
+        starts = ()
+        if TOKENS == 8:  # Those of a step first, which wait for no weights; with more tokens they take too many registers.
+            for u in tl.static_range(UNROLL):
+                starts = starts + (_start(acc, u, xs, BITS, RAISED, PARTS, DTYPE, ASM),)  # type: ignore[assignment]  # noqa: RUF005
         for u in tl.static_range(UNROLL):
-            y = _start(acc, u, xs, BITS, RAISED, PARTS, DTYPE, ASM)
+            y = starts[u] if TOKENS == 8 else _start(acc, u, xs, BITS, RAISED, PARTS, DTYPE, ASM)
             acc = _products(acc, now, 0, u, xs, y, high, block, blocks, BITS, RAISED, PARTS, UNROLL, WORD, DTYPE, ASM)
             if GATED:
                 third = high + code_up

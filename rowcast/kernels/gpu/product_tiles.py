@@ -57,7 +57,7 @@ def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int)
         if 2 * wide > units:
             return Tiles(128, 128, max(1, 2 * units // wide), 3)
         if 8 * wide <= units:  # One wave of programs with short steps, of which more are under way.
-            return Tiles(128, 32, 8, 5)
+            return Tiles(128, 32, 8, 5, 8)
         splits = min(8, 2 * units // narrow)
         # Of few rows each split has few steps, so that more of them wait less.
         return Tiles(64, 64, 4, 3) if splits == 2 and capacity <= 2048 else Tiles(64, 64, splits, 4)
