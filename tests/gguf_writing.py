@@ -119,3 +119,17 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int
         return np.ascontiguousarray(blocks).view(np.uint8)
     except NotImplementedError:
         return random.integers(0, 256, (rows, columns // block * block_bytes), np.uint8)
+
+
+def super_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Rows of random super-blocks [rows, bytes] of Q4_K, Q5_K or Q6_K, whose numbers are around 0 and about 0.05 apart."""
+    random = np.random.default_rng(seed)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (rows, columns // block, block_bytes), np.uint8)
+    numbers = random.uniform(0.5, 1, (rows, columns // block, 2)).astype(np.float32)
+    if kind == GGMLQuantizationType.Q6_K:
+        blocks[..., -2:] = (numbers[..., :1] * 5e-5).astype(np.float16).view(np.uint8)
+    else:
+        levels = 31 if kind == GGMLQuantizationType.Q5_K else 15
+        blocks[..., :4] = (numbers * np.array([0.006 / levels, 0.003], np.float32)).astype(np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)

@@ -24,6 +24,31 @@ def test_where_a_code_lies(bits: int) -> None:
         assert torch.equal(found, levels[:, 64 + column].int())
 
 
+@pytest.mark.parametrize("bits", [5, 6])
+def test_where_a_code_of_two_parts_lies(bits: int) -> None:
+    levels = torch.randint(1 << bits, (3, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = codes.pack(levels, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 24 * bits)
+    assert torch.equal(codes.unpack(packed, bits), levels)
+    block = packed.view(3, 3, 8 * bits)[:, 1].int()
+    for column in range(64):
+        part, lane, byte = column // 16, column // 4 % 4, column % 4
+        found = block[:, 8 * lane + 4 * (part // 2) + byte] >> part % 2 * 4 & 15
+        if bits == 6:
+            found |= (block[:, 32 + 4 * lane + byte] >> 2 * part & 3) << 4
+        else:
+            found |= (block[:, 32 + 4 * (lane // 2) + byte] >> 4 * (lane % 2) + part & 1) << 4
+        assert torch.equal(found, levels[:, 64 + column].int())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packed_codes_lie_row_by_row(bits: int) -> None:
+    """However the codes lie: many checkpoints have inputs first."""
+    levels = torch.randint(1 << bits, (5, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = codes.pack(levels.T.contiguous().T, bits)
+    assert torch.equal(packed, codes.pack(levels, bits)) and packed.is_contiguous()
+
+
 def test_rows_at_a_time() -> None:
     assert list(codes.row_blocks(5, 100, 250)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert list(codes.row_blocks(2, 100, 1)) == [slice(0, 1), slice(1, 2)]

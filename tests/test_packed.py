@@ -11,9 +11,10 @@ from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import packed
+from rowcast.kernels.codes import pack as pack_codes
 from rowcast.kernels.gpu import packed as on_gpu
 from rowcast.kernels.gpu.codes import Tiles
-from rowcast.kernels.packed import Packed, dequantise, pack
+from rowcast.kernels.packed import Packed, dequantise, pack, pack_super
 from rowcast.kernels.packed_sizes import Form
 from rowcast.kernels.rows import ACTIVATIONS
 
@@ -52,6 +53,25 @@ def made(rows: int, columns: int, bits: int, group: int, what: str, scales: torc
     return pack(found.pop("codes"), found.pop("scales"), bits, group, **found).to(DEVICE), weight.to(DEVICE)
 
 
+def made_super(rows: int, columns: int, bits: int) -> tuple[Packed, Tensor]:
+    """With super-blocks of 256: a random one, and the weight that it stands for."""
+    draw = torch.Generator().manual_seed(bits * 1000 + columns)
+
+    def of(lowest: int, highest: int, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(lowest, highest + 1, (rows, columns // size), generator=draw, dtype=dtype)
+
+    codes, group = of(0, (1 << bits) - 1, 1, torch.uint8), 16 if bits == 6 else 32
+    over = (torch.rand(rows, columns // 256, 1 if bits == 6 else 2, generator=draw) / 64).half()
+    scales, minima = of(-128, 127, 16, torch.int8) if bits == 6 else of(0, 63, 32, torch.uint8), of(0, 63, 32, torch.uint8)
+    within, above = torch.arange(columns) // group, torch.arange(columns) // 256
+    wide = codes.float() - 32 if bits == 6 else codes.float()
+    weight = scales.float()[:, within] * over[..., 0].float()[:, above] * wide
+    if bits == 6:
+        return pack_super(pack_codes(codes, bits), scales, None, over, 6, 32).to(DEVICE), weight.to(DEVICE)
+    weight -= minima.float()[:, within] * over[..., 1].float()[:, above]
+    return pack_super(pack_codes(codes, bits), scales, minima, over, bits).to(DEVICE), weight.to(DEVICE)
+
+
 def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
 
@@ -73,6 +93,22 @@ def test_the_weight_comes_back(what: str, group: int) -> None:
             assert q.bytes == Form(bits, group, what).stored_bytes(20, columns)  # type: ignore[arg-type]
     q, weight = made(10, 96, 4, group, what, torch.bfloat16)
     assert q.scales.dtype == torch.bfloat16 and torch.equal(dequantise(packed.stacked([q, q])), torch.cat([weight, weight]))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_the_weight_of_super_blocks(bits: int) -> None:
+    q, weight = made_super(20, 512, bits)
+    assert torch.equal(dequantise(q), weight) and q.padded == 512
+    form = Form(bits, 16, "zero", 1, 256) if bits == 6 else Form(bits, 32, "minima", 1, 256)
+    assert q.bytes == form.stored_bytes(20, 512)
+    assert torch.equal(
+        dequantise(packed.stacked([q, q.with_tensors([part.clone() for part in q.tensors])])), torch.cat([weight] * 2)
+    )
+    x, bias, residual = inputs(3, 512), inputs(1, 20)[0], inputs(3, 20)
+    expected = x @ weight.T + bias
+    torch.testing.assert_close(packed.product(q, x, bias, residual), expected + residual)
+    gate, up = expected.chunk(2, 1)
+    torch.testing.assert_close(packed.ffn_hidden(q, bias, x, "silu", True), ACTIVATIONS["silu"](gate) * up)
 
 
 @pytest.mark.usefixtures("level")
@@ -97,6 +133,44 @@ def test_a_gpus_product(bits: int, group: int, what: str, dtype: torch.dtype) ->
     q, weight = made(40, 200, bits, group, what)
     x = inputs(3, 200, dtype)
     near(on_gpu.product(q, x), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize("tiles", [None, Tiles(16, 2, 4, 1), Tiles(32, 2, 2, 2), Tiles(32, 4, 1, 1)])
+def test_a_gpus_product_of_super_blocks(tiles: Tiles | None, bits: int, dtype: torch.dtype) -> None:
+    """With 12 blocks the last step of the largest tiles is not whole. Tiles are of 8 tokens on a GPU, which has 9 in larger ones."""
+    q, weight = made_super(40, 768, bits)
+    x = inputs(9, 768, dtype)
+    whole = on_gpu._run(q, x, 40, tiles=tiles)
+    near(whole, x.double() @ weight.double().T)
+    assert torch.equal(on_gpu._run(q, x[:3], 40, tiles=tiles), whole[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["zero", "minima"])
+def test_a_gpus_product_of_five_bits(what: str, dtype: torch.dtype) -> None:
+    q, weight = made(40, 200, 5, 32, what)
+    assert torch.equal(dequantise(q), weight) and q.bytes == Form(5, 32, what).stored_bytes(40, 200)  # type: ignore[arg-type]
+    x = inputs(9, 200, dtype)
+    whole = on_gpu.product(q, x)
+    near(whole, x.double() @ weight.double().T)
+    assert torch.equal(on_gpu.product(q, x[:3]), whole[:3])
+    gate, up = (x.double() @ weight.double().T / 64).chunk(2, 1)
+    q = q.with_tensors([part / 64 if part.dtype == torch.float16 else part for part in q.tensors])
+    near(on_gpu.ffn_hidden(q, x, "silu"), ACTIVATIONS["silu"](gate) * up, dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_a_gpus_super_blocks_with_bias_residual_and_activation(bits: int) -> None:
+    q, _ = made_super(96, 256, bits)
+    q = q.with_tensors([*q.tensors[:-1], q.tensors[-1] / 64])  # activations are not all at their ends
+    x, bias, residual = inputs(4, 256, torch.bfloat16), inputs(1, 96, torch.bfloat16)[0], inputs(4, 96, torch.bfloat16)
+    exact = x.double() @ dequantise(q).double().T + bias.double()
+    near(on_gpu.product(q, x, bias, torch.bfloat16, residual), exact + residual.double(), torch.bfloat16)
+    gate, up = exact.chunk(2, 1)
+    near(on_gpu.ffn_hidden(q, x, "silu", bias), ACTIVATIONS["silu"](gate) * up, torch.bfloat16)
+    near(on_gpu.ffn_hidden(q, x, "gelu", bias, gated=False), ACTIVATIONS["gelu"](exact), torch.bfloat16)
 
 
 def test_a_gpus_bias_residual_and_activation() -> None:
@@ -127,4 +201,16 @@ def test_sizes_of_models(bits: int, group: int, what: str) -> None:
         y = on_gpu.product(q, x)
         near(y, x.double() @ weight.double().T)
         for tokens in (1, 7):
+            assert torch.equal(on_gpu.product(q, x[:tokens]), y[:tokens])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_sizes_of_models_with_super_blocks(bits: int) -> None:
+    for rows, columns in [(4096, 11008), (11008, 4096), (512, 12288), (32000, 4096)]:
+        q, weight = made_super(rows, columns, bits)
+        x = inputs(16, columns, torch.bfloat16)
+        y = on_gpu.product(q, x)
+        near(y, x.double() @ weight.double().T)
+        for tokens in (1, 7, 8, 9):
             assert torch.equal(on_gpu.product(q, x[:tokens]), y[:tokens])

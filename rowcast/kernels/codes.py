@@ -1,8 +1,12 @@
-"""Weights as codes of 2, 3, 4 or 8 bits: how they lie in memory, and what products with those of `lowbit` and of `packed` share.
+"""Weights as codes of 2, 3, 4, 5, 6 or 8 bits: how they lie in memory, and what products with those of `lowbit` and of `packed` share.
 
 Packing, for each block of 64 columns: byte j of 2 bits holds columns j, j + 16, j + 32, j + 48 from its low bits up; of 4 bits
 columns j and j + 32; of 8 bits column j. 3 bits are the 16 bytes of the low 2 bits, then 8 bytes with the high bits, column 8 i + k
 in bit k of byte i.
+
+5 and 6 bits are made for a GPU's lanes, of which the q-th of four multiplies columns 4 q to 4 q + 3 of 16. First the low 4 bits: byte
+8 q + 4 w + i holds columns 32 w + 4 q + i and 16 more. Then the others: of 6 bits 16 bytes, as 2 bits are packed; of 5 bits 8 bytes,
+column 16 c + 4 (2 m + s) + i in bit 4 s + c of byte 4 m + i.
 
 On a GPU products go to kernels, some tokens at a time; with many tokens, and where there is neither a kernel nor the native part, a
 block of rows at a time is dequantised for torch's product.
@@ -32,6 +36,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:  # uint8 [R, padded] -> uint8 [R, 
     if bits == 3:
         high = (blocks >> 2).view(*blocks.shape[:2], 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
         packed = torch.cat([_fold(blocks & 3, 2), high.sum(-1, dtype=torch.uint8)], dim=-1)
+    elif bits in (5, 6):
+        halves = (blocks & 15).contiguous().view(*blocks.shape[:2], 2, 2, 16)  # [w, half, 4 q + i]
+        words = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).view(torch.int32)
+        low = words.swapaxes(2, 3).contiguous().view(torch.uint8).flatten(2)
+        packed = torch.cat([low, _fold(blocks >> 4, 2) if bits == 6 else _fold_fifth(blocks >> 4)], dim=-1)
     else:
         packed = _fold(blocks, bits)
     return packed.flatten(1)
@@ -43,6 +52,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:  # uint8 [R, padded * bits / 8]
     if bits == 3:
         high = (blocks[..., 16:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
         return (_unfold(blocks[..., :16], 2) | (high.flatten(2) << 2)).flatten(1)
+    if bits in (5, 6):
+        lanes = blocks[..., :32].view(*blocks.shape[:2], 4, 2, 4)
+        low = torch.stack([lanes & 15, lanes >> 4], dim=-1).permute(0, 1, 3, 5, 2, 4).flatten(2)
+        high = _unfold(blocks[..., 32:], 2) if bits == 6 else _unfold_fifth(blocks[..., 32:])
+        return (low | high << 4).flatten(1)
     return _unfold(blocks, bits).flatten(1)
 
 
@@ -111,11 +125,28 @@ def activated(pre: Tensor, activation: str, gated: bool) -> Tensor:
 
 
 def _fold(blocks: Tensor, bits: int) -> Tensor:  # uint8 [R, B, 64] -> uint8 [R, B, 8 * bits]
-    parts = blocks.view(*blocks.shape[:2], 8 // bits, -1)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
-    return (parts << shifts[:, None]).sum(2, dtype=torch.uint8)
+    first, *others = blocks.view(*blocks.shape[:2], 8 // bits, -1).unbind(2)
+    folded = first.clone(memory_format=torch.contiguous_format)
+    for place, part in enumerate(others, 1):
+        folded |= part << bits * place
+    return folded
 
 
 def _unfold(packed: Tensor, bits: int) -> Tensor:  # uint8 [R, B, 8 * bits] -> uint8 [R, B, 64]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed[:, :, None] >> shifts[:, None]) & ((1 << bits) - 1)).flatten(2)
+
+
+def _fold_fifth(blocks: Tensor) -> Tensor:  # uint8 [R, B, 64], 0 or 1 -> uint8 [R, B, 8]
+    parts = blocks.view(*blocks.shape[:2], 4, 2, 2, 4)  # [c, m, s, i]
+    folded = torch.zeros_like(parts[:, :, 0, :, 0])
+    for s in range(2):
+        for c in range(4):
+            folded |= parts[:, :, c, :, s] << 4 * s + c
+    return folded.flatten(2)
+
+
+def _unfold_fifth(packed: Tensor) -> Tensor:  # uint8 [R, B, 8] -> uint8 [R, B, 64]
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    parts = (packed[..., None] >> shifts & 1).view(*packed.shape[:2], 2, 4, 2, 4)  # [m, i, s, c]
+    return parts.permute(0, 1, 5, 2, 4, 3).flatten(2)

@@ -8,7 +8,9 @@ from typing import Literal
 from rowcast.kernels.lowbit_sizes import BLOCK
 
 HALF = BLOCK // 2
-"""Columns of the smallest group."""
+"""Columns of the smallest group of a weight that has no super-blocks."""
+SUPER_BLOCK = 256
+"""Columns of GGUF's K-quants whose groups' bytes count in numbers of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +23,22 @@ class Form:
     level: Literal["zero", "zeros", "minima"]
     """Where 0 lies: one zero point for all, one for each group, or a least value for each group."""
     scale_bytes: int = 2
+    super_block: int = 0
+    """Columns whose groups' scales, and minima, of a byte each, count in float16 numbers of theirs; 0: groups have their own."""
+
+    @property
+    def unit(self) -> int:
+        """Columns that are not parted; -1: all."""
+        return self.super_block or self.group
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """`Packed.bytes` of a weight of this shape."""
-        padded, group = padded_columns(columns, self.group)
-        each = self.scale_bytes + {"zero": 0, "zeros": 1, "minima": self.scale_bytes}[self.level]
-        return rows * (padded * self.bits // 8 + padded // group * each)
+        padded, group = padded_columns(columns, self.unit)
+        each = self.scale_bytes * (2 if self.level == "minima" else 1) + (self.level == "zeros")
+        stored = padded * self.bits // 8 + padded // (self.group if self.super_block else group) * each
+        if self.super_block:
+            stored += padded // self.super_block * (4 if self.level == "minima" else 2)
+        return rows * stored
 
 
 def fits(group: int, columns: int) -> bool:

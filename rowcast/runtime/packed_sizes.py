@@ -15,6 +15,9 @@ from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weight_map import find_prefix, names_for
 
 PRODUCTS = ("qkv", "out", "up", "down")
+Held = Form | tuple[Form, ...] | None
+"""How a product's matrix is packed; several: each of its parts, the tensors that lie one below the other in it, where these differ, as
+value and query do in many GGUF files; None: it is unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,8 @@ class PackedSizes:
 class PackedForms:
     """How a model's matrices are held."""
 
-    layers: tuple[tuple[Form | None, ...], ...]
-    """For each layer `PRODUCTS`; None: unpacked."""
+    layers: tuple[tuple[Held, ...], ...]
+    """For each layer `PRODUCTS`."""
     head: Form | None
     why: tuple[str, ...] = ()
     """Why some are unpacked, a clause for each reason."""
@@ -85,33 +88,33 @@ class PackedForms:
     def largest_bytes(self, spec: ModelSpec, shard: Shard) -> int:
         """Of one rank's packed products."""
         return max(
-            form.stored_bytes(rows[0], columns)
+            _stored_bytes(form, rows, columns)
             for layer in self.layers
-            for form, (rows, columns) in zip(layer, _shapes(spec, shard, layer), strict=True)
+            for form, (rows, _, columns) in zip(layer, _shapes(spec, shard, layer), strict=True)
             if form is not None
         )
 
     def _sizes(self, spec: ModelSpec, width: int, shard: Shard) -> PackedSizes:
         held = replaced = 0
         for layer in self.layers:
-            for form, (rows, columns) in zip(layer, _shapes(spec, shard, layer), strict=True):
-                own = rows[0] * columns * width if form is None else form.stored_bytes(rows[0], columns)
-                held += own
-                replaced += rows[0] * rows[1] * width
+            for form, (rows, own, columns) in zip(layer, _shapes(spec, shard, layer), strict=True):
+                whole = sum(rows) * own * width
+                held += whole if form is None else _stored_bytes(form, rows, columns)
+                replaced += whole
         rows_here = shard.vocabulary(spec)
         vocabulary = rows_here.stop - rows_here.start
         head = 0 if self.head is None else self.head.stored_bytes(vocabulary, spec.embed_size)
-        bits = Counter(form.bits for layer in self.layers for form in layer if form is not None)
+        bits = Counter(form.bits for layer in self.layers for each in layer for form in _parts(each))
         most = bits.most_common(1)[0][0] if bits else 8 * width
         own_head = self.head is not None and spec.tied_embeddings
         return PackedSizes(most, held, replaced, head, vocabulary * spec.embed_size * width, own_head)
 
 
 def whole_groups(span: slice, total: int, form: Form | None) -> slice:
-    """The columns of whole groups that hold those of `span`, of `total`."""
+    """The columns of whole groups, or super-blocks, that hold those of `span`, of `total`."""
     if form is None or form.group == -1 or form.group >= total:
         return span
-    return slice(span.start // form.group * form.group, min(total, -(-span.stop // form.group) * form.group))
+    return slice(span.start // form.unit * form.unit, min(total, -(-span.stop // form.unit) * form.unit))
 
 
 def forms_of_packing(packing: Packing, spec: ModelSpec) -> PackedForms:
@@ -134,13 +137,13 @@ def forms_of_tensors(form_of: Callable[[str], Form | str], tensors: list[str], s
     names, known = names_for(spec), frozenset(tensors)
     prefix, why = find_prefix(names, tensors), Counter[str]()
 
-    def form(stems: tuple[str, ...]) -> Form | None:
+    def form(stems: tuple[str, ...]) -> Held:
         found = [form_of(f"{prefix}{stem}.weight") if f"{prefix}{stem}.weight" in known else "it is missing" for stem in stems]
         reasons = [each for each in found if isinstance(each, str)]
-        forms = {each for each in found if isinstance(each, Form)}
-        if not reasons and len(forms) == 1:
-            return forms.pop()
-        why[reasons[0] if reasons else "parts of one product are packed in several ways"] += len(stems)
+        forms = tuple(each for each in found if isinstance(each, Form))
+        if not reasons:
+            return forms[0] if len(set(forms)) == 1 else forms
+        why[reasons[0]] += len(stems)
         return None
 
     layers = []
@@ -154,19 +157,35 @@ def forms_of_tensors(form_of: Callable[[str], Form | str], tensors: list[str], s
     return PackedForms(tuple(layers), head if isinstance(head, Form) else None, told)
 
 
-def _shapes(spec: ModelSpec, shard: Shard, forms: tuple[Form | None, ...]) -> list[tuple[tuple[int, int], int]]:
-    """Of a rank's products: rows, columns without those that fill groups; columns with them."""
+def _parts(form: Held) -> tuple[Form, ...]:
+    return form if isinstance(form, tuple) else () if form is None else (form,)
+
+
+def _stored_bytes(form: Form | tuple[Form, ...], rows: tuple[int, ...], columns: int) -> int:
+    if isinstance(form, Form):
+        return form.stored_bytes(sum(rows), columns)
+    return sum(each.stored_bytes(size, columns) for each, size in zip(form, rows, strict=True))
+
+
+def _shapes(spec: ModelSpec, shard: Shard, forms: tuple[Held, ...]) -> list[tuple[tuple[int, ...], int, int]]:
+    """Of a rank's products: rows of each part, columns without those that fill groups, columns with them."""
     heads, kv_heads = shard.query_heads(spec), shard.kv_heads(spec)
-    queries, keys = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+    queries, keys = (heads.stop - heads.start) * spec.head_dim, (kv_heads.stop - kv_heads.start) * spec.head_dim
     width = slice(heads.start * spec.head_dim, heads.stop * spec.head_dim)
     neurons = shard.span(spec.intermediate_size)
-    inner = (2 if spec.gated else 1) * (neurons.stop - neurons.start)
-    out = whole_groups(width, spec.num_heads * spec.head_dim, forms[1])
-    down = whole_groups(neurons, spec.intermediate_size, forms[3])
+    inner = neurons.stop - neurons.start
+    out = whole_groups(width, spec.num_heads * spec.head_dim, one_form(forms[1]))
+    down = whole_groups(neurons, spec.intermediate_size, one_form(forms[3]))
     hidden = spec.hidden_size
     return [
-        (((queries + 2 * keys) * spec.head_dim, hidden), hidden),
-        ((hidden, width.stop - width.start), out.stop - out.start),
-        ((inner, hidden), hidden),
-        ((hidden, neurons.stop - neurons.start), down.stop - down.start),
+        ((queries, keys, keys), hidden, hidden),
+        ((hidden,), width.stop - width.start, out.stop - out.start),
+        ((inner, inner) if spec.gated else (inner,), hidden, hidden),
+        ((hidden,), inner, down.stop - down.start),
     ]
+
+
+def one_form(form: Held) -> Form | None:
+    """Of a product that has one part."""
+    assert not isinstance(form, tuple)
+    return form

@@ -8,7 +8,9 @@ unpacked, as `DenseWeights` does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels import packed
+from rowcast.kernels.codes import activated
 from rowcast.kernels.linear import Linear, make_linear
 from rowcast.kernels.packed import Packed
 from rowcast.kernels.packed_sizes import Form
-from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.runtime.loader import Loader, Progress
-from rowcast.runtime.packed_sizes import PackedForms, whole_groups
+from rowcast.runtime.packed_sizes import Held, PackedForms, one_form, whole_groups
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -68,11 +70,24 @@ class UnpackedProduct:
         return plus(self._linear(x), residual)
 
     def hidden(self, x: Tensor, activation: str, gated: bool) -> Tensor:
-        act, hidden = ACTIVATIONS[activation], self._linear(x)
-        if not gated:
-            return act(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return act(gate) * up
+        return activated(self._linear(x), activation, gated)
+
+
+class SeveralProducts:
+    """The same with parts, one below the other, that are packed in several ways."""
+
+    def __init__(self, parts: Sequence[Product]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return plus(torch.cat([part(x) for part in self.parts], dim=-1), residual)
+
+    def hidden(self, x: Tensor, activation: str, gated: bool) -> Tensor:
+        return activated(self(x), activation, gated)
 
 
 class Product(Protocol):
@@ -185,10 +200,15 @@ def attention_products(
         return UnpackedProduct(make_linear(*load.qkv(index))), last
     pieces = sorted(qkv_pieces(spec, load.names, index, load.shard), key=lambda piece: piece.target)
     every = slice(0, spec.hidden_size)
+    form_of = dict(zip((stem.format(index) for stem in load.names.qkv), _of_parts(form, len(load.names.qkv)), strict=True))
     parts = [
-        load.packed(load.name(piece.stem), piece.rows, every, (piece.whole_rows, spec.hidden_size), device) for piece in pieces
+        (
+            form_of[piece.stem],
+            load.packed(load.name(piece.stem), piece.rows, every, (piece.whole_rows, spec.hidden_size), device),
+        )
+        for piece in pieces
     ]
-    return PackedProduct(packed.stacked(parts), load.qkv_spans(index, ())), last
+    return _product(parts, load.qkv_spans(index, ())), last
 
 
 def mlp_products(
@@ -202,9 +222,27 @@ def mlp_products(
     last = _row_parallel(load, names.down.format(index), neurons, whole[::-1], spec.mlp_bias, down, device)
     if form is None:
         return UnpackedProduct(load.stacked(stems, neurons, spec.mlp_bias)), last
-    parts = [load.packed(load.name(stem), neurons, slice(0, whole[1]), whole, device) for stem in stems]
+    parts = [
+        (each, load.packed(load.name(stem), neurons, slice(0, whole[1]), whole, device))
+        for stem, each in zip(stems, _of_parts(form, len(stems)), strict=True)
+    ]
     bias = torch.cat([load.vector(f"{stem}.bias", whole[0])[neurons] for stem in stems]) if spec.mlp_bias else None
-    return PackedProduct(packed.stacked(parts), bias), last
+    return _product(parts, bias), last
+
+
+def _of_parts(form: Form | tuple[Form, ...], parts: int) -> tuple[Form, ...]:
+    return form if isinstance(form, tuple) else (form,) * parts
+
+
+def _product(parts: Sequence[tuple[Form, Packed]], bias: Tensor | None) -> Product:
+    """Neighbours of one form are one product."""
+    found: list[PackedProduct] = []
+    row = 0
+    for _, run in groupby(parts, key=lambda part: part[0]):
+        weight = packed.stacked([each for _, each in run])
+        found.append(PackedProduct(weight, None if bias is None else bias[row : row + weight.rows]))
+        row += weight.rows
+    return found[0] if len(found) == 1 else SeveralProducts(found)
 
 
 def _row_parallel(
@@ -213,12 +251,12 @@ def _row_parallel(
     columns: slice,
     whole: tuple[int, int],
     with_bias: bool,
-    form: Form | None,
+    form: Held,
     device: torch.device | None,
 ) -> Product:
     if form is None:
         return UnpackedProduct(load.row_parallel(stem, columns, whole[1], with_bias))
-    held = whole_groups(columns, whole[1], form)
+    held = whole_groups(columns, whole[1], one_form(form))
     weight = load.packed(load.name(stem), slice(0, whole[0]), held, whole, device)
     bias = load.part_bias(stem) if with_bias else None
     return PackedProduct(weight, bias, columns.start - held.start, held.stop - columns.stop)

@@ -84,7 +84,6 @@ def launch_for(
     partial, counters = partial_sums(x.device, splits, (2 if gated else 1) * tokens * places, row_tiles)
     constants = dict(
         BITS=q.bits,
-        GROUP=q.group // BLOCK,
         GATED=gated,
         ACTIVATION=activation,
         WHOLE=q.columns == q.padded and blocks % step == 0,

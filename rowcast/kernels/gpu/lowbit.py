@@ -91,6 +91,7 @@ def _run(
         WORD=_word(q, launch.tiles.unroll),
         SIGNED=signed,
         AHEAD=launch.tiles.ahead,
+        GROUP=q.group // BLOCK,
         **launch.constants,
     )
     return launch.out

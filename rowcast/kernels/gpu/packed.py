@@ -10,7 +10,10 @@ from torch import Tensor
 
 from rowcast.kernels.gpu.codes import Tiles, launch_for
 from rowcast.kernels.gpu.packed_kernels import packed_kernel
+from rowcast.kernels.gpu.super_kernels import super_kernel
+from rowcast.kernels.lowbit import BLOCK
 from rowcast.kernels.packed import Packed
+from rowcast.kernels.packed_sizes import HALF
 
 
 def product(
@@ -39,6 +42,27 @@ def _run(
 ) -> Tensor:
     assert all(part.is_contiguous() for part in q.tensors)
     launch = launch_for(q, x, places, gated=gated, activation=activation, dtype=dtype, residual=residual, tiles=tiles)
+    if q.over is not None or q.bits == 5:
+        assert q.over is not None or (q.group == HALF and q.zeros is None and q.scales.dtype == torch.float16)
+        super_kernel[launch.grid](
+            q.codes,
+            q.scales,
+            q.over,
+            q.minima,
+            launch.x,
+            bias,
+            launch.residual,
+            launch.out,
+            launch.partial,
+            launch.counters,
+            len(x),
+            places,
+            launch.x.shape[1],
+            launch.blocks,
+            ZERO=0 if q.minima is not None else q.zero,
+            **launch.constants,
+        )
+        return launch.out
     packed_kernel[launch.grid](
         q.codes,
         q.scales,
@@ -56,6 +80,7 @@ def _run(
         q.scales.stride(0),
         launch.blocks,
         ZERO=q.zero,
+        GROUP=q.group // BLOCK,
         **launch.constants,
     )
     return launch.out

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rowcast.kernels.packed import Packed, pack
-from rowcast.kernels.packed_sizes import Form
+from rowcast.kernels.codes import pack as pack_codes
+from rowcast.kernels.packed import Packed, pack, pack_super
+from rowcast.kernels.packed_sizes import SUPER_BLOCK, Form
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -127,17 +128,60 @@ def _q8_0(blocks: Bytes, out: Floats) -> None:
 _FAST: dict[str, Callable[[Any, Any], None]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
 
 
-FORMS = {"Q4_0": Form(4, 32, "zero"), "Q4_1": Form(4, 32, "minima"), "Q8_0": Form(8, 32, "zero")}
-"""Types whose blocks `kernels.packed` holds as they are."""
+FORMS = {
+    "Q4_0": Form(4, 32, "zero"),
+    "Q4_1": Form(4, 32, "minima"),
+    "Q5_0": Form(5, 32, "zero"),
+    "Q5_1": Form(5, 32, "minima"),
+    "Q8_0": Form(8, 32, "zero"),
+    "Q4_K": Form(4, 32, "minima", 1, SUPER_BLOCK),
+    "Q5_K": Form(5, 32, "minima", 1, SUPER_BLOCK),
+    "Q6_K": Form(6, 16, "zero", 1, SUPER_BLOCK),
+}
+"""Types whose blocks `kernels.packed` holds as they are. Q2_K and Q3_K are not among them: no kernel is made for 2 or 3 bits in groups
+of 16."""
 
 
 def repack(data: Tensor, kind: GGMLType) -> Packed:
     """Rows of whole blocks, data [r, bytes] uint8, of a type in `FORMS`."""
     blocks = data.view(data.shape[0], -1, kind.block_bytes)
     form = FORMS[kind.name]
+    if form.super_block:
+        return _q6_k(blocks) if kind.name == "Q6_K" else _q45_k(blocks, form.bits)
     halves = 2 if form.level == "minima" else 1
     heads = blocks[..., : 2 * halves].contiguous().view(torch.float16)
     rest = blocks[..., 2 * halves :]
-    codes = rest ^ 128 if form.bits == 8 else torch.cat([rest & 15, rest >> 4], dim=-1)  # signed bytes as unsigned ones
+    low = rest[..., -16:]
+    codes = rest ^ 128 if form.bits == 8 else torch.cat([low & 15, low >> 4], dim=-1)  # signed bytes as unsigned ones
+    if form.bits == 5:  # of which a word has the high bits, from the first column's up
+        codes |= (rest[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(2) << 4
     minima = heads[..., 1] if form.level == "minima" else None
     return pack(codes.flatten(1), heads[..., 0], form.bits, form.group, minima=minima, zero=1 << form.bits - 1)
+
+
+def _q45_k(blocks: Tensor, bits: int) -> Packed:
+    """[r, n, 144 or 176]: d and e, 12 bytes of eight scales and minima of 6 bits, of 5 bits 32 bytes of the columns' high bits, and 128
+    of low ones, where a group of 32 has the low halves of its bytes and the next the high ones; x = d s q - e m. Codes of 4 bits lie as
+    `codes` packs them."""
+    each = blocks.shape[:2]
+    first, second, mixed = blocks[..., 4:16].reshape(*each, 3, 4).unbind(2)
+    scales = torch.cat([first & 63, mixed & 15 | first >> 2 & 48], dim=-1)
+    minima = torch.cat([second & 63, mixed >> 4 | second >> 2 & 48], dim=-1)
+    codes = blocks[..., -128:]
+    if bits == 5:
+        low = codes.reshape(*each, 4, 1, 32)
+        high = blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1  # [r, n, 8, 32]
+        codes = pack_codes((torch.cat([low & 15, low >> 4], dim=-2).flatten(2, 3) | high << 4).flatten(1), 5)
+    over = blocks[..., :4].contiguous().view(torch.float16)
+    return pack_super(codes.flatten(1), scales.flatten(1), minima.flatten(1), over, bits)
+
+
+def _q6_k(blocks: Tensor) -> Packed:
+    """[r, n, 210]: 128 bytes of low bits, 64 for 64 columns in their low halves and the next 64 in their high ones, 64 of two high
+    bits, 32 for four times 32 columns, 16 signed scales, d; x = d s (q - 32)."""
+    each = blocks.shape[:2]
+    low = blocks[..., :128].reshape(*each, 2, 1, 64)
+    high = blocks[..., 128:192].reshape(*each, 2, 1, 32) >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
+    codes = torch.cat([low & 15, low >> 4], dim=-2).flatten(2) | high.flatten(2) << 4
+    scales, over = blocks[..., 192:208].contiguous().view(torch.int8), blocks[..., 208:].contiguous().view(torch.float16)
+    return pack_super(pack_codes(codes.flatten(1), 6), scales.flatten(1), None, over, 6, zero=32)

@@ -96,7 +96,7 @@ class GGUFSource:
 
     def form(self, name: str) -> Form | str:
         kind = self._entries[name].tensor.kind
-        return FORMS.get(kind.name) or (f"{kind.name} is not held packed" if kind.dtype is None else "it is not quantised")
+        return FORMS.get(kind.name) or (f"no kernel reads {kind.name} as it is" if kind.dtype is None else "it is not quantised")
 
     def packed(self, name: str, rows: slice, cols: slice) -> Packed:
         tensor, order = self._entries[name].tensor, self._entries[name].order

@@ -22,7 +22,15 @@ from rowcast.runtime.offloaded.parts import Ring
 from rowcast.runtime.offloaded.tiers import Tiers
 from rowcast.runtime.offloaded.vocabulary import PlacedVocabulary
 from rowcast.runtime.packed_sizes import PackedForms
-from rowcast.runtime.packed_weights import PackedLayer, PackedProduct, PackedWeights, Product, attention_products, mlp_products
+from rowcast.runtime.packed_weights import (
+    PackedLayer,
+    PackedProduct,
+    PackedWeights,
+    Product,
+    SeveralProducts,
+    attention_products,
+    mlp_products,
+)
 from rowcast.runtime.protocols import Comm, KVView, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -136,13 +144,14 @@ class OffloadedPacked(PackedWeights):
         def placed(here: bool, made: Sequence[Product], names: tuple[str, str]) -> Sequence[Product]:
             if here:
                 return made
-            found = [
-                StreamedProduct(f"{name} {index}", product, self.streamer, self.store)
-                for name, product in zip(names, made, strict=True)
-                if isinstance(product, PackedProduct)
-            ]
-            streamed.extend(found)
-            return found
+            return [from_host(f"{name} {index}", product) for name, product in zip(names, made, strict=True)]
+
+        def from_host(key: str, product: Product) -> Product:
+            if isinstance(product, SeveralProducts):
+                return SeveralProducts([from_host(f"{key} {part}", each) for part, each in enumerate(product.parts)])
+            assert isinstance(product, PackedProduct)
+            streamed.append(StreamedProduct(key, product, self.streamer, self.store))
+            return streamed[-1]
 
         attention_here = self._tiers.attention[index].all_resident
         mlp_here = self._tiers.neurons[index].all_resident
