@@ -19,7 +19,7 @@ from typing import Any
 
 from rowcast import LLM, SamplingParams, UserError
 from rowcast.calibration.learning.job import How
-from rowcast.calibration.pruning import Settings, prune
+from rowcast.calibration.pruning import Settings, default_batch, prune
 
 PROMPT = "The history of the town begins with"
 
@@ -53,7 +53,7 @@ def speed(original: str, pruned: Path, args: argparse.Namespace) -> dict[str, fl
 def measure(args: argparse.Namespace, output: Path) -> dict[str, Any]:
     settings = Settings(
         keep=args.keep, neurons=args.neurons, heads=args.heads, by=args.by, tokens=args.tokens, refit_tokens=args.refit_tokens,
-        steps=args.steps, judged_tokens=args.judged, window=args.window,
+        batch=default_batch(args.device), steps=args.steps, judged_tokens=args.judged, window=args.window,
     )  # fmt: skip
     found = prune(args.model, args.text, output, settings, How(args.dtype, args.device), held_out=args.held_out)
     sizes = ", ".join(f"{kind} {found[kind][0]} -> {found[kind][1]}" for kind in ("neurons", "heads", "kv_heads"))

@@ -22,12 +22,14 @@ from rowcast import LLM, SamplingParams
 from rowcast.calibration import Settings as CalibrationSettings
 from rowcast.calibration import calibrate
 from rowcast.calibration.adapting.adapt import adapt, balanced
-from rowcast.calibration.adapting.divergence import divergence
+from rowcast.calibration.adapting.divergence import divergence, mean_divergences
 from rowcast.calibration.adapting.mix import Mix
 from rowcast.calibration.adapting.neurons import Neurons, above, top
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
+from rowcast.calibration.adapting.streams import Streams
 from rowcast.calibration.adapting.table import Row, measure
+from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module
 from rowcast.calibration.learning.part import Unfinished
 from rowcast.calibration.learning.trainer import Trainer
@@ -124,6 +126,50 @@ def test_the_best_of_each_shard_are_kept_compiled_or_not(neurons: int, monkeypat
         assert torch.equal(top(scores, density), mask)
 
 
+@pytest.mark.parametrize(("name", "neurons"), [("llama-gqa", {"intermediate_size": 96}), ("opt", {"ffn_dim": 96})])
+def test_all_densities_at_once_choose_the_same(name: str, neurons: dict[str, int], tmp_path: Path) -> None:
+    tiny_model(name, tmp_path, **neurons)
+    checkpoint = open_checkpoint(str(tmp_path))
+    module, spec = load_module(checkpoint, torch.float32, CPU), spec_from_config(checkpoint.config)
+    ids = torch.randint(VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
+    found = Neurons(module, spec)
+    found.permute()
+    found.hook()
+    wanted = []
+    for found.at_once in (False, True):
+        found.densities = [1.0, 0.5, 0.15, 0.15]
+        assert (found._keeps is not None) == found.at_once
+        wanted.append(module(input_ids=ids).logits)
+    torch.testing.assert_close(*wanted)
+    found.densities = [1.0] * 4
+    assert (module(input_ids=ids).logits - wanted[0]).abs().max() > 1e-3
+
+
+def test_streams_are_beside_the_teachers_layer_by_layer(tmp_path: Path) -> None:
+    tiny_model("llama-gqa", tmp_path, num_hidden_layers=3)
+    checkpoint = open_checkpoint(str(tmp_path))
+    spec = spec_from_config(checkpoint.config)
+    teacher, student = (load_module(checkpoint, torch.float32, CPU) for _ in range(2))
+    ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    streams = Streams(teacher, student, spec)
+    streams.watch()
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight *= 1.5
+        teacher(input_ids=ids)
+        theirs = teacher.model(input_ids=ids, output_hidden_states=True).hidden_states
+    ours = student.model(input_ids=ids, output_hidden_states=True).hidden_states
+    errors = streams.errors()
+    assert errors.shape == (spec.num_layers, 2) and errors[0].eq(0).all() and (errors[1:] > 0).all()
+    parts = (ours[2] - theirs[2]).square().sum(-1) / theirs[2].square().sum(-1)
+    torch.testing.assert_close(errors[1], parts.mean(1))
+    errors.sum().backward()  # type: ignore[no-untyped-call]
+    assert all(value.grad is None for value in teacher.parameters())
+    assert student.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+    streams.unwatch()
+    student(input_ids=ids)
+    assert streams._seen == [[None] * spec.num_layers] * 2
+
+
 @pytest.mark.parametrize("neurons", [96, 18_432])
 def test_shards_are_those_of_the_engine(neurons: int) -> None:
     """Wide layers have more of them."""
@@ -167,6 +213,21 @@ def test_divergences_and_their_gradients_are_those_of_whole_laws(monkeypatch: py
     torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), student)[0], slope)
 
 
+def test_means_of_runs_have_the_gradients_of_whole_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = torch.Generator().manual_seed(0)
+    student, head = torch.randn(9, 4, generator=draws, requires_grad=True), torch.randn(11, 4, generator=draws)
+    teacher, theirs = torch.randn(9, 6, generator=draws), torch.randn(11, 6, generator=draws)
+    log_q, log_p = (student @ head.T).log_softmax(-1), (teacher @ theirs.T).log_softmax(-1)
+    whole = (log_p.exp() * (log_p - log_q)).sum(-1)
+    wanted = torch.stack([whole[:7].mean(), whole[7:].mean()])
+    weights = torch.tensor([0.7, 2.0])
+    (slope,) = torch.autograd.grad(wanted @ weights, student)
+    monkeypatch.setitem(masks_of_divergence(), "cpu", 4 * 11 * 3)
+    found = mean_divergences(student, head, teacher, theirs, [7, 2], mixed_term(0.0))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found @ weights, student)[0], slope)
+
+
 def masks_of_divergence() -> dict[str, int]:
     from rowcast.calibration.adapting import divergence as module
 
@@ -178,6 +239,8 @@ def test_the_loss_weighs_densities_by_windows() -> None:
     loss = balanced(found, [1.0, 1.0, 0.2, 0.2], 3.0)
     ends = ((0.02 + 1e-3) ** 0.5 - 1e-3**0.5, (0.36 + 1e-3) ** 0.5 - 1e-3**0.5)
     assert float(loss) == pytest.approx((3 * ends[0] + ends[1]) / 4)
+    two = torch.stack([found, torch.zeros(4)])
+    assert balanced(two, [1.0, 1.0, 0.2, 0.2], 3.0).tolist() == pytest.approx([float(loss), 0], abs=1e-7)
     parts = [balanced(found[i::2], [1.0, 0.2], 3.0) for i in range(2)]  # each with roots of its own
     assert float(sum(parts)) / 2 < float(loss) - 0.01
 
@@ -332,6 +395,7 @@ def test_relu_is_what_the_result_says_and_runs(text: Path, tmp_path: Path) -> No
         (["--window", "16", "--batch", "9", "--accumulate", "2"], "--accumulate 2 does not divide --batch 9: give a divisor"),
         (["--window", "16", "--steps", "-1"], "--steps -1 is too low: give 0 or more"),
         (["--window", "16", "--dense-weight", "0"], "--dense-weight 0 weighs nothing: give a number above 0"),
+        (["--window", "16", "--stream-weight", "-1"], "--stream-weight -1 is no weight: give 0 or more"),
     ],
 )
 def test_bad_input_is_one_sentence(

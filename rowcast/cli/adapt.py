@@ -31,7 +31,7 @@ def adapt(
     window: learning.Window = 512,
     batch: learning.Batch = 48,
     steps: learning.Steps = 4000,
-    learning_rate: learning.LearningRate = 4e-4,
+    learning_rate: learning.LearningRate = 2e-4,
     warmup: learning.Warmup = 100,
     accumulate: Annotated[
         int,
@@ -48,7 +48,15 @@ def adapt(
             help="Of windows with all neurons, beside others: more holds them.",
             rich_help_panel=learning.TRAINING,
         ),
-    ] = 1.0,
+    ] = 2.0,
+    stream_weight: Annotated[
+        float,
+        typer.Option(
+            "--stream-weight",
+            help="Of the residual streams' distance from the original's, beside that of its laws; 0: they are free.",
+            rich_help_panel=learning.TRAINING,
+        ),
+    ] = 0.5,
     written: learning.Written = 16_000_000,
     prompt_tokens: learning.PromptTokens = 32,
     text_share: learning.TextShare = 0.05,
@@ -56,6 +64,7 @@ def adapt(
         int, typer.Option("--looks", help="Times that held-out text judges on the way.", rich_help_panel=learning.TRAINING)
     ] = 20,
     compiled: learning.Compiled = False,
+    captured: learning.Captured = True,
     seed: learning.Seed = 0,
     judged: learning.Judged = 8192,
     part_minutes: learning.PartMinutes = None,
@@ -75,10 +84,10 @@ def adapt(
 
     settings = Settings(
         density=density, choice=choice, bits=bits, window=window, batch=batch, steps=steps, learning_rate=learning_rate, warmup=warmup,
-        accumulate=accumulate, dense_weight=dense_weight, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share,
-        judged_tokens=judged, looks=looks, seed=seed,
+        accumulate=accumulate, dense_weight=dense_weight, stream_weight=stream_weight, written_tokens=written,
+        prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged, looks=looks, seed=seed,
     )  # fmt: skip
-    how = How(dtype, device, part_minutes, save_seconds, restart)
+    how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(
         lambda: run(model, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, as_json=as_json,
         left_out=("settings", "looks"),

@@ -47,6 +47,10 @@ Seed = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compile", help="With torch.compile: faster, after a minute.", rich_help_panel=TRAINING)
 ]
+Captured = Annotated[
+    bool,
+    typer.Option("--capture/--no-capture", help="On a GPU replay steps as a CUDA graph.", rich_help_panel=TRAINING),
+]
 Judged = Annotated[int, typer.Option("--judged", help="Held-out tokens, at most, to measure the result on.")]
 PartMinutes = Annotated[
     float | None,

@@ -40,7 +40,10 @@ def prune(
         typer.Option("--refit-tokens", help="Of the text, to fit what is left to; 0: it stays.", rich_help_panel=_CUT),
     ] = 65536,
     window: learning.Window = 512,
-    batch: learning.Batch = 16,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", help="Windows of a step; left out: 48 on a GPU, 16 on a CPU.", rich_help_panel=learning.TRAINING),
+    ] = None,
     steps: learning.Steps = 500,
     learning_rate: learning.LearningRate = 3e-4,
     warmup: learning.Warmup = 50,
@@ -48,6 +51,7 @@ def prune(
     written: learning.Written = 0,
     prompt_tokens: learning.PromptTokens = 32,
     text_share: learning.TextShare = 0.5,
+    captured: learning.Captured = True,
     seed: learning.Seed = 0,
     judged: learning.Judged = 16384,
     part_minutes: learning.PartMinutes = None,
@@ -62,15 +66,16 @@ def prune(
     Killed and started again in the same way, it goes on where it was. On several GPUs: accelerate launch -m rowcast prune ...
     """
     from rowcast.calibration.learning.job import How
-    from rowcast.calibration.pruning import Settings
+    from rowcast.calibration.pruning import Settings, default_batch
     from rowcast.calibration.pruning import prune as run
 
     settings = Settings(
         keep=keep, neurons=neurons, heads=heads, tp=tp, by=by, tokens=tokens, refit_tokens=refit_tokens, window=window,
-        batch=batch, steps=steps, learning_rate=learning_rate, warmup=warmup, accumulate=accumulate, written_tokens=written,
-        prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged, seed=seed,
+        batch=default_batch(device) if batch is None else batch, steps=steps, learning_rate=learning_rate, warmup=warmup,
+        accumulate=accumulate, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged,
+        seed=seed,
     )  # fmt: skip
-    how = How(dtype, device, part_minutes, save_seconds, restart)
+    how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(lambda: run(model, text, output, settings, how, held_out=held_out or ()), _lines, as_json=as_json)
 
 

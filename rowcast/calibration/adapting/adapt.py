@@ -2,7 +2,8 @@
 
 All weights but embeddings and LM head are trained, on text that the model writes and text that is given, to have the original's laws
 with all neurons and with several shares of them in every batch (`mix`). The loss is the mean over densities of the root of the mean
-KL divergence: acceptance falls with the root (Pinsker's inequality), so that no end outweighs the other.
+KL divergence: acceptance falls with the root (Pinsker's inequality), so that no end outweighs the other. Beside it stands how far the
+residual stream behind each layer is from the original's (`streams`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from torch import Tensor
 
 from rowcast.calibration.adapting.compiling import compile_layers
-from rowcast.calibration.adapting.divergence import divergence
+from rowcast.calibration.adapting.divergence import mean_divergences
 from rowcast.calibration.adapting.looking import LOOK_TOKENS, Looks
 from rowcast.calibration.adapting.mix import DENSE, Mix
 from rowcast.calibration.adapting.neurons import Neurons, runs
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
+from rowcast.calibration.adapting.streams import Streams
 from rowcast.calibration.adapting.table import Row, measure, passes, to_json
 from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import hidden_states
+from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module, write_module
 from rowcast.calibration.learning.trainer import Trained
 from rowcast.runtime import device as devices
@@ -38,6 +41,8 @@ ROUNDED_EVERY = 3
 """Steps of which one, with `bits`, has all weights rounded, and all neurons."""
 SMALL = 1e-3
 """Nats, added to a mean divergence before its root: where it is less, its gradient no longer grows."""
+SMALL_ERROR = 1e-4
+"""The same of a relative square error of the residual stream."""
 STORED = "stored"
 
 
@@ -70,15 +75,15 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if checkpoint.format == "gguf" else devices.DTYPES.get(checkpoint.stored_dtype, torch.float32)
 
 
-def balanced(divergences: Tensor, densities: Sequence[float], dense_weight: float) -> Tensor:
-    """The loss of sequences with the mean divergences [B], by their densities, equal ones side by side.
+def balanced(divergences: Tensor, densities: Sequence[float], dense_weight: float, small: float = SMALL) -> Tensor:
+    """The loss of sequences with the mean divergences [..., B], by their densities, equal ones side by side: [...].
 
     Of a part of a batch it is the part's own: the mean over parts is at most the whole batch's loss, and not the same.
     """
-    total, weights, start = divergences.new_zeros(()), 0.0, 0
+    total, weights, start = divergences.new_zeros(divergences.shape[:-1]), 0.0, 0
     for density, count in runs(densities):
         weight = count * (dense_weight if density == DENSE else 1.0)
-        total = total + weight * ((divergences[start : start + count].mean() + SMALL).sqrt() - SMALL**0.5)
+        total = total + weight * ((divergences[..., start : start + count].mean(-1) + small).sqrt() - small**0.5)
         weights, start = weights + weight, start + count
     return total / weights
 
@@ -121,28 +126,50 @@ class _Adapting:
         neurons.permute()
         neurons.hook()
         rounding = None if settings.bits is None else Rounding(student, spec, settings.bits, stored_dtype(checkpoint))
+        streams = Streams(teacher, student, spec)
+        if settings.stream_weight:
+            streams.watch()
         if self.compiled:
             compile_layers(teacher, spec)
             compile_layers(student, spec)
-        head = teacher.get_output_embeddings().weight
+        head, kl = teacher.get_output_embeddings().weight, mixed_term(0.0)
         rounded_head = None if rounding is None else rounding.head.to(head.dtype)
         every = max(1, settings.steps // settings.looks) if settings.looks and job.world.leads else 0
         held = job.corpus.held(settings.window, max(1, LOOK_TOKENS[device.type] // settings.window))
         looks = Looks(job.folder.path, held, mix.shown(settings.density), every, show=job.show is not False)
 
-        def loss_of(lesson: Lesson) -> Tensor:
-            step, part, count = lesson.step, slice(lesson.part, None, lesson.parts), len(lesson.ids)
-            if looks.due(step) and lesson.part == 0:
+        def rounds(step: int) -> bool:
+            return rounding is not None and step % ROUNDED_EVERY == ROUNDED_EVERY - 1
+
+        def densities_of(step: int, part: int, parts: int) -> tuple[float, ...]:
+            count = settings.batch // parts
+            return (DENSE,) * count if rounds(step) else tuple(mix.of(step * settings.batch, settings.batch)[part::parts])
+
+        def form(step: int, part: int, parts: int) -> tuple[Any, ...]:
+            return rounds(step), densities_of(step, part, parts)
+
+        def before(step: int) -> None:
+            if looks.due(step):
                 looks.look(step, teacher, student, neurons)
-            whole = rounding is not None and step % ROUNDED_EVERY == ROUNDED_EVERY - 1
-            neurons.densities = [DENSE] * count if whole else mix.of(step * settings.batch, settings.batch)[part]
+
+        def loss_of(lesson: Lesson) -> Tensor:
+            whole = rounds(lesson.step)
+            neurons.densities = densities_of(lesson.step, lesson.part, lesson.parts)
             with rounding.on() if rounding is not None and whole else nullcontext():
                 ours = hidden_states(student, lesson.ids).flatten(0, 1)
             used = rounded_head if rounded_head is not None and whole else head
-            found = divergence(ours, used, lesson.known.flatten(0, 1), head)[0].view(count, -1).mean(1)
-            return balanced(found, neurons.densities, settings.dense_weight)
+            sizes = [count for _, count in runs(neurons.densities)]
+            tokens = [count * lesson.ids.shape[1] for count in sizes]
+            means = mean_divergences(ours, used, lesson.known.flatten(0, 1), head, tokens, kl)
+            by_window = torch.cat([mean.expand(count) for mean, count in zip(means, sizes, strict=True)])
+            loss = balanced(by_window, neurons.densities, settings.dense_weight)
+            if settings.stream_weight:
+                errors = balanced(streams.errors(), neurons.densities, settings.dense_weight, SMALL_ERROR)
+                loss = loss + settings.stream_weight * errors.mean()
+            return loss
 
-        trained = job.train(student, teacher, loss_of, "adapting")
+        trained = job.train(student, teacher, loss_of, "adapting", form=form, before=before)
+        streams.unwatch()
         job.pause()
         if every:
             looks.look(settings.steps, teacher, student, neurons)

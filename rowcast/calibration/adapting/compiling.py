@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from rowcast.calibration.adapting.streams import layers_of
 from rowcast.runtime.spec import ModelSpec
-from rowcast.runtime.weight_map import names_for
 
 
 def compile_layers(module: Any, spec: ModelSpec) -> None:
-    """In place. A frame that the compiler fails on runs as it is."""
+    """In place. A frame that the compiler fails on runs as it is. Hooks on the layers themselves stay outside."""
+    import torch
     import torch._dynamo
 
     torch._dynamo.config.suppress_errors = True
-    names = names_for(spec)
-    for layer in module.get_submodule(names.prefixes[0] + names.down.split(".{}")[0]):
-        layer.compile(dynamic=False)
+    for layer in layers_of(module, spec):
+        layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -99,9 +99,9 @@ class _Sums:
 
 @contextmanager
 def _resting(student: Any, neurons: Neurons) -> Iterator[None]:
-    training, densities = student.training, neurons.densities
+    training, densities, cut, at_once = student.training, neurons.densities, neurons.cut, neurons.at_once
     student.eval()
-    neurons.counts = True
+    neurons.counts, neurons.cut, neurons.at_once = True, "top", False  # as the engine chooses, whatever trains
     try:
         # Other shapes, seldom: not worth compiling for. Weights that are cast here have no gradients: the step is not to have them.
         mixed = torch.autocast("cuda", torch.bfloat16, enabled=student.device.type == "cuda", cache_enabled=False)
@@ -109,4 +109,5 @@ def _resting(student: Any, neurons: Neurons) -> Iterator[None]:
             yield
     finally:
         student.train(training)
-        neurons.counts, neurons.densities = False, densities
+        neurons.counts, neurons.cut, neurons.at_once = False, cut, at_once
+        neurons.densities = densities

@@ -6,8 +6,10 @@ alone. It is a mask over a dense product: what is saved is saved by the engine, 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,15 +23,15 @@ from rowcast.runtime.sparse.selection import shards_for
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weight_map import names_for
 
+log = logging.getLogger(__name__)
+
 Cut = Literal["top", "threshold"]
 """top: as many neurons for every token of a density. threshold: those whose contribution is above the token's mean plus so many
 standard deviations (statistical top-k; Spark Transformer, arXiv 2506.06644), as many on average."""
 
-_SEARCH = 24
-"""Halvings of the interval that a threshold is searched in."""
+_SAMPLE = 1 << 18
+"""Scores that a threshold is found on."""
 _MANTISSA = 12
-_FAR = 8.0
-"""Standard deviations from the mean that bound it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +65,43 @@ def mlps_of(module: Any, spec: ModelSpec) -> list[Mlp]:
     ]
 
 
-@dataclass(slots=True)
 class Neurons:
     """Masks on the MLPs of `module`, whose neurons stand in the engine's order once they are permuted, shard by shard."""
 
-    module: Any
-    spec: ModelSpec
-    cut: Cut = "top"
-    densities: Sequence[float] = ()
-    """Of the sequences of the next pass, equal ones side by side; empty: all neurons."""
-    counts: bool = False
-    """Count what passes use."""
-    used: float = 0.0
-    """Share of neurons that are not 0 behind the mask, summed over layers and passes that were counted."""
-    passes: int = 0
-    mlps: list[Mlp] = field(init=False)
-    _handles: list[Any] = field(default_factory=list)
+    def __init__(self, module: Any, spec: ModelSpec, cut: Cut = "top") -> None:
+        self.module, self.spec, self.cut = module, spec, cut
+        self.mlps = mlps_of(module, spec)
+        self.counts = False
+        """Count what passes use."""
+        self.used, self.passes = 0.0, 0
+        """Share of neurons that are not 0 behind the mask, summed over layers and passes that were counted."""
+        self.at_once = self.mlps[0].down.weight.is_cuda
+        """Whether one function finds the best of all densities, compiled; otherwise one selection a density, to the bit."""
+        self._densities: tuple[float, ...] = ()
+        self._keeps: Tensor | None = None
+        self._tables: dict[tuple[float, ...], Tensor] = {}
+        self._handles: list[Any] = []
 
-    def __post_init__(self) -> None:
-        self.mlps = mlps_of(self.module, self.spec)
+    @property
+    def densities(self) -> Sequence[float]:
+        """Of the sequences of the next pass, equal ones side by side; empty: all neurons."""
+        return self._densities
+
+    @densities.setter
+    def densities(self, densities: Sequence[float]) -> None:
+        self._densities = tuple(densities)
+        self._keeps = None
+        neurons = self.mlps[0].neurons
+        if self.at_once and self.cut == "top" and self._sparse and neurons % shards_for(neurons) == 0:
+            if self._densities not in self._tables:
+                rows = [[keep for _, keep in _spans(neurons, density)] for density in self._densities]
+                table = torch.tensor(rows, dtype=torch.int32)[:, None, :, None]
+                self._tables[self._densities] = table.to(self.mlps[0].down.weight.device)
+            self._keeps = self._tables[self._densities]  # [S, 1, K, 1]
+
+    @property
+    def _sparse(self) -> bool:
+        return any(density < 1 for density in self._densities)
 
     def hook(self) -> None:
         def keep(down: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:  # one function, so that layers compile once
@@ -109,7 +129,7 @@ class Neurons:
     def _keep(self, down: nn.Module, hidden: Tensor) -> Tensor:
         # hidden [..., N], the sequences' tokens one after the other; OPT's is [B S, N]
         assert isinstance(down, nn.Linear)
-        if any(density < 1 for density in self.densities):
+        if self._sparse:
             mask = self._mask(hidden.detach(), down.weight.detach())
             hidden = hidden * mask
         if self.counts:
@@ -119,10 +139,14 @@ class Neurons:
 
     def _mask(self, hidden: Tensor, weight: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-        flat = hidden.reshape(len(self.densities), -1, hidden.shape[-1])
+        flat = hidden.reshape(len(self._densities), -1, hidden.shape[-1])
+        if self._keeps is not None:
+            shards = self._keeps.shape[2]
+            found = _selected(flat.view(*flat.shape[:2], shards, -1), norms.view(shards, -1), self._keeps)
+            return found.view_as(hidden)
         mask = torch.ones_like(flat)
         start = 0
-        for density, count in runs(self.densities):
+        for density, count in runs(self._densities):
             rows = slice(start, start + count)
             start += count
             if density < 1:
@@ -132,14 +156,41 @@ class Neurons:
         return mask.view_as(hidden)
 
 
+def _by_bits(hidden: Tensor, norms: Tensor, keeps: Tensor) -> Tensor:
+    """The mask, in the format of hidden [S, T, K, n]: norms [K, n] float32, so many of each shard keeps [S, 1, K, 1]."""
+    return _best_by_bits(hidden.abs().float() * norms, keeps).to(hidden.dtype)
+
+
+_compiled: list[Any] = []
+
+
+def _selected(hidden: Tensor, norms: Tensor, keeps: Tensor) -> Tensor:
+    """`_by_bits`, as one kernel where it is compiled."""
+    if torch.compiler.is_compiling() or not hidden.is_cuda:
+        return _by_bits(hidden, norms, keeps)
+    if not _compiled:
+        _compiled.append(torch.compile(_by_bits, dynamic=False))
+    try:
+        found: Tensor = _compiled[0](hidden, norms, keeps)
+    except Exception as error:  # of the compiler, its code generators and drivers
+        log.warning("torch.compile fails (%s): neurons are selected in many small steps", type(error).__name__)
+        _compiled[0] = _by_bits
+        found = _by_bits(hidden, norms, keeps)
+    return found
+
+
+def _spans(neurons: int, density: float) -> list[tuple[slice, int]]:
+    """Shards, and how many of each are kept."""
+    return shard_spans(neurons, min(neurons, max(1, round(density * neurons))), shards_for(neurons))
+
+
 def top(scores: Tensor, density: float) -> Tensor:
     """Each token's best of each shard, as the engine keeps them: scores [T, N], neurons in its order -> bool [T, N].
 
     Of equal scores at the border all are kept.
     """
     neurons = scores.shape[1]
-    count = shards_for(neurons)
-    spans = shard_spans(neurons, min(neurons, max(1, round(density * neurons))), count)
+    count, spans = shards_for(neurons), _spans(neurons, density)
     mask = torch.zeros_like(scores, dtype=torch.bool)
     if neurons % count:
         for span, keep in spans:
@@ -157,11 +208,11 @@ def _best(scores: Tensor, keep: int) -> Tensor:
     if keep == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if torch.compiler.is_compiling():
-        return _best_compiled(scores, keep)
+        return _best_by_bits(scores, keep)
     return scores >= scores.kthvalue(size - keep + 1, dim=-1, keepdim=True).values
 
 
-def _best_compiled(scores: Tensor, keep: int) -> Tensor:
+def _best_by_bits(scores: Tensor, keep: int | Tensor) -> Tensor:
     """The same of float32 scores of at least 0, as reductions over one row that a compiler makes one kernel of.
 
     As whole numbers the bits of such floats are in the same order: the greatest value that `keep` of a row reach is found bit by bit.
@@ -179,15 +230,14 @@ def _best_compiled(scores: Tensor, keep: int) -> Tensor:
 def above(scores: Tensor, density: float) -> Tensor:
     """Scores above their token's mean plus z standard deviations: [T, N] -> bool [T, N].
 
-    z, one for all tokens, is the one with which `density` of all scores are kept.
+    z, one for all tokens, is the one with which `density` of all scores are kept, found on `_SAMPLE` of them that are evenly spread.
     """
     deviations = (scores - scores.mean(1, keepdim=True)).div_(scores.std(1, keepdim=True).clamp_min(1e-12))
-    low, high = scores.new_full((), -_FAR), scores.new_full((), _FAR)
-    for _ in range(_SEARCH):
-        middle = (low + high) / 2
-        more = (deviations > middle).float().mean() > density
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    return deviations > high
+    step = max(1, deviations.numel() // _SAMPLE)
+    while math.gcd(step, scores.shape[1]) > 1:  # so that all neurons are among them
+        step += 1
+    ordered = deviations.flatten()[::step].sort(descending=True).values
+    return deviations > ordered[min(len(ordered) - 1, round(density * len(ordered)))]
 
 
 def runs(densities: Sequence[float]) -> Iterator[tuple[float, int]]:

@@ -35,9 +35,11 @@ class Settings(LearningSettings):
     batch: int = 48
     """Of 16 windows four use all neurons."""
     steps: int = 4000
-    learning_rate: float = 4e-4
-    dense_weight: float = 1.0
+    learning_rate: float = 2e-4
+    dense_weight: float = 2.0
     """Of the windows with all neurons in the loss, beside those with a part."""
+    stream_weight: float = 0.5
+    """Of how far the residual streams are from the original's, beside its laws; 0: they are free."""
     written_tokens: int = 16_000_000
     text_share: float = 0.05
     judged_tokens: int = 8192
@@ -55,6 +57,8 @@ class Settings(LearningSettings):
         check_least(("looks", self.looks, 0))
         if not 0 < self.dense_weight < 1e6:
             raise UserError(f"--dense-weight {self.dense_weight:g} weighs nothing: give a number above 0")
+        if not 0 <= self.stream_weight < 1e6:
+            raise UserError(f"--stream-weight {self.stream_weight:g} is no weight: give 0 or more")
         self.check_learning(spec)
 
     @property

@@ -3,7 +3,7 @@ alone while the others wait."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowcast.calibration.learning.capturing import Captured
 from rowcast.calibration.learning.corpus import Corpus
 from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.part import Part, Unfinished, World
@@ -46,6 +47,8 @@ class How:
     """Begin anew where the folder holds something of other settings."""
     show: bool | None = None
     """Progress on standard error; None: where that is a terminal, otherwise a line now and then."""
+    captured: bool = True
+    """On a GPU replay a step's forward and backward as a CUDA graph, where a command's steps allow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def learn(
         if settings.steps and settings.written_tokens:
             writing = Writing(settings.written_tokens, settings.window, settings.prompt_tokens)
             speed = write(checkpoint, corpus, folder.path, writing, dtype=dtype, device=device, world=world, part=part, show=show)
-        job = Job(opened, settings, corpus, folder, world, part, device, dtype, show, how.save_seconds, speed)
+        job = Job(opened, settings, corpus, folder, world, part, device, dtype, show, how.save_seconds, speed, how.captured)
         return {**work(job), "settings": folder.settings}
 
 
@@ -143,8 +146,12 @@ class Job:
     save_seconds: float
     writing_tokens_per_s: float
     """0 where nothing was written in this part."""
+    captured: bool = False
+    """Whether steps may be replayed."""
     trained_here: bool = False
     """Whether this part has trained anything."""
+    replayed: int = 0
+    """Steps of this part that were replayed."""
 
     def train(
         self,
@@ -153,29 +160,48 @@ class Job:
         loss_of: Callable[[Lesson], Tensor],
         name: str,
         hidden: Callable[[Any, Tensor], Tensor] | None = None,
+        form: Callable[[int, int, int], Hashable] | None = None,
+        before: Callable[[int], None] = lambda step: None,
     ) -> Trained:
         """All steps that are left. `hidden`: what the teacher's LM head reads, as `hidden_states`, which is the default.
 
+        `form`: of (step, part, parts), all that `loss_of` goes by but ids and laws. On a GPU steps of one form are recorded once and
+        replayed (`capturing`); None: none are. `before`: called before each step, never replayed.
         Raises Unfinished where the part is over, with everything saved: with at least one step more than before.
         """
         settings = self.settings
         hidden = hidden or hidden_states
 
-        def loss(step: int, part: int, parts: int) -> Tensor:
-            ids = self.corpus.batch(step, settings.batch)[part::parts].to(self.device, non_blocking=True)
+        def learnt(place: tuple[int, int, int], ids: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast("cuda", enabled=False):  # in its own format, as when it judges
                 known = hidden(teacher, ids)
-            return loss_of(Lesson(step, part, parts, ids, known))
+            return loss_of(Lesson(*place, ids, known))
+
+        places: dict[Hashable, tuple[int, int, int]] = {}  # the first of each form
+        parameters = [value for value in student.parameters() if value.requires_grad]
+        replaying = self.captured and form is not None and self.device.type == "cuda"
+        captured = Captured(lambda key, ids: learnt(places[key], ids), parameters, replaying)
+
+        def loss(step: int, part: int, parts: int) -> Tensor:
+            if part < self.world.size:
+                before(step)
+            ids = self.corpus.batch(step, settings.batch)[part::parts].to(self.device, non_blocking=True)
+            if form is None:
+                return learnt((step, part, parts), ids)
+            key = form(step, part, parts)
+            places.setdefault(key, (step, part, parts))
+            return captured(key, ids)
 
         trainer = Trainer(
             student, loss, settings.training, self.folder.path, device=self.device,
             batch_tokens=settings.batch * settings.window, world=self.world, part=self.part, save_seconds=self.save_seconds,
             name=name, show=self.show,
         )  # fmt: skip
-        before = trainer.step
-        trained = trainer.run()
-        self.trained_here = trainer.step > before
-        return trained
+        first = trainer.step
+        try:
+            return trainer.run()
+        finally:
+            self.trained_here, self.replayed = trainer.step > first, captured.steps
 
     def pause(self) -> None:
         """Stop before what takes long and is not saved half done, so that it has a part of its own: where a signal came, and where the
@@ -215,7 +241,7 @@ class Job:
             "written_tokens": self.corpus.written_tokens,
             "writing_tokens_per_s": self.writing_tokens_per_s or None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            **({} if trained is None else {"training": trained.to_json()}),
+            **({} if trained is None else {"training": {**trained.to_json(), "replayed_steps": self.replayed}}),
         }
 
 

@@ -5,6 +5,6 @@ Importance by calibration, the cut, a closed-form refit of the products behind i
 
 from __future__ import annotations
 
-from rowcast.calibration.pruning.run import Settings, prune
+from rowcast.calibration.pruning.run import Settings, default_batch, prune
 
-__all__ = ["Settings", "prune"]
+__all__ = ["Settings", "default_batch", "prune"]

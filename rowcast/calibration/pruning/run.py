@@ -27,12 +27,15 @@ from rowcast.calibration.pruning.importance import By, Importance, measure
 from rowcast.calibration.pruning.refit import refit
 from rowcast.calibration.pruning.sizes import Sizes, Target, candidates, tensor_parallel
 from rowcast.errors import UserError
+from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import ModelSpec, parameter_count
 
-BATCH_TOKENS = 4096
-"""Run at a time, without gradients; a quarter with them."""
+BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 32768
+"""Run at a time, without gradients, on a CPU and on a GPU; a quarter with them."""
+BATCH, GPU_BATCH = 16, 48
+"""Windows of a step of recovery, where none are given."""
 CUT, FIGURES, IMPORTANCE = "cut", "figures.json", "importance.safetensors"
 
 
@@ -54,7 +57,7 @@ class Settings(LearningSettings):
     refit_tokens: int = 65536
     """... and that the products behind the cut are fitted to; 0: they stay as they are."""
     window: int = 512
-    batch: int = 16
+    batch: int = BATCH
     steps: int = 500
     """Of recovery; 0: the cut model as it is."""
     learning_rate: float = 3e-4
@@ -136,10 +139,11 @@ class _Pruning:
         left: list[tuple[float, float]] = []
         if self.settings.refit_tokens:
             windows = _windows(job.corpus, self.settings.refit_tokens)
+            at_once = _batch_tokens(job.device)
             with job.bar("fitting", windows.numel() * spec.num_layers) as advance:
                 left = refit(
                     original, smaller, spec, smaller_spec, windows, device=job.device,
-                    folder=job.folder.path, batch_tokens=BATCH_TOKENS, advance=advance, saved=self._saved,
+                    folder=job.folder.path, batch_tokens=at_once, advance=advance, saved=self._saved,
                 )  # fmt: skip
             held["refitted"] = self._judge(original, smaller, "as refitted")
         figures = {
@@ -169,7 +173,7 @@ class _Pruning:
             sums, metadata = load_tensors(path)
             done = int(metadata["passes"])
         windows = _windows(job.corpus, self.settings.tokens)
-        passes = torch.split(windows, max(1, BATCH_TOKENS // 4 // windows.shape[1]))
+        passes = torch.split(windows, max(1, _batch_tokens(job.device) // 4 // windows.shape[1]))
         with LearningProgress("weighing", windows.numel(), job.show) as bar:
             bar.advance(sum(ids.numel() for ids in passes[:done]), new=False)
             for number, ids in enumerate(passes[done:], start=done + 1):
@@ -196,7 +200,7 @@ class _Pruning:
             ours = hidden_states(smaller, lesson.ids)
             return head_divergence(ours.flatten(0, 1), head, lesson.known.flatten(0, 1), original_head)
 
-        return self.job.train(smaller, original, loss_of, "recovering")
+        return self.job.train(smaller, original, loss_of, "recovering", form=lambda step, part, parts: None)
 
     def _judge(self, original: Any, smaller: Any, name: str) -> dict[str, Any]:
         """Over held-out windows, in the original's number format."""
@@ -206,6 +210,15 @@ class _Pruning:
             copies = {name: ModuleSubject(smaller)}
             found = judge(ModuleSubject(original), copies, windows, device=job.device, temperatures=(1.0,), advance=advance)
         return found[name].to_json()
+
+
+def default_batch(device: str) -> int:
+    """Windows of a step of recovery: what fills the device of that name (of `How`). Raises UserError where there is none."""
+    return GPU_BATCH if devices.choose_device(device)[0].type == "cuda" else BATCH
+
+
+def _batch_tokens(device: torch.device) -> int:
+    return GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
 
 
 def _windows(corpus: Corpus, tokens: int) -> Tensor:
