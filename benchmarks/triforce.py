@@ -13,7 +13,9 @@ decoding reads as many as if they had been. Cases:
     batches        2 x 56K, 6 x 19K and 10 x 12K tokens of Llama-2-7B-128K
 
 A round's tokens vary by chance: a ladder's time is that of a round over the tokens that its acceptances give on average, so that few
-rounds are enough; `as run` is what was seen. A table on standard error, one line of JSON on standard output.
+rounds are enough; `as run` is what was seen. Rounds are timed once several in a row have needed no new graph. `between` is a round's
+time less that of its passes, `new_graphs` counts those that were new all the same, `warm_rounds` the rounds before. A table on standard
+error, one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ MODEL, OTHER, DRAFT = "yarn-llama-2-7b-128k", "llama-3.1-8b", "llama-68m"
 CASES = ("on-chip", "llama-3.1-8b", "batches")
 BATCHES = ((2, 57_344, 1024), (6, 19_456, 768), (10, 12_288, 768))
 """Sequences, tokens of each prompt, entries of the retrieval rung (table 4)."""
-ROUNDS, WARM_ROUNDS, MOST_OF_ROUND = 48, 8, 24
-"""MOST_OF_ROUND: tokens."""
+ROUNDS, WARM_ROUNDS, MOST_WARM_ROUNDS = 48, 8, 64
+"""WARM_ROUNDS: in a row, none of which has a pass that was not captured before; MOST_WARM_ROUNDS: with or without."""
 BUDGET = 4096
 
 
@@ -140,7 +142,8 @@ def measure(session: Session, args: argparse.Namespace, case: Case, rate: float)
 def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: float) -> Figure:
     """One ladder, loaded anew."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    most = (WARM_ROUNDS + args.rounds) * (1 if name == "plain" else MOST_OF_ROUND)
+    gammas = [int(pair.split(",")[1]) for pair in (*args.gammas, *args.batch_gammas)]
+    most = (MOST_WARM_ROUNDS + args.rounds) * (1 if name == "plain" else 1 + max(gammas))
     common: dict[str, Any] = {"dtype": args.dtype, "max_num_seqs": case.sequences, "max_model_len": case.prompt + most + 64}
     llm = SimulatedLLM(
         open_shape(case.model, device=device), ladder=ladder, prefix_cache=False, progress=False, device=device.type, **common
@@ -157,10 +160,12 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
     mean = 1 + sum(args.outer ** (place + 1) * each / counted.rounds for place, each in enumerate(proposals))
     read = sum(each.bytes_read for each in counted.rungs.values()) / counted.rounds / mean
     more: dict[str, Any] = {"load_s": llm.load_stats["seconds"], "first_s": counted.first_s}
+    more |= {"warm_rounds": counted.warm_rounds, "new_graphs": counted.new_graphs}
     if name != "plain":
         more |= {"tokens_per_round": counted.tokens / counted.rounds, "on_average": mean, "ms_per_round": 1e3 * counted.step_s}
         steps = counted.rounds / case.sequences
-        more |= {f"ms_per_round {rung}": 1e3 * each.seconds / steps for rung, each in counted.rungs.items()}
+        passes = {f"ms_per_round {rung}": 1e3 * each.seconds / steps for rung, each in counted.rungs.items()}
+        more |= passes | {"ms_per_round between": 1e3 * counted.step_s - sum(passes.values())}
     chances = {} if name == "plain" else {"acceptance": f"self={args.outer},draft={args.inner}"}
     wish: dict[str, Any] = {"context": case.prompt + most, "prompt": case.prompt, "batch": case.sequences, **chances}
     foretold = planned(f"random:{case.model}", ladder, dtype=args.dtype, **wish)
@@ -189,10 +194,20 @@ class Counted:
     """Of the sequences, as are `tokens` and `rungs`."""
     tokens: int
     rungs: dict[str, RungCounts]
+    warm_rounds: int
+    """Before those."""
+    new_graphs: int
+    """Passes in them that were made for the first time, or captured."""
+
+
+def new_graphs(llm: SimulatedLLM) -> int:
+    """Passes that were made for the first time, or captured, so far; 0 where the host drives rounds."""
+    rounds = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    return 0 if rounds is None else rounds._graphs.first_calls + rounds._graphs.captured
 
 
 def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: int) -> Counted:
-    """Decode for so many steps, after some in which kernels are compiled, graphs captured, and the draft reads the prompts."""
+    """Decode for so many steps, after those in which kernels are compiled, graphs captured, and the draft reads the prompts."""
     engine = llm.engine
     params = SamplingParams(temperature=0.8, max_tokens=tokens, ignore_eos=True, detokenize=False)
     started = time.perf_counter()
@@ -200,8 +215,13 @@ def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: in
     while not all(request.stats.generated_tokens for request in requests):
         engine.step()
     first_s = time.perf_counter() - started
-    for _ in range(WARM_ROUNDS):
+    warm = newest = 0
+    while warm < MOST_WARM_ROUNDS and warm - newest < WARM_ROUNDS:
+        before = new_graphs(llm)
         engine.step()
+        warm += 1
+        newest = warm if new_graphs(llm) > before else newest
+    before = new_graphs(llm)
     for request in requests:  # what follows is counted
         request.stats.rungs = {}
         request.stats.rounds = request.stats.round_tokens = 0
@@ -216,7 +236,7 @@ def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: in
             rungs.setdefault(name, RungCounts()).add(each)
         engine.abort(request)
     done, written = (sum(getattr(request.stats, what) for request in requests) for what in ("rounds", "round_tokens"))
-    return Counted(fmean(steps), first_s, done, written, rungs)
+    return Counted(fmean(steps), first_s, done, written, rungs, warm, new_graphs(llm) - before)
 
 
 def main() -> int:

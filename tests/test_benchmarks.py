@@ -117,6 +117,24 @@ def test_tokens_of_a_round_are_those_that_its_proposals_give(shape: str, monkeyp
     proposals = counted.rungs["self"].proposed
     assert counted.rounds == 3
     assert 1 + sum(proposals) / counted.rounds == counted.tokens / counted.rounds > 2
+    assert (counted.warm_rounds, counted.new_graphs) == (1, 0)
+
+
+def test_rounds_are_timed_once_none_has_needed_a_new_graph_for_a_while(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rounds that have one in the first, third and fourth, and again while they are timed."""
+    llm = simulated(shape, "ngram:gamma=2 / plain", outer=1.0, inner=1.0)
+    steps: list[Any] = []
+    real = llm.engine.step
+
+    def step() -> Any:
+        steps.append(real())
+        return steps[-1]
+
+    monkeypatch.setattr(triforce, "WARM_ROUNDS", 2)
+    monkeypatch.setattr(triforce, "new_graphs", lambda _: sum(len(steps) > round_ for round_ in (1, 3, 4, 8)))
+    monkeypatch.setattr(llm.engine, "step", step)
+    counted = triforce.run(llm, [[7] * 300], 60, 3)
+    assert (counted.warm_rounds, counted.new_graphs) == (6, 1)
 
 
 def test_a_prompt_that_is_not_run_has_all_its_entries(shape: str) -> None:

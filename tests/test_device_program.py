@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from rowcast.runtime.device_round.program import Pass, unroll
+from rowcast.runtime.device_round.graphs import Graphs
+from rowcast.runtime.device_round.program import Pass, Programs, lag, unroll
 
 
 def test_plain_is_one_pass() -> None:
@@ -22,7 +24,7 @@ def test_a_draft_runs_what_it_lacks_first() -> None:
 
 def test_three_rungs() -> None:
     assert unroll((2, 6), lookup=False, own_kv=(True, False), most=6) == (
-        Pass(0, 3, False), Pass(0, 1, False), Pass(1, 3, True),
+        Pass(0, 4, False), Pass(0, 1, False), Pass(1, 3, True),
         Pass(0, 2, False), Pass(0, 1, False), Pass(1, 3, True),
         Pass(2, 7, True),
     )  # fmt: skip
@@ -69,6 +71,93 @@ def test_no_pass_is_too_short(seed: int) -> None:
         for rung in range(rungs):
             # A rung that was left out, or was cut short by the room, is filled up by the host.
             have[rung] = min(0, have[rung] - drafted) if own_kv[rung] else 0
-            if have[rung] < -sum(rung <= other < rungs for other in range(rungs) if gammas[other]):
+            above = sum(rung < other < rungs for other in range(rungs) if gammas[other])
+            if have[rung] < -lag(above):
                 have[rung] = 0
         have[rungs] = 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_draft_never_has_to_catch_up(seed: int) -> None:
+    """Below a rung that may have to add a token without proposals, as the room is used up: whatever stands, its next first pass runs
+    what it lacks."""
+    rng = random.Random(seed)
+    gammas, lacks, most = (2, 6), 0, 0
+    for _ in range(200):
+        drafted, held, judged = (
+            0,
+            -lacks,
+            0,
+        )  # tokens drafted, those that the draft holds, and those that the middle rung has judged
+        while judged < gammas[1]:
+            proposed = min(gammas[0], gammas[1] - judged - 1)
+            if proposed:
+                held = judged + proposed
+            stood = sum(1 for _ in iter(lambda: rng.random() < 0.7, False)) if proposed else 0
+            drafted = judged = judged + min(stood, proposed) + 1
+            held = min(held, drafted)
+        stood = rng.choice([rng.randint(0, drafted), drafted])
+        # The newest token is the last rung's own; of what the draft ran, it holds all before its own newest proposal.
+        lacks = max(0, stood + 1 - held)
+        most = max(most, lacks)
+    assert most <= lag(1)
+    assert most > 2  # what two tokens a rung would do for
+    assert unroll(gammas, lookup=False, own_kv=(True, False), most=6)[0] == Pass(0, 1 + lag(1), False)
+
+
+@pytest.mark.parametrize(("gamma", "runs"), [(6, 3), (10, 5)])
+def test_how_often_a_rung_runs_follows_what_stands_and_does_not_waver(gamma: int, runs: int) -> None:
+    """Of proposals of two that stand with .6 each, a verifier gains 1.96 tokens a pass: three passes reach six, five ten. The mean of
+    verdicts' shares would be .48, and passes three or four in turn."""
+    rng = random.Random(2)
+    programs = Programs(lookup=False, own_kv=(True, False), lookahead=gamma)
+    lengths = []
+    for _ in range(400):
+        lengths.append(len(programs.of((2, gamma), gamma)))
+        for _ in range(3):
+            accepted = next((i for i in range(2) if rng.random() > 0.6), 2)
+            programs.note(0, 1, accepted, 2)
+    assert set(lengths) == {runs * 3 + 1}
+    for _ in range(200):  # hardly anything stands: as many as there are tokens
+        programs.note(0, 1, 0, 2)
+    assert len(programs.of((2, gamma), gamma)) == gamma * 3 + 1
+
+
+def test_calls_are_made_once_then_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            made.append("replay")
+
+    def record(self: Graphs, calls: Callable[[], object]) -> Graph:
+        made.append("capture")
+        return Graph()
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    graphs = Graphs(capture=True)
+    for _ in range(3):
+        graphs.run("pass", lambda: made.append("call"))
+    assert made == ["call", "capture", "replay", "replay"]
+    assert (graphs.captured, graphs.first_calls) == (1, 1)
+    graphs.clear()
+    graphs.run("pass", lambda: made.append("call"))
+    assert (made[-1], graphs.captured, graphs.first_calls) == ("call", 1, 2)
+
+
+def test_without_capture_calls_are_made_one_by_one() -> None:
+    made: list[int] = []
+    graphs = Graphs(capture=False)
+    for i in range(3):
+        graphs.run("pass", lambda i=i: made.append(i))  # type: ignore[misc]
+    assert made == [0, 1, 2]
+    assert (graphs.captured, graphs.first_calls) == (0, 1)
+
+
+def test_the_graph_that_nobody_asked_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rowcast.runtime.device_round.graphs.MOST_GRAPHS", 2)
+    made: list[str] = []
+    graphs = Graphs(capture=False)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        graphs.run(key, lambda: made.append(""))
+    assert graphs.first_calls == 4  # b was gone when it came again

@@ -165,3 +165,14 @@ def test_choice(chunks: int, count: int, kind: str, monkeypatch: pytest.MonkeyPa
     found = choose_chunks(scores, count, ints([span.start for span in spans]), ints([span.stop for span in spans]))
     for i, span in enumerate(spans):
         assert torch.equal(found[i], reference_choice(scores[i], count, span)), i
+
+
+def test_choices_go_to_slots_and_some_lists_stay() -> None:
+    """Of three sequences the second has its last chunk before its first: its list stays. The others go to the rows of their slots."""
+    torch.manual_seed(3)
+    scores = torch.randn(3, 2, 2, 40, device=DEVICE)
+    out = torch.full((4, 2, 2, 5), 7, dtype=torch.int32, device=DEVICE)
+    choose_chunks(scores, 5, ints([2, 2, 0]), ints([40, -1, 3]), out=out, slots=ints([3, -1, 0]))
+    assert torch.equal(out[3], reference_choice(scores[0], 5, range(2, 40)))
+    assert torch.equal(out[0], reference_choice(scores[2], 5, range(3)))
+    assert (out[1:3] == 7).all()

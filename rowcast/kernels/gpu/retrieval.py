@@ -174,22 +174,29 @@ def chunk_scores(
     return scores
 
 
-def choose_chunks(scores: Tensor, count: int, first: Tensor, last: Tensor, out: Tensor | None = None) -> Tensor:
+def choose_chunks(
+    scores: Tensor, count: int, first: Tensor, last: Tensor, out: Tensor | None = None, slots: Tensor | None = None
+) -> Tensor:
     """The `count` best of the chunks first[b]..last[b] - 1, ascending, of equal ones the lower: [B, layers, K, count] int32.
 
-    scores [B, layers, K, chunks] float32 without NaN, contiguous; first, last [B] int32. Where there are fewer, -1 stands at the end.
+    scores [B, layers, K, chunks] float32 without NaN, contiguous; first, last [B] int32. Where there are fewer, -1 stands at the end;
+    where last[b] < first[b], nothing is written. `slots` [B] int32: the rows of `out` [slots, layers, K, count] that are written;
+    None: each its own.
     """
     sequences, layers, kv_heads, chunks = scores.shape
     assert scores.is_contiguous() and scores.dtype == torch.float32
+    assert slots is None or out is not None
     out = scores.new_empty((sequences, layers, kv_heads, count), dtype=torch.int32) if out is None else out
-    assert out.is_contiguous() and out.shape == (sequences, layers, kv_heads, count)
+    assert out.is_contiguous() and out.shape[1:] == (layers, kv_heads, count) and (slots is not None or len(out) == sequences)
     if count == 0 or chunks == 0:
+        assert slots is None
         return out.fill_(-1)
     held = min(_MOST_HELD, max(128, triton.next_power_of_2(chunks)))
     kernels.choose[(layers * kv_heads, sequences)](
         scores,
         first,
         last,
+        slots,
         out,
         count,
         chunks,

@@ -11,7 +11,7 @@ _LOG2E: Final = tl.constexpr(1.4426950408889634)
 _LOWEST: Final = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers"])
 def summarise(
     keys_ptr,  # [layers, blocks, block_size, K, d]
     tables_ptr,  # [B, n]
@@ -237,6 +237,7 @@ def choose(
     scores_ptr,
     first_ptr,
     last_ptr,
+    slots_ptr,  # [B]
     out_ptr,
     count,
     chunks,
@@ -247,8 +248,11 @@ def choose(
     """One head's choice: the count-th largest score, bit by bit, then all above it and the first of those that equal it."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     begin, stop = tl.load(first_ptr + sequence), tl.minimum(tl.load(last_ptr + sequence), chunks)
-    line = (sequence * tl.num_programs(0) + head).to(tl.int64)
-    scores = scores_ptr + line * chunks
+    if stop < begin:  # its list stays as it is
+        return
+    scores = scores_ptr + (sequence * tl.num_programs(0) + head).to(tl.int64) * chunks
+    slot = sequence if slots_ptr is None else tl.load(slots_ptr + sequence)
+    line = (slot * tl.num_programs(0) + head).to(tl.int64)
     keys = _ordered(scores, 0, begin, stop, held) if one_tile else None
     wanted = tl.minimum(count, tl.maximum(stop - begin, 0))
     reached = _reached(scores, keys, 0, begin, stop, held)

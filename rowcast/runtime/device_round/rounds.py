@@ -3,7 +3,7 @@
 The host says beforehand which passes the round has (`program`), fills the round's state (`state`), and reads the result back once,
 when all is over. In between nothing is asked of the device: how many proposals stood, and so which tokens a pass runs and where their
 K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when it is
-used for the second time. Without capture the same calls are made one by one: the output is the same.
+used for the second time (`graphs`). Without capture the same calls are made one by one: the output is the same.
 
 Several ranks run the same passes in the same order, each over its share of the model: what they are depends on tokens and on shared
 decisions alone, never on a rank's clock. Sums and draws across ranks are part of a pass, and of its graph.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -26,8 +25,11 @@ from rowcast.kernels import rounds
 from rowcast.kernels.gpu import MOST_TOKENS
 from rowcast.kernels.rounds import FAILED, HISTORY
 from rowcast.placement.resident import LOGIT_ELEMENTS
+from rowcast.runtime.device_round.account import reads_of, tell
 from rowcast.runtime.device_round.driven import driven_pass, needs_host
-from rowcast.runtime.device_round.program import BATCHES, Pass, unroll
+from rowcast.runtime.device_round.graphs import Graphs
+from rowcast.runtime.device_round.program import BATCHES, MOST_LAG, MOST_PASSES, Pass, Programs, lag
+from rowcast.runtime.device_round.refresh import Refresh
 from rowcast.runtime.device_round.sampling import Sampling, draw, fill, is_served, simulated
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.kv.device import BoundStore, DeviceStore, Placement
@@ -36,21 +38,15 @@ from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.kv.shared import SharedKV
 from rowcast.runtime.ladder import climb
 from rowcast.runtime.ladder.climb import Climber
-from rowcast.runtime.ladder.costs import expected_tokens
 from rowcast.runtime.ladder.model_runner import ModelRunner
-from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
+from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.protocols import ChoosesOnDevice, Reads, Tokens
 from rowcast.runtime.sampler import Sampler
 from rowcast.runtime.step import SeqStep
 
 LEAST_ENTRIES = 1024
 """Longest context, rounded up to a power of two from here on: each has graphs of its own."""
-MOST_PASSES = 64
-"""Of a round."""
-_STANDS, _NEWEST = 0.7, 0.05
-"""Share of the judged proposals that is taken to stand before any were judged, and what the newest verdict weighs."""
-_GRAPHS = 256
-"""Most graphs kept."""
+assert MOST_LAG < HISTORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +81,6 @@ class DeviceRounds:
         self._top = top
         self._sampler = sampler
         self._lookahead = lookahead
-        self._capture = capture
         self._rates = rates or {}
         self.driven = self.is_driven(lower, top) if driven is None else driven
         """Whether the host drives the last rung's pass."""
@@ -98,15 +93,15 @@ class DeviceRounds:
         self._choosing = [*{id(each): each for each in weights if isinstance(each, ChoosesOnDevice)}.values()]
         self._reads_more_at_random = any(view.reads_more_at_random for view in self._choosing)
         self._states: dict[tuple[int, int], RoundState] = {}
-        self._graphs: dict[tuple[int, int, Pass, Sampling], torch.cuda.CUDAGraph | None] = {}
-        """By batch, bound of contexts, pass and sampling; None: run once, so that all kernels are compiled."""
+        self._graphs = Graphs(capture)
+        """By batch, bound of contexts, pass and sampling; and of what refreshes views."""
         self._reads: dict[tuple[int, Pass], Reads] = {}
         """What a pass reads of the weights."""
-        self._pool: Any = None
-        self._queries: dict[tuple[int, int], Tensor] = {}
-        self._programs: dict[tuple[Any, ...], tuple[Pass, ...]] = {}
-        self._stands: dict[tuple[int, int], float] = {}
-        """By proposing and judging rung: the share of the judged proposals that stood lately."""
+        self._programs = Programs(lookup=self._lookup, own_kv=self._own_kv, lookahead=lookahead)
+        self._refresh: Refresh | None = None
+        """None: no view chooses by the last pass's queries, or the host drives that pass, and keeps them itself."""
+        if not self.driven and isinstance(top.view, PagedKV) and top.view.keep_queries:
+            self._refresh = Refresh(top.view, self._stores[:-1], self._graphs)
         self._goes_ahead = self._device.type == "cuda" and len(self._rungs) == 1
         self._ahead: _Ahead | None = None
         self._blocks: list[int] = []
@@ -156,7 +151,7 @@ class DeviceRounds:
         gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
         rooms = [min(step.room, self._lookahead) if any(c.gammas) else 0 for c, step in zip(climbers, steps, strict=True)]
         most_asked = max((c.gammas[upper] for c in climbers if (upper := c.below(len(gammas))) is not None), default=0)
-        program = self._program(gammas if any(rooms) else (0,) * len(gammas), most_asked)
+        program = self._programs.of(gammas if any(rooms) else (0,) * len(gammas), most_asked)
         batch = next(size for size in BATCHES if size >= len(climbers))
         most = self._bound([c.path.committed + self._lookahead + 1 for c in climbers])
         state = self._state(batch, most)
@@ -173,19 +168,23 @@ class DeviceRounds:
         state.send()
         for view in self._choosing:
             view.send_reads()
+        if self._refresh is not None:  # while the host looks at what was sent
+            entries = max(c.path.committed for c in climbers) + program[-1].tokens
+            self._refresh.run(state, len(self._rungs) - 1, program[-1].tokens, most, entries)
         if alone and self._may_go_ahead(climbers, steps, most):
             lengths = [(c.path.seq_id, c.path.committed + 1) for c in climbers]
             self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0, climbers)])
         report, stats, have = state.read()
-        reads = self._reads_of(program, batch)
+        reads = reads_of(self._reads, self._choosing, self._rungs, program, batch)
         gained = []
         for row, climber in enumerate(climbers):
             tokens: list[int] = report[row, 2 : 2 + report[row, 0]].tolist()
             climber.path.ids[climber.path.committed :] = tokens
             gained.append([*tokens, -1] if report[row, 1] & FAILED else tokens)
-        self._keep_queries(program[-1].tokens, batch, climbers)
-        self._tell(work, program, reads, climbers, stats, clocks)
+        tell(work, self._programs, self._rungs, program, reads, climbers, stats, clocks)
         self._settle(climbers, used, have)
+        if self._refresh is not None:
+            self._refresh.end(program[-1].tokens, batch, [climber.path for climber in climbers])
         return gained
 
     # Before the passes.
@@ -200,16 +199,19 @@ class DeviceRounds:
             if not isinstance(runner, ModelRunner):
                 continue
             # What a rung lacks beyond what its first pass takes it runs before the round.
-            lag = sum(rung <= other < top for other in used)
+            lacks = lag(sum(rung < other < top for other in used)) if rung < top else 0
             for path in (climber.path for climber in mine):
-                if runner.view.end(path.seq_id) < path.committed - 1 - lag:
+                if runner.view.end(path.seq_id) < path.committed - 1 - lacks:
                     runner.catch_up(path, path.committed - 1)
-            if isinstance(runner.decoder.weights, ChoosesOnDevice):
-                late = isinstance(self._late(rung, state), int)
-                runner.decoder.weights.begin_round(runner.view, [climber.path.seq_id for climber in mine], late, random)
+            for view in self._choosing:
+                if view is runner.decoder.weights:
+                    late = isinstance(self._late(rung, state), int)
+                    view.begin_round(runner.view, [climber.path.seq_id for climber in mine], late, random)
         sampling = Sampling(random=random)
+        if self._refresh is not None:
+            self._refresh.begin()
         with state.filling() as fields:
-            for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0)):
+            for name, value in (("active", 0), ("drafted", 0), ("asked", 1), ("stopped", 0), ("gammas", 0), ("refreshed", -1)):
                 fields[name].fill(value)
             for row, (climber, room) in enumerate(zip(climbers, rooms, strict=True)):
                 path, base = climber.path, climber.path.committed - 1
@@ -231,7 +233,8 @@ class DeviceRounds:
     def _fill_rung(self, state: RoundState, fields: dict[str, Any], row: int, rung: int, climber: Climber, room: int) -> None:
         """What a rung has of a sequence, and where the rest will go; of a lookup, what it proposes."""
         path, runner = climber.path, self._rungs[rung]
-        if isinstance(runner, Lookup):
+        if rung == 0 and self._lookup:
+            assert isinstance(runner, Lookup)
             started = time.perf_counter()
             above = sum(gamma > 0 for gamma in climber.gammas[1:])  # each adds a token of its own
             found = runner.propose(path, min(climber.gammas[rung], room - above)) if room > above else []
@@ -246,6 +249,8 @@ class DeviceRounds:
         store = self._stores[rung]
         if isinstance(store, ListedKV):
             fields["recents"][rung, row] = store.seat(path.seq_id, row)
+            if self._refresh is not None:
+                self._refresh.ask(fields, rung, row, path.seq_id)
 
     def _reserve(self, rung: int, climber: Climber, room: int) -> tuple[list[int], int]:
         """Make room in the rung's view for what it lacks and for `room` tokens more."""
@@ -276,22 +281,19 @@ class DeviceRounds:
     ) -> Callable[[], float]:
         """Run the round's pass `number`; returns its seconds, to be asked for after the round."""
         key = (state.batch, most, p, sampling)
-        driven = self.driven and self._rungs[p.rung] is self._top
-        if self._capture and not driven and key in self._graphs and self._graphs[key] is None:
-            self._graphs[key] = self._captured(state, p, most, sampling)
-        graph = self._graphs.get(key)
+        runner = cast(ModelRunner, self._rungs[p.rung])
+        if self.driven and runner is self._top:
+            graph, who = None, climbers
+        else:
+            graph, who = self._graphs.find(key, lambda: self._recorded(state, p, most, sampling)), None
         start = self._clock()
         if graph is not None:
-            self._graphs[key] = self._graphs.pop(key)  # the least recently used goes first
             graph.replay()
         else:
-            runner = cast(ModelRunner, self._rungs[p.rung])
             runner.reads()
-            self._pass(state, p, most, sampling, climbers if driven else None)
+            self._pass(state, p, most, sampling, who)
             self._reads[state.batch, p] = runner.reads()
-            if len(self._graphs) >= _GRAPHS:
-                self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = None
+            self._graphs.made(key)
         state.keep_stats(number)
         end = self._clock()
         return lambda: _seconds(start, end)
@@ -326,7 +328,7 @@ class DeviceRounds:
         bound = BoundStore(
             store,
             Placement(at.tables, at.starts, at.counts, at.slots, most, state["recents"][p.rung]),
-            self._kept(state.batch, p.tokens) if runner is self._top else None,
+            self._refresh.queries(state.batch, p.tokens) if runner is self._top and self._refresh is not None else None,
             self._late(p.rung, state),
         )
         return runner.decoder.forward(Tokens(at.ids, at.positions, lengths, ()), cast(Any, bound))
@@ -341,15 +343,10 @@ class DeviceRounds:
             return state.round.base
         return most if isinstance(store, PagedKV) and store.lazy and 2 * most <= MOST_TOKENS else None
 
-    def _captured(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        # Of several ranks all capture the same pass now. What else their threads ask of the device is none of its business.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._pass(state, p, most, sampling)
+    def _recorded(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> None:
+        """`_pass`, while its calls are captured: what it counts has not been read."""
+        self._pass(state, p, most, sampling)
         cast(ModelRunner, self._rungs[p.rung]).reads()
-        return graph
 
     # After the passes.
 
@@ -359,85 +356,6 @@ class DeviceRounds:
             for rung in used:
                 if self._uses(climber, rung):
                     self._rungs[rung].truncate(climber.path.seq_id, len(climber.path.ids) - 1 + int(have[rung, row]))
-
-    def _tell(
-        self,
-        work: climb.Climb,
-        program: Sequence[Pass],
-        reads: Sequence[Reads],
-        climbers: Sequence[Climber],
-        stats: Any,
-        clocks: Sequence[Callable[[], float]],
-    ) -> None:
-        for number, (p, clock) in enumerate(zip(program, clocks, strict=True)):
-            runner = cast(ModelRunner, self._rungs[p.rung])
-            for climber, (accepted, proposed, _) in zip(climbers, stats[number].tolist(), strict=False):
-                below = climber.below(p.rung)
-                if proposed and below is not None:
-                    climber.counts[self._rungs[below].name].note(proposed, accepted)
-                    work.outcomes.append(climb.Outcome(climber.path.seq_id, below, p.rung, proposed, accepted))
-                    known = self._stands.get((below, p.rung), _STANDS)
-                    share = accepted / min(accepted + 1, proposed)
-                    self._stands[below, p.rung] = known + _NEWEST * (share - known)
-            took = [(climber, ran) for climber, ran in zip(climbers, stats[number, :, 2].tolist(), strict=False) if ran]
-            if took:
-                tokens = [ran for _, ran in took]
-                kv_bytes = [runner.view.bytes_read(climber.path.seq_id) for climber, _ in took]
-                ran = Ran(torch.empty(0), tokens, tokens, tokens, kv_bytes, [0] * len(took))
-                work.note(p.rung, [c.counts[runner.name] for c, _ in took], ran, reads[number], clock())
-
-    def _reads_of(self, program: Sequence[Pass], batch: int) -> list[Reads]:
-        """What each pass read of the weights. Where the device has counted, a view's passes share it as they had tokens."""
-        found = [self._reads[batch, p] for p in program]
-        views = [cast(ModelRunner, self._rungs[p.rung]).decoder.weights for p in program]
-        for view in {id(view): view for view in views if isinstance(view, ChoosesOnDevice)}.values():
-            mine = [number for number, other in enumerate(views) if other is view]
-            shares = _shared_out(view.device_reads(), [program[number].tokens for number in mine])
-            for number, share in zip(mine, shares, strict=True):
-                found[number] = share
-        return found
-
-    def _keep_queries(self, tokens: int, batch: int, climbers: Sequence[Climber]) -> None:
-        """Leave the last pass's queries where views that choose entries by them look."""
-        view, kept = self._top.view, self._kept(batch, tokens)
-        if kept is None:
-            return
-        assert isinstance(view, PagedKV)
-        for row, climber in enumerate(climbers):
-            stood = len(climber.path.ids) - climber.path.committed
-            own = kept[:, row * tokens : row * tokens + stood]
-            first = max(0, stood - view.keep_queries)
-            view.keep(climber.path.seq_id, climber.path.committed - 1 + first, own[:, first:].clone())
-
-    def _kept(self, batch: int, tokens: int) -> Tensor | None:
-        """Where a last pass leaves its queries, [layers, B * T, H, d]; None where nobody wants them."""
-        view = self._top.view
-        if self.driven or not isinstance(view, PagedKV) or not view.keep_queries:  # a pass that the host drives keeps them itself
-            return None
-        found = self._queries.get((batch, tokens))
-        if found is None:
-            spec = self._top.decoder.spec
-            shape = spec.num_layers, batch * tokens, view.num_heads, spec.head_dim
-            found = self._queries[batch, tokens] = torch.zeros(shape, dtype=view.dtype, device=self._device)
-        return found
-
-    def _program(self, gammas: tuple[int, ...], most_asked: int) -> tuple[Pass, ...]:
-        """The same whatever room there is, so that the end of a request needs no graphs of its own."""
-        used = [rung for rung, gamma in enumerate(gammas) if gamma]
-        runs = {}
-        for below, rung in pairwise(used):
-            gained = expected_tokens(self._stands.get((below, rung), _STANDS), gammas[below])
-            runs[rung] = max(1, round(gammas[rung] / gained))
-        key = gammas, tuple(runs.items()), most_asked
-        found = self._programs.get(key)
-        while found is None or len(found) > MOST_PASSES:
-            if found is not None:  # fewer runs draft less
-                often = max(runs, key=lambda rung: runs[rung])
-                runs[often] -= 1
-            most = min(self._lookahead, most_asked)
-            found = unroll(gammas, lookup=self._lookup, own_kv=self._own_kv, most=most, runs=runs)
-        self._programs[key] = found
-        return found
 
     def _state(self, batch: int, most: int) -> RoundState:
         found = self._states.get((batch, most))
@@ -466,12 +384,3 @@ def _rows(climbers: Sequence[Climber]) -> list[tuple[int, int]]:
 
 def _seconds(start: Any, end: Any) -> float:
     return float(end - start) if isinstance(start, float) else float(start.elapsed_time(end)) * 1e-3
-
-
-def _shared_out(reads: Reads, parts: Sequence[int]) -> list[Reads]:
-    """Them as the parts are to each other, in whole numbers; the sums stay."""
-    ends, layers = list(accumulate(parts)), max(len(reads.neurons_by_layer), len(reads.heads_by_layer))
-    return [
-        Reads.of([n * end // ends[-1] - n * (end - part) // ends[-1] for n in reads.numbers(layers)], layers)
-        for end, part in zip(ends, parts, strict=True)
-    ]

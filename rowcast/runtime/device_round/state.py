@@ -42,6 +42,7 @@ class RoundState:
             "stopped": (torch.int32, (batch,)),
             "offsets": (torch.int32, (rungs, batch)),
             "recents": (torch.int32, (rungs, batch)),
+            "refreshed": (torch.int32, (rungs, batch)),
             "prompt_lengths": (torch.int64, (batch,)),
             "seeds": (torch.int64, (batch,)),
             "sample_index": (torch.int64, (batch,)),

@@ -16,7 +16,7 @@ from rowcast.kernels import gpu
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes
 from rowcast.runtime.kv.selection import Retrieval
 from rowcast.runtime.kv.shared import SharedKV
-from rowcast.runtime.kv.sizes import ROUNDED_CHUNKS
+from rowcast.runtime.kv.sizes import LIST_WORK_BYTES, chosen_at_once_bytes, rounded_chunks
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
 from rowcast.runtime.step import SeqStep
@@ -36,6 +36,8 @@ class _Shown:
     chosen: bool = False
     recent: int = 0
     """All entries from here on are shown; those before it by list."""
+    ready: tuple[int, int] | None = None
+    """The parent's length and rewinds for which a round on the device has chosen already."""
     syncs: int = 0
     refreshes: int = 0
     scored_bytes: int = 0
@@ -102,6 +104,59 @@ class ListedKV(SharedKV):
     def reserve(self, step: SeqStep) -> tuple[list[int], int]:
         self._sync(step)
         return super().reserve(step)
+
+    def slot_if_due(self, seq_id: int) -> int:
+        """The slot whose lists are to be chosen anew once the parent has grown; -1: they stay."""
+        shown = self._shown[seq_id]
+        return shown.slot if self._is_due(shown) else -1
+
+    def choose(
+        self,
+        queries: Tensor,
+        tables: Tensor,
+        lengths: Tensor,
+        slots: Tensor,
+        *,
+        most_chunks: int,
+        counts: Tensor | None = None,
+    ) -> None:
+        """List the best chunks between the sinks and the recent entries of sequences that outgrew the budget. Asks the device nothing.
+
+        queries [layers, B, n, H, d] after RoPE, of which the first counts[b] (int32 [B]; None: all) are the last committed tokens';
+        tables [B, blocks], lengths [B] and slots [B] int32: the lists of slot -1 stay. `most_chunks`: that a sequence has at most.
+        Precondition: summaries are up to date.
+        """
+        from rowcast.kernels.gpu import retrieval
+
+        parent, chunk = self._parent, self.chunk
+        stay = (slots < 0) | (lengths <= self._budget)
+        first = torch.full_like(lengths, self.sinks // chunk)
+        last = ((lengths - self._recent) // chunk).masked_fill_(stay, -1)
+        together = max(1, LIST_WORK_BYTES // chosen_at_once_bytes(self.spec, most_chunks))
+        for low in range(0, len(lengths), together):
+            some = slice(low, low + together)
+            scores = retrieval.chunk_scores(
+                queries[:, some],
+                parent.summary_store(self._policy.summary),
+                tables[some],
+                first[some],
+                last[some],
+                scale=self.spec.attention_scale,
+                chunk=chunk,
+                most_chunks=most_chunks,
+                counts=None if counts is None else counts[some],
+                lengths=lengths[some],
+                slopes=self.slopes,
+                absolute_bias_scale=self.absolute_bias_scale,
+                windows=self._windows,
+            )
+            retrieval.choose_chunks(scores, self._choice, first[some], last[some], out=self._ids, slots=slots[some])
+
+    def note_choice(self, seq_id: int, length: int) -> None:
+        """`choose` was told of the sequence at this length, which the parent is to have."""
+        shown = self._shown[seq_id]
+        if length > self._budget:
+            shown.chosen, shown.ready = True, (length, self._parent.rewinds(seq_id))
 
     def seat(self, seq_id: int, row: int) -> int:
         """Put the sequence's lists into a row of the round's; returns the position from which it shows everything."""
@@ -185,8 +240,11 @@ class ListedKV(SharedKV):
             self._clear(shown)
             return
         stop = (length - self._recent) // self.chunk * self.chunk
-        if not shown.chosen or (self._refresh and shown.syncs % self._refresh == 0):
-            self._choose(step, shown, stop)
+        if shown.ready == (length, shown.rewinds) or (self._is_due(shown) and self._choose(step, shown)):
+            shown.chosen = True
+            shown.refreshes += 1
+            scored = self._policy.summary.parts * self._shape[0] * self._shape[1] * (stop - self.sinks) // self.chunk
+            shown.scored_bytes = scored * self.spec.head_dim * parent.dtype.itemsize
         shown.syncs += 1
         shown.recent = stop if shown.chosen else length - self._budget + self.sinks
 
@@ -196,32 +254,16 @@ class ListedKV(SharedKV):
             self._ids[shown.slot].fill_(-1)
             shown.chosen = False
 
-    def _choose(self, step: SeqStep, shown: _Shown, stop: int) -> None:
-        """List the best chunks between the sinks and position `stop`, by the queries of the last pass, if it kept any."""
-        from rowcast.kernels.gpu import retrieval
+    def _is_due(self, shown: _Shown) -> bool:
+        return not shown.chosen or (self._refresh > 0 and shown.syncs % self._refresh == 0)
 
-        parent, chunk = self._parent, self.chunk
+    def _choose(self, step: SeqStep, shown: _Shown) -> bool:
+        """List the best chunks by the queries of the parent's last pass; whether it kept any."""
+        parent, length = self._parent, self.length(step.seq_id)
         queries = parent.queries(step.seq_id, parent.keep_queries)
         if queries is None:
-            return
-        first, last = self.sinks // chunk, stop // chunk
-        numbers = torch.tensor([first, last, self.length(step.seq_id), *step.blocks], dtype=torch.int32, device=queries.device)
-        scores = retrieval.chunk_scores(
-            queries[:, None],
-            parent.summary_store(self._policy.summary),
-            numbers[None, 3:],
-            numbers[:1],
-            numbers[1:2],
-            scale=self.spec.attention_scale,
-            chunk=chunk,
-            most_chunks=-(-last // ROUNDED_CHUNKS) * ROUNDED_CHUNKS,
-            lengths=numbers[2:3],
-            slopes=self.slopes,
-            absolute_bias_scale=self.absolute_bias_scale,
-            windows=self._windows,
-        )
-        retrieval.choose_chunks(scores, self._choice, numbers[:1], numbers[1:2], out=self._ids[shown.slot][None])
-        shown.chosen = True
-        shown.refreshes += 1
-        parts = self._policy.summary.parts
-        shown.scored_bytes = parts * self._shape[0] * self._shape[1] * (last - first) * self.spec.head_dim * parent.dtype.itemsize
+            return False
+        numbers = torch.tensor([length, shown.slot, *step.blocks], dtype=torch.int32, device=queries.device)
+        chunks = rounded_chunks(length // self.chunk)
+        self.choose(queries[:, None], numbers[None, 2:], numbers[:1], numbers[1:2], most_chunks=chunks)
+        return True

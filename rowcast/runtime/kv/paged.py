@@ -38,6 +38,8 @@ class _Sequence:
     length: int = 0
     end: int = 0
     rewinds: int = 0
+    summarised: int = 0
+    """Entries whose chunks a round on the device has summarised, before they were committed here."""
     blocks: list[int] = field(default_factory=list)
     queries: _Queries | None = None
 
@@ -292,9 +294,10 @@ class PagedKV:
         seq = self._sequences.get(seq_id)
         if seq is None or tokens > seq.end - seq.length:
             raise ValueError(f"sequence {seq_id} has fewer than {tokens} proposed tokens")
+        new = seq.length + tokens
         for summaries in self._summaries.values():
-            summaries.update(seq.blocks, seq.length, seq.length + tokens)
-        seq.length += tokens
+            summaries.update(seq.blocks, max(seq.length, min(seq.summarised, new)), new)
+        seq.length = new
 
     def rollback(self, seq_id: int, length: int) -> None:
         if not 0 <= length <= self.end(seq_id):
@@ -303,7 +306,7 @@ class PagedKV:
         if seq is None:
             return
         seq.rewinds += length < seq.length
-        seq.length, seq.end = min(seq.length, length), length
+        seq.length, seq.end, seq.summarised = min(seq.length, length), length, min(seq.summarised, length)
 
     def free(self, seq_id: int) -> None:
         self._sequences.pop(seq_id, None)
@@ -325,6 +328,17 @@ class PagedKV:
         summaries, seq = self._summaries[kind], self._sequences[seq_id]
         count = seq.length // kind.chunk
         return summaries.read(heads, places(seq.blocks[: -(-count // summaries.per_block)], self.device), count)
+
+    def summarise(self, tables: Tensor, old: Tensor, new: Tensor) -> None:
+        """On a GPU, where nobody waits: sequences with these tables [B, n] have grown from `old` to `new` entries, int32 [B] each."""
+        from rowcast.kernels.gpu import retrieval
+
+        for kind, kept in self._summaries.items():
+            retrieval.summarise(self._keys, tables, old, new, kept.kept, chunk=kind.chunk, score=kind.score)
+
+    def note_summaries(self, seq_id: int, length: int) -> None:
+        """`summarise` was told of the sequence's first `length` entries, so that `commit` need not do it."""
+        self._sequences[seq_id].summarised = length
 
     def summary_store(self, kind: Summary) -> Tensor:
         """All summaries of a kind, [parts, layers, K, blocks, block_size / chunk, d]. Raises KeyError for a kind that is not kept."""

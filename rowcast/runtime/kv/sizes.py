@@ -19,7 +19,7 @@ LIST_WORK_BYTES = 64 << 20
 """Of a choice on a GPU: scores of chunks by token, of a few layers at a time."""
 
 ROUNDED_CHUNKS = 256
-"""Chunks that its work space is rounded up to, so that kernels see few sizes."""
+"""Least chunks that its work space is rounded up to: see `rounded_chunks`."""
 
 _SCORE_BYTES = 13
 """Of one score while it becomes a weight: itself, in float32, its share, and whether its key is visible."""
@@ -132,10 +132,20 @@ def listed_bytes(spec: ModelSpec, kv: int, chunk: int) -> int:
     return 4 * spec.num_layers * spec.num_kv_heads * -(-kv // chunk)
 
 
+def rounded_chunks(chunks: int) -> int:
+    """At least so many: few different numbers, as each has graphs of its own, and a quarter more at most, or `ROUNDED_CHUNKS`."""
+    step = max(ROUNDED_CHUNKS, (1 << max(0, chunks - 1).bit_length()) // 8)
+    return -(-chunks // step) * step
+
+
 def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
-    """Work space of one sequence's choice."""
-    chunks = context // chunk + ROUNDED_CHUNKS
-    return LIST_WORK_BYTES + 4 * chunks * spec.num_kv_heads * (spec.num_layers + 32)
+    """Work space of one sequence's choice: once for those that the host asks for, once in the graphs of rounds."""
+    return 2 * (LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1)))
+
+
+def chosen_at_once_bytes(spec: ModelSpec, chunks: int) -> int:
+    """Of it, what one sequence's chunks take: their scores in all layers, and in one of them by token."""
+    return 4 * chunks * spec.num_kv_heads * (spec.num_layers + 32)
 
 
 def why_not_streaming(spec: ModelSpec) -> str | None:
