@@ -59,6 +59,8 @@ def test_a_checkpoint_goes_to_a_module_and_back(name: str, tmp_path: Path) -> No
     wanted = theirs(input_ids=ids).logits
     assert torch.equal(module(input_ids=ids).logits, wanted)
     save_module(module, checkpoint, tmp_path / "back", {"density": "0.2"}, torch.float32)
+    modes = {path.stat().st_mode for path in (tmp_path / "back").iterdir()}
+    assert len(modes) == 1, "safetensors writes for the owner alone"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32).eval()
     assert torch.equal(again(input_ids=ids).logits, wanted)
     back = open_checkpoint(str(tmp_path / "back"))

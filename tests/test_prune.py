@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rowcast import LLM, SamplingParams
-from rowcast.calibration.learning.module import load_module
+from rowcast.calibration.learning.module import load_module, save_module
 from rowcast.calibration.learning.part import Part, Unfinished
 from rowcast.calibration.pruning import Settings, prune, run
 from rowcast.calibration.pruning.blocks import blocks_of
@@ -252,6 +252,15 @@ def test_the_result_is_an_ordinary_checkpoint(pruned: Path, model: Path) -> None
             assert abs(float(law[token]) - logprob.logprob) < 1e-4, position
     tokenizer = PreTrainedTokenizerFast.from_pretrained(pruned)
     assert tokenizer.encode("w5 w7") == [5, 7]
+
+
+def test_the_result_has_the_format_of_the_original(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whatever the machine computes in: a copy that is made smaller is smaller."""
+    original = open_checkpoint(str(model))
+    halves = tmp_path / "halves"
+    save_module(load_module(original, torch.bfloat16, CPU), original, halves, {}, torch.bfloat16)
+    prune(str(halves), [text], tmp_path / "out", replace(SMALL, steps=0), replace(QUIET, dtype="float32"))
+    assert open_checkpoint(str(tmp_path / "out")).stored_dtype == "bfloat16"
 
 
 def test_each_stage_brings_it_closer(model: Path, text: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class _Keys:
     def array(self, key: str, *kinds: type) -> list[Any]:
         name = f"tokenizer.ggml.{key}"
         if name not in self._metadata:
-            raise UserError(f"{self.path} has no tokenizer (no {name}); pass prompts as token ids")
+            raise UserError(f"{self.path} has no tokenizer (no {name}): name a file with one; a draft is named by --draft")
         values = self._metadata[name]
         if not isinstance(values, list) or not set(map(type, values)) <= set(kinds):
             raise self.mistyped(name, values, f"a list of {kinds[0].__name__}")

@@ -31,9 +31,8 @@ from rowcast.calibration.adapting.table import Row, measure, passes, to_json
 from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.losses import mixed_term
-from rowcast.calibration.learning.module import load_module, write_module
+from rowcast.calibration.learning.module import load_module, stored_dtype, write_module
 from rowcast.calibration.learning.trainer import Trained
-from rowcast.runtime import device as devices
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import ADAPTED
 
@@ -68,11 +67,6 @@ def adapt(
         "adapt", opened, settings, texts, output, how, lambda job: _Adapting(job, settings, compiled).run(), held_out=held_out,
         begun_with={"compiled": compiled},
     )  # fmt: skip
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the result: the checkpoint's own; 16 bits where it was packed in fewer."""
-    return torch.bfloat16 if checkpoint.format == "gguf" else devices.DTYPES.get(checkpoint.stored_dtype, torch.float32)
 
 
 def balanced(divergences: Tensor, densities: Sequence[float], dense_weight: float, small: float = SMALL) -> Tensor:

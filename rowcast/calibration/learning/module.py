@@ -17,6 +17,7 @@ from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE
 from rowcast.runtime.config import ADAPTED
+from rowcast.runtime.device import DTYPES
 from rowcast.runtime.tokenizer import load_tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -164,6 +165,18 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, 
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of a model that is made of this one, wherever it is made: the checkpoint's own; 16 bits where it was packed in fewer."""
+    return torch.bfloat16 if checkpoint.format == "gguf" else DTYPES.get(checkpoint.stored_dtype, torch.float32)
+
+
+def as_others(path: Path) -> None:
+    """Give a file the mode that new ones have: safetensors writes it for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """The same tensors and metadata make the same bytes: the library writes metadata in an order that varies, here they are sorted."""
     save_file(tensors, path, dict(metadata))
@@ -175,3 +188,4 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -
         assert len(ordered) == length, "a header with its entries in another order is as long"
         file.seek(8)
         file.write(ordered)
+    as_others(path)

@@ -17,7 +17,7 @@ from rowcast.calibration.learning.corpus import Corpus
 from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import ModuleSubject, hidden_states, judge
 from rowcast.calibration.learning.losses import head_divergence
-from rowcast.calibration.learning.module import load_module, write_module
+from rowcast.calibration.learning.module import load_module, stored_dtype, write_module
 from rowcast.calibration.learning.progress import LearningProgress
 from rowcast.calibration.learning.settings import LearningSettings, check_least
 from rowcast.calibration.learning.state import load_tensors, save_tensors, write_whole
@@ -117,14 +117,15 @@ class _Pruning:
         figures: dict[str, Any] = json.loads((smaller_at / FIGURES).read_bytes())
         smaller = load_module(open_checkpoint(str(smaller_at)), torch.float32, job.device)
         trained = self._recover(smaller, original) if self.settings.steps else None
-        smaller = smaller.to(job.dtype)
+        stored = stored_dtype(checkpoint)
+        smaller = smaller.to(stored).to(job.dtype)
         description = {**figures, **job.describe(trained)}
 
         def finish() -> None:
             if trained is not None:
                 description["held_out"]["recovered"] = self._judge(original, smaller, "recovered")
             metadata = {"pruned_from": checkpoint.path.name}
-            job.folder.publish(lambda folder: write_module(smaller, checkpoint, folder, metadata, job.dtype), description)
+            job.folder.publish(lambda folder: write_module(smaller, checkpoint, folder, metadata, stored), description)
 
         job.lead(finish)
         return description

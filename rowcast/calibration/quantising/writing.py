@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowcast.calibration.learning.module import as_others
 from rowcast.calibration.quantising.gptq import Rounded
 from rowcast.runtime.checkpoint.packed_layer import WORD
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE
@@ -95,6 +96,7 @@ def write_tensors(folder: Path, tensors: Iterable[Stored]) -> None:
     for number, shard in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({each.name: each.read().cpu().contiguous() for each in shard}, folder / file, {"format": "pt"})
+        as_others(folder / file)
         weight_map |= {each.name: file for each in shard}
     if len(shards) > 1:
         total = sum(each.nbytes for shard in shards for each in shard)

@@ -116,7 +116,7 @@ def _open(model: str) -> Checkpoint:
         return _open_hub(model)
     raise UserError(
         f"No model {model!r}: there is no such directory or .gguf file, and a Hugging Face hub id has the form owner/name; "
-        f"check the path, or leave --model out to use {DEFAULT_MODEL}."
+        f"check the path, or name {DEFAULT_MODEL}, which comes with Rowcast."
     )
 
 

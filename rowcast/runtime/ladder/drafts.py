@@ -15,7 +15,7 @@ from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 
 _FIX = "use a draft that was made for this model's tokenizer"
 _RUNG_IN_NAME = re.compile(r"/(ngram|draft|self|plain|full)(?=[:/]|$)")
-_ADVICE = re.compile(r", or leave --model out[^;]*|, or pass --model[^;]*")
+_ADVICE = re.compile(r", or name [^;]*, which comes with Rowcast|, or pass --model[^;]*")
 """What a sentence about a model that cannot be opened says of --model, which is not where a draft comes from."""
 
 
