@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,13 @@ def test_a_round_asks_for_few_calls_of_its_own(models: dict[str, Any], calls: Co
     assert (rounds._graphs.captured, rounds._graphs.first_calls) == graphs
     assert calls["ListedKV._choose"] == before["ListedKV._choose"] == 1
     assert calls["Summaries._summarise"] == before["Summaries._summarise"]
+
+
+@pytest.mark.usefixtures("calls")
+def test_contexts_shorter_than_a_chunk(models: dict[str, Path]) -> None:  # noqa: F811
+    """There are no chunks to choose from: all entries are seen."""
+    short, params = [[5], [7, 9]], replace(GREEDY, max_tokens=6)
+    expected = ids(make_llm(models, "plain").generate(short, params))
+    ladder = "self:kv=64,sinks=4,recent=8,gamma=2 / plain"
+    found = LLM(models["target"], dtype="float32", device="cpu", ladder=ladder, block_size=16).generate(short, params)
+    assert ids(found) == expected

@@ -471,3 +471,19 @@ def test_late_entries_of_a_last_rung(opt: Model, calibrated: Path, ladder: str) 
         assert found[0] == [one[0] for one in found[1:]]
         expected = found
         llm.engine.check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_a_round_run_in_vain_leaves_late_entries_right(opt: Model, calibrated: Path) -> None:
+    """Another request joins while the round after this one is under way, in which all heads write."""
+    llm = make_llm(opt, "self:mlp=0.6,heads=0.5", calibration=calibrated, mode="approximate")
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    [expected] = ids(llm.generate([ASKED[0][:3]], replace(GREEDY, max_tokens=18)))
+    rounds._goes_ahead = True
+    first = llm.engine.add(ASKED[0][:3], replace(GREEDY, max_tokens=18))
+    while len(first.sequences[0].output_ids) < 15:
+        llm.engine.step()
+    llm.engine.add(ASKED[0][:2], replace(GREEDY, max_tokens=2))
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert first.sequences[0].output_ids == expected

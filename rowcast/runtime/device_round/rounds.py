@@ -102,7 +102,7 @@ class DeviceRounds:
         """None: no view chooses by the last pass's queries, or the host drives that pass, and keeps them itself."""
         if not self.driven and isinstance(top.view, PagedKV) and top.view.keep_queries:
             self._refresh = Refresh(top.view, self._stores[:-1], self._graphs)
-        self._goes_ahead = self._device.type == "cuda" and len(self._rungs) == 1
+        self._goes_ahead = self._device.type == "cuda" and len(self._rungs) == 1 and not lookahead
         self._ahead: _Ahead | None = None
         self._blocks: list[int] = []
         """Of each sequence, when the state was filled."""
@@ -165,9 +165,9 @@ class DeviceRounds:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
             self._blocks = [len(c.path.blocks) for c in climbers]
             clocks = [self._run(state, p, most, self._sampling, number, climbers) for number, p in enumerate(program)]
-        state.send()
         for view in self._choosing:
             view.send_reads()
+        state.send()  # what it waits for has the others' copies before it
         if self._refresh is not None:  # while the host looks at what was sent
             entries = max(c.path.committed for c in climbers) + program[-1].tokens
             self._refresh.run(state, len(self._rungs) - 1, program[-1].tokens, most, entries)

@@ -135,12 +135,13 @@ def listed_bytes(spec: ModelSpec, kv: int, chunk: int) -> int:
 def rounded_chunks(chunks: int) -> int:
     """At least so many: few different numbers, as each has graphs of its own, and a quarter more at most, or `ROUNDED_CHUNKS`."""
     step = max(ROUNDED_CHUNKS, (1 << max(0, chunks - 1).bit_length()) // 8)
-    return -(-chunks // step) * step
+    return max(1, -(-chunks // step)) * step
 
 
 def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
-    """Work space of one sequence's choice: once for those that the host asks for, once in the graphs of rounds."""
-    return 2 * (LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1)))
+    """Work space of one choice: scores of as many layers and sequences as go together, once more while they are put together, and at
+    least those of one sequence. Graphs of rounds hold as much."""
+    return 2 * LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1))
 
 
 def chosen_at_once_bytes(spec: ModelSpec, chunks: int) -> int:

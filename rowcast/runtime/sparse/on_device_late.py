@@ -130,7 +130,8 @@ class DeviceLate:
             return
         assert isinstance(view, PagedKV)
         slots = view.table(owner[1])
-        lacking = torch.arange(int(self._until), len(slots), device=slots.device)
+        # A pass that was run in vain has placed an entry that the view does not have, and the next one writes again.
+        lacking = torch.arange(min(int(self._until), len(slots)), len(slots), device=slots.device)
         for layer in range(self._banks.spec.num_layers if len(lacking) else 0):
             found = self._products(layer, self._every, True)[lacking % RING].view(len(lacking), 2, self._banks.split.heads, -1)
             for store, entries in zip(view.entries(layer), found.unbind(1), strict=True):
