@@ -347,7 +347,7 @@ def test_a_run_that_was_cut_off_gives_the_same_bits(
     whole, cut = (open_checkpoint(str(tmp_path / name)).source for name in parts)
     assert all(torch.equal(whole.read(name), cut.read(name)) for name in whole.names())
     assert adapt(str(model), [text], tmp_path / "cut", settings, QUIET)["table"] == found["table"]
-    with pytest.raises(UserError, match=r"other settings \(density\): add --restart"):
+    with pytest.raises(UserError, match=r"other settings \(--density\): add --restart"):
         adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), QUIET)
 
 
@@ -374,7 +374,7 @@ def test_no_steps_are_told_as_such(model: Path, text: Path, tmp_path: Path, caps
     more = ["--steps", "0", "--window", "16", "--judged", "16", "--density", "0.2", "--device", "cpu"]
     assert main(["adapt", str(model), "--text", str(text), "-o", str(tmp_path / "out"), *more]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "0.0 M tokens at 0.0 k tokens/s, no steps; default density 0.2"
+    assert lines[0] == "0 tokens at 0.0 tokens/s, no steps; default density 0.2"
     assert json.loads(lines[-1])["training"]["loss"] is None
 
 

@@ -239,7 +239,7 @@ def test_what_it_refuses(target: Path, text: Path, draft: Path, tmp_path: Path, 
     refused(capsys, of("--held-out", str(text)), "to be learnt from and to judge by")
     refused(capsys, of("--learning-rate", "0", "--written", "4096"), "--learning-rate 0")
     refused(capsys, of(output=target), "not empty")
-    refused(capsys, command(target, text, draft, "--steps", "81"), "other settings (steps)", "--restart")
+    refused(capsys, command(target, text, draft, "--steps", "81"), "other settings (--steps)", "--restart")
     refused(capsys, ["distill", str(tmp_path / "nothing"), "--text", str(text), "-o", str(tmp_path / "out")], "No model")
     assert not (tmp_path / "out").exists()
 

@@ -111,11 +111,11 @@ def test_a_text_that_changed_is_said(
         with pytest.raises(Unfinished):
             run()
     changing.write_text(text.read_text() + " w1")
-    with pytest.raises(UserError, match=r"other settings \(texts\): add --restart"):
+    with pytest.raises(UserError, match=r"other settings \(--text\): add --restart"):
         run()
     shutil.copyfile(text, changing)
     words_of(held, [3, 5] * 100)
-    with pytest.raises(UserError, match=r"other settings \(held_out\): add --restart"):
+    with pytest.raises(UserError, match=r"other settings \(--held-out\): add --restart"):
         run()
 
 

@@ -47,7 +47,7 @@ def test_a_work_folder_is_for_one_set_of_settings(tmp_path: Path) -> None:
     assert WorkFolder(output, {"steps": 5}, restart=False).settings == {"steps": 5}, "nothing is lost"
     folder = WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False)
     (folder.path / "training.safetensors").write_text("")
-    with pytest.raises(UserError, match=r"other settings \(steps\): add --restart"):
+    with pytest.raises(UserError, match=r"other settings \(--steps\): add --restart"):
         WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=False)
 
     def fails(path: Path) -> None:

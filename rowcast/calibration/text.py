@@ -40,8 +40,8 @@ class Windows:
     """Name, tokens and SHA-256 of each."""
 
 
-def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window: int) -> Windows:
-    """At most `tokens` tokens in whole windows, evenly spread over the texts where they have more.
+def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window: int, option: str = "--text") -> Windows:
+    """At most `tokens` tokens in whole windows, evenly spread over the texts where they have more. `option`: that names them.
 
     Raises UserError for a text that cannot be read, is not UTF-8 or is empty, and where all of them have fewer than two windows.
     """
@@ -61,7 +61,10 @@ def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window
         parts.append(ids[: len(ids) // window * window].view(-1, window))
     total = sum(map(len, parts))
     if total < 2:
-        raise UserError(f"the text has {found} tokens, two windows of {window} are needed: give more text or lower --window")
+        said = f"the text {paths[0]} has" if len(paths) == 1 else f"the {len(paths)} texts of {option} have"
+        raise UserError(
+            f"{said} {found} tokens, two windows of {window} are needed: give more text with {option} or lower --window"
+        )
     wanted = min(total, tokens // window)
     ends = [round(wanted * end / total) for end in accumulate(map(len, parts), initial=0)]
     parts = [spread(part, end - start) for part, (start, end) in zip(parts, pairwise(ends), strict=True)]

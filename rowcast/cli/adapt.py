@@ -89,8 +89,8 @@ def adapt(
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(
-        lambda: run(model, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, as_json=as_json,
-        left_out=("settings", "looks"),
+        lambda: run(model, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, output,
+        lambda adapted: f'-m {adapted} --ladder "self:mlp={density:g} / plain"', as_json=as_json, left_out=("settings", "looks"),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -81,8 +82,9 @@ def distill(
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart)
     learning.report(
-        lambda: run(target, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, as_json=as_json
-    )
+        lambda: run(target, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, output,
+        lambda draft: f"-m {shlex.quote(target)} --draft {draft}", as_json=as_json,
+    )  # fmt: skip
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

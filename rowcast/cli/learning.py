@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,22 +65,33 @@ AsJson = Annotated[bool, typer.Option("--json", help="No text, only the JSON lin
 def report(
     run: Callable[[], dict[str, Any]],
     lines: Callable[[dict[str, Any]], list[str]],
+    output: Path,
+    use: Callable[[str], str],
     *,
     as_json: bool,
     left_out: tuple[str, ...] = ("settings",),
 ) -> None:
-    """Run, as `run_part`, and print what came of it: lines for people, unless `as_json`, and all but `left_out` as JSON."""
+    """Run, as `run_part`, and print what came of it: lines for people, unless `as_json`, and all but `left_out` as JSON.
+
+    `use`: of the path that was written, `output`, options of `rowcast generate` that run it.
+    """
     found = run_part(run)
     if not as_json:
         for line in lines(found):
             print(line)
+        print(f"wrote {output}; try: rowcast generate {use(shlex.quote(str(output)))} ...")
     print_json({"finished": True, **{name: value for name, value in found.items() if name not in left_out}})
 
 
 def trained(found: dict[str, Any]) -> str:
     """A training's description, for people."""
-    loss = "no steps" if found["loss"] is None else f"loss {found['loss']:.3f}"
-    return f"{found['tokens'] / 1e6:.1f} M tokens at {found['tokens_per_s'] / 1e3:.1f} k tokens/s, {loss}"
+    from rowcast.calibration.learning.progress import amount, rate
+    from rowcast.calibration.learning.trainer import READ_EVERY
+
+    loss, steps = "no steps", min(READ_EVERY, found["steps"])
+    if found["loss"] is not None:
+        loss = f"loss {found['loss']:.3f}" + (f" (mean of the last {steps} steps)" if steps > 1 else "")
+    return f"{amount(found['tokens'])} tokens at {rate(found['tokens_per_s'])} tokens/s, {loss}"
 
 
 def run_part(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +106,8 @@ def run_part(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = run()
     except Unfinished as stopped:
         if _leads():
-            print("rowcast: saved; go on with the same command, without --restart", file=sys.stderr)
+            saved, begun = "saved; go on with the same command, without --restart", "nothing is saved yet; the same command begins anew"
+            print("rowcast:", saved if stopped.saved else begun, file=sys.stderr)
             print_json({"finished": False})
         raise typer.Exit(0 if stopped.by_signal is None else 128 + stopped.by_signal) from None
     if not _leads():

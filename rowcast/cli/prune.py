@@ -76,7 +76,10 @@ def prune(
         seed=seed,
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
-    learning.report(lambda: run(model, text, output, settings, how, held_out=held_out or ()), _lines, as_json=as_json)
+    learning.report(
+        lambda: run(model, text, output, settings, how, held_out=held_out or ()), _lines, output, lambda smaller: f"-m {smaller}",
+        as_json=as_json,
+    )  # fmt: skip
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

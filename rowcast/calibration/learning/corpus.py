@@ -111,7 +111,12 @@ class Corpus:
                 "--text or a shorter --window"
             )
         if not corpus.held(window, 1).numel():
-            raise UserError(f"no held-out text has {window} tokens: give a longer text, or one to judge by with --held-out")
+            most = max(text.end - text.held for text in corpus.texts) + len(begins)
+            fix = "give a longer one with --held-out"
+            if not held_out:
+                share = f"of one with fewer than {4 * window} only {HELD_OUT:.0%} is held out"
+                fix = f"{share}, give a longer one with --text, one to judge by with --held-out"
+            raise UserError(f"no held-out text has {window} tokens, the longest has {most}: {fix}, or lower --window")
         return corpus
 
     def add_written(self, path: Path, length: int) -> None:

@@ -120,13 +120,16 @@ def learn(
         if folder.finished:
             return folder.description()
         show = how.show if world.leads else False
-        corpus = _corpus(opened, settings, texts, held_out, folder.path, world)
-        speed = 0.0
-        if settings.steps and settings.written_tokens:
-            writing = Writing(settings.written_tokens, settings.window, settings.prompt_tokens)
-            speed = write(checkpoint, corpus, folder.path, writing, dtype=dtype, device=device, world=world, part=part, show=show)
-        job = Job(opened, settings, corpus, folder, world, part, device, dtype, show, how.save_seconds, speed, how.captured)
-        return {**work(job), "settings": folder.settings}
+        with folder.worked_in():
+            corpus = _corpus(opened, settings, texts, held_out, folder.path, world)
+            speed = 0.0
+            if settings.steps and settings.written_tokens:
+                writing = Writing(settings.written_tokens, settings.window, settings.prompt_tokens)
+                speed = write(
+                    checkpoint, corpus, folder.path, writing, dtype=dtype, device=device, world=world, part=part, show=show
+                )
+            job = Job(opened, settings, corpus, folder, world, part, device, dtype, show, how.save_seconds, speed, how.captured)
+            return {**work(job), "settings": folder.settings}
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ class Unfinished(Exception):
         super().__init__("go on with the same command")
         self.by_signal = by_signal
         """None: its minutes are over."""
+        self.saved = True
+        """Whether there was anything to save yet."""
 
 
 class World:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowcast.calibration.learning.part import Unfinished
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.checkpoint.safetensors_header import read_header, read_metadata
@@ -21,8 +22,16 @@ from rowcast.runtime.checkpoint.safetensors_header import read_header, read_meta
 SETTINGS, RESULT = "settings.json", "result"
 CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json"}
 """Files of a state that took seconds: where there is nothing else, other settings just begin anew."""
+REMADE = {RESULT, "stored"}
+"""What is made anew, however much of it there is."""
 DESCRIPTION = "rowcast.json"
 """In a finished output: how it was made, and its figures."""
+OPTIONS = {
+    "judged_tokens": "--judged", "written_tokens": "--written", "most_bytes": "--size", "texts": "--text", "contexts": "--context",
+    "compiled": "--compile", "start_fingerprint": "--start", "model": "the model", "fingerprint": "the model",
+    "stored": "the model", "processes": "the number of processes", "format": "the version of rowcast",
+}  # fmt: skip
+"""What settings are called in a command, where that is not their name."""
 
 
 class WorkFolder:
@@ -41,6 +50,8 @@ class WorkFolder:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.finished = False
         """Whether `output` is the result of these settings."""
+        self._made = False
+        """Whether the state was not there before."""
         try:
             if output.exists() and not output.is_dir():
                 raise UserError(f"{output} is a file: give a folder of its own with -o")
@@ -65,6 +76,7 @@ class WorkFolder:
             if leads and not self.finished:
                 if left <= CHEAP:
                     shutil.rmtree(self.path, ignore_errors=True)
+                self._made = not self.path.exists()
                 self.path.mkdir(parents=True, exist_ok=True)
                 if (self.path / SETTINGS).exists():
                     self._check(self.path / SETTINGS, None)
@@ -72,6 +84,26 @@ class WorkFolder:
                     write_whole(self.path / SETTINGS, json.dumps(self.settings, indent=2).encode())
         except OSError as error:
             raise UserError(f"{output} cannot be written ({error.strerror}): give another folder with -o") from None
+
+    @property
+    def saved(self) -> bool:
+        """Whether the state holds what took longer than to begin."""
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set[str]()
+        return any(not name.endswith(".part") for name in names - CHEAP - REMADE)
+
+    @contextmanager
+    def worked_in(self) -> Iterator[None]:
+        """While the command works. Where it ends in a UserError, a state that it began is removed unless something is `saved`; where it
+        is Unfinished, that says whether something is."""
+        try:
+            yield
+        except UserError:
+            if self._made and not self.saved:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        except Unfinished as stopped:
+            stopped.saved = self.saved
+            raise
 
     def description(self) -> dict[str, Any]:
         """Of the finished output."""
@@ -101,9 +133,14 @@ class WorkFolder:
         try:
             found = json.loads(path.read_bytes())
             left = found if field is None else found[field]
-            changed = sorted(name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name))
+            fields = [name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name)]
+            changed = sorted({OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in fields})
+            other = left.get("command") if "command" in fields and "command" in self.settings else None
         except (ValueError, KeyError, TypeError, AttributeError):
-            changed = [f"{path.name} is damaged"]
+            changed, other = [f"{path.name} is damaged"], None
+        if other:
+            made = "begun" if field is None else "made"
+            raise UserError(f"{self.output} was {made} by `rowcast {other}`: give another folder with -o")
         if changed:
             raise UserError(
                 f"{self.output} was begun with other settings ({', '.join(changed)}): add --restart to begin anew, or give the same "

@@ -27,6 +27,8 @@ from rowcast.errors import UserError
 STATE = "training.safetensors"
 READ_EVERY = 20
 """Steps between looks at the loss: a GPU is asked no more often."""
+LOWER = "--steps, --batch or --window"
+"""Where it takes long."""
 
 LossOf = Callable[[int, int, int], Tensor]
 """(step, part, parts) -> the mean loss of the windows `part`, `part + parts`, ... of the step's batch, a scalar with a gradient."""
@@ -107,7 +109,10 @@ class Trainer:
         saved = begun = time.monotonic()
         before = self._seconds
         self.module.eval()  # no dropout: it would draw, and a law is to be learnt as it is
-        with LearningProgress(self._name, self.settings.steps * self._batch_tokens, self._shown()) as bar:
+        lower = LOWER if self.device.type == "cpu" and self.world.leads else ""
+        with LearningProgress(self._name, self.settings.steps * self._batch_tokens, self._shown(), lower=lower) as bar:
+            if 0 < self.step < self.settings.steps:
+                bar.tell(f"going on at step {self.step + 1} of {self.settings.steps}")
             bar.advance(self.step * self._batch_tokens, new=False)
             while self.step < self.settings.steps:
                 pending.append(self._move())

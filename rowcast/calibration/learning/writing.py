@@ -43,7 +43,9 @@ BUCKET = 128
 KV_SHARE = 0.5
 """Of the memory that is free beside the weights, at most, that K/V of all sequences takes."""
 LOOK_STEPS = 64
-"""Between looks at whether the part is over."""
+"""Between looks at whether the part is over, and what a bar is told."""
+LOWER = "--written; training after it is made shorter by --steps, --batch and --window"
+"""Where it takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +102,22 @@ def write(
     per_file, speed = sequences * writing.length, 0.0
     shown = show if world.leads else False
     if not all(file.exists() for file in files):
-        with LearningProgress("writing", count * per_file, shown) as bar:
+        lower = LOWER if device.type == "cpu" and world.leads else ""
+        with LearningProgress("writing", count * per_file, shown, lower=lower) as bar:
             bar.advance(sum(file.exists() for file in files) * per_file, new=False)
             writer = Writer(checkpoint, spec, sequences, writing.length, dtype=dtype, device=device)
             first = True
             while missing := [number for number, file in enumerate(files) if not file.exists()]:
                 world.wait()  # all have looked before the first one writes
-                mine = missing[world.rank : world.rank + 1]
+                mine, at_once = missing[world.rank : world.rank + 1], min(world.size, len(missing))
                 for number in mine:
                     begins = _begins(checkpoint, corpus, writing, sequences, number)
-                    ids = writer.write(*begins, writing.temperature, corpus.seed + number, part, whole=first)
+                    ids = writer.write(
+                        *begins, writing.temperature, corpus.seed + number, part, whole=first,
+                        advance=lambda tokens, files=at_once: bar.advance(files * tokens),  # type: ignore[misc]
+                    )  # fmt: skip
                     if ids is not None:
                         write_whole(files[number], ids.numpy().astype(id_type(spec.vocab_size)).tobytes())
-                        bar.advance(per_file * min(world.size, len(missing)))
                 first = False
                 world.wait()
                 world.stop_together(part.stop() if part.over else None, device)
@@ -151,11 +156,13 @@ class Writer:
         """By how much of the K/V is read, for one temperature."""
 
     def write(
-        self, ids: Tensor, prompts: Tensor, temperature: float, seed: int, part: Part, *, whole: bool = False
+        self, ids: Tensor, prompts: Tensor, temperature: float, seed: int, part: Part, *, whole: bool = False,
+        advance: Callable[[int], None] = lambda tokens: None,
     ) -> Tensor | None:
         """Go on from ids [S, P], the first prompts[i] of row i: [S, L], on the CPU.
 
-        None where the part is over before the end, or with `whole` a signal came.
+        None where the part is over before the end, or with `whole` a signal came. `advance` is told of tokens that are done, and of
+        as many below 0 where None makes them vain.
         """
         if temperature != self._temperature:
             self._temperature, self._steps = temperature, {}
@@ -165,10 +172,18 @@ class Writer:
         self._kv.position.zero_()
         with _seeded(seed, self._device):
             for place in range(self._length - 1):
-                if place % LOOK_STEPS == 0 and part.over and (part.asked or not whole):
-                    return None
+                if place % LOOK_STEPS == 0:
+                    if place:
+                        if self._device.type == "cuda":  # steps are launched long before they have run
+                            torch.cuda.current_stream(self._device).synchronize()
+                        advance(LOOK_STEPS * len(ids))
+                    if part.over and (part.asked or not whole):
+                        advance(-place * len(ids))
+                        return None
                 self._step(min(self._length, place // BUCKET * BUCKET + BUCKET))()
-        return self._ids.cpu()
+        written = self._ids.cpu()
+        advance((self._length - (self._length - 2) // LOOK_STEPS * LOOK_STEPS) * len(ids))
+        return written
 
     def _step(self, bound: int) -> Callable[[], None]:
         if bound not in self._steps:

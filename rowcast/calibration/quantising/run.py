@@ -106,8 +106,9 @@ def quantise(
     fit, held, names = windows.fit, windows.held, [*windows.texts]
     if held_out:
         others = read_windows(
-            [Path(text) for text in held_out], tokenizer, tokens=max(settings.judged, 2 * settings.window), window=settings.window
-        )
+            [Path(text) for text in held_out], tokenizer, tokens=max(settings.judged, 2 * settings.window), window=settings.window,
+            option="--held-out",
+        )  # fmt: skip
         fit, held = torch.cat([fit, held]), torch.cat([others.fit, others.held])
         names += others.texts
     held = held[: max(1, settings.judged // settings.window)]
@@ -121,9 +122,10 @@ def quantise(
     work = WorkFolder(Path(output), begun_with, restart=restart)
     if work.finished:
         return work.description()
-    job = _Job(checkpoint, spec, settings, work, fit, held, devices.DTYPES[dtype_name], devices.DTYPES[stored], chosen)
-    with Part(part_minutes) as part:
-        return job.run(part, progress)
+    with work.worked_in():
+        job = _Job(checkpoint, spec, settings, work, fit, held, devices.DTYPES[dtype_name], devices.DTYPES[stored], chosen)
+        with Part(part_minutes) as part:
+            return job.run(part, progress)
 
 
 class _Job:
