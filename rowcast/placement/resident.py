@@ -108,8 +108,6 @@ class LadderNeeds:
     """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
     row_bytes: int = 0
     """For each sequence of a round on the device: lists of chunks."""
-    graph_bytes: int = 0
-    """Of what the graphs of rounds compute beside their passes, and hold for good."""
     on_device: bool = False
     """Rounds run on the device: what their graphs hold is counted."""
     law_rows: int = 0
@@ -308,4 +306,4 @@ def _round_bytes(spec: ModelSpec, max_num_seqs: int, context: int, needs: Ladder
     head = spec.num_heads * spec.head_dim
     queries = needs.query_bytes // 16 * tokens if needs.query_bytes else 0  # which counts at least 16 tokens of a sequence
     partials = 4 * tokens * head * min(_MOST_SPLITS, -(-context // _SPLIT))
-    return rows * needs.row_bytes + queries + partials + needs.graph_bytes + _GRAPHS_BYTES
+    return rows * needs.row_bytes + queries + partials + _GRAPHS_BYTES

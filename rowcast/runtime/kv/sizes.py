@@ -139,9 +139,8 @@ def rounded_chunks(chunks: int) -> int:
 
 
 def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
-    """Work space of one choice: scores of as many layers and sequences as go together, once more while they are put together, and at
-    least those of one sequence. Graphs of rounds hold as much."""
-    return 2 * LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1))
+    """Work space of one sequence's choice: once for those that the host asks for, once in the graphs of rounds."""
+    return 2 * (LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1)))
 
 
 def chosen_at_once_bytes(spec: ModelSpec, chunks: int) -> int:

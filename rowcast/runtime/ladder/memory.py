@@ -90,13 +90,12 @@ def ladder_needs(
     ahead = lookahead(ladder)
     held = {rung.model for rung in ladder.lower if rung.at != "driver"}
     models = [draft.spec for name, draft in drafts.items() if name in held]
-    block_bytes = slot_bytes = work_bytes = row_bytes = graph_bytes = 0
+    block_bytes = slot_bytes = work_bytes = row_bytes = 0
     for rung in ladder.lower:
         if rung.kind == "self" and rung.kv is not None and rung.retrieves and listed:
             slot_bytes += listed_bytes(spec, rung.kv, rung.chunk)
             row_bytes += listed_bytes(spec, rung.kv, rung.chunk)
             work_bytes = max(work_bytes, choosing_bytes(spec, max_context, rung.chunk))
-            graph_bytes = work_bytes
         elif rung.kind == "self" and rung.kv is not None:
             slot_bytes += selected_bytes(spec, policy_sizes(rung), rung.kv, ahead, width)
             work_bytes = max(
@@ -146,7 +145,6 @@ def ladder_needs(
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
         row_bytes=row_bytes,
-        graph_bytes=graph_bytes,
         on_device=listed,
         copied_bytes=max(
             copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_sizes.product_bytes(spec) if lowbit else 0
