@@ -102,7 +102,7 @@ class DeviceRounds:
         """None: no view chooses by the last pass's queries, or the host drives that pass, and keeps them itself."""
         if not self.driven and isinstance(top.view, PagedKV) and top.view.keep_queries:
             self._refresh = Refresh(top.view, self._stores[:-1], self._graphs)
-        self._goes_ahead = self._device.type == "cuda" and len(self._rungs) == 1 and not lookahead
+        self._goes_ahead = self._device.type == "cuda" and capture and len(self._rungs) == 1 and not lookahead
         self._ahead: _Ahead | None = None
         self._blocks: list[int] = []
         """Of each sequence, when the state was filled."""
