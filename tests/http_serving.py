@@ -98,6 +98,24 @@ class Served:
         self.until(lambda found: not found["running"] and not found["waiting"])
 
     @contextmanager
+    def still(self) -> Iterator[None]:
+        """The engine makes no step meanwhile: what runs is not over, however long a test takes to look."""
+        assert self.service._llm is not None
+        engine, go_on = self.service._llm.engine, threading.Event()
+        step = engine.step
+
+        def wait() -> None:
+            assert go_on.wait(WAIT_S)
+            step()
+
+        engine.step = wait  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            engine.step = step  # type: ignore[method-assign]
+            go_on.set()
+
+    @contextmanager
     def at(
         self, settings: AppSettings, limits: ConnectionLimits | None = None, *, send_buffer: int | None = None
     ) -> Iterator[Served]:
