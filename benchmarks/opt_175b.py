@@ -34,7 +34,7 @@ from typing import Any
 import opt_175b_ranks
 import torch
 from _eager import eager_layers
-from _figures import Claim
+from _figures import Claim, variant
 from opt_175b_floors import Bytes, kept, mean_kept
 from opt_175b_parts import Session, batches, foretell, kill, memory, params, prompts, token
 from opt_175b_ranks import watched
@@ -201,6 +201,7 @@ def claims(found: dict[str, Any]) -> Iterator[Claim]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="opt-175b", help="A well-known model's name, or the path of a config.json.")
+    parser.add_argument("--layers", type=int, help="As many as the GPUs hold; all.")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--parts", nargs="+", default=list(WHAT), choices=WHAT, help="dense and sparse in this order")
     parser.add_argument(
@@ -236,6 +237,9 @@ def main() -> None:
     }
     session.say(f"{args.model}, {args.ranks} x {name}, a copy reaches {session.bandwidth / 1e12:.2f} TB/s")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool_of_one:
+        if args.layers is not None:
+            session.found["model"] = f"{args.model}, {args.layers} layers"
+            args.model = variant(args.model, Path(folder), "fewer-layers", num_hidden_layers=args.layers)
         (questions := Path(folder, "questions")).mkdir()
         (predictors := Path(folder, "predictors")).mkdir()
         written: Future[Path] = pool_of_one.submit(write_predictors, args, predictors)
@@ -244,17 +248,17 @@ def main() -> None:
         for what in args.parts:
             if what in ladders:
                 session.part(what, f"ranks, {what}", 30, ladders[what])
-    if "transformers" in args.parts:
-        if args.device == "cuda":
-            wait_for_memory()
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            layers = pool.submit  # in a process of its own, which leaves no memory behind
-            session.part(
-                "transformers",
-                "transformers",
-                20,
-                lambda: layers(eager_layers, args.model, args.device, args.dtype, args.prompt_tokens).result(),
-            )
+        if "transformers" in args.parts:
+            if args.device == "cuda":
+                wait_for_memory()
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                layers = pool.submit  # in a process of its own, which leaves no memory behind
+                session.part(
+                    "transformers",
+                    "transformers",
+                    20,
+                    lambda: layers(eager_layers, args.model, args.device, args.dtype, args.prompt_tokens).result(),
+                )
         if one := session.found.get("transformers"):
             session.say(
                 f"Transformers, eager: {one['layer_ms']:.2f} ms a layer, with all of them {one['token_ms']:.0f} ms; {one}"

@@ -27,7 +27,8 @@ HEAD = """# Benchmarks
 Written by `python benchmarks/report.py` from the JSON lines in [results](results), which the commands beside them printed. Times on a
 GPU are medians over warm runs with fresh random inputs. The floor of a time is the bytes that have to be read over the rate of a copy
 that was measured in the same run, counting bytes read and written. Shapes have random weights, unless a model is named: they show time
-and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md).
+and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows
+all that is measured; without `--list` it runs side by side on the GPUs of a machine.
 """
 
 

@@ -1,0 +1,112 @@
+"""The suite of benchmarks: which job runs where and when, what stands in its commands, what is done, what ends at the deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import suite
+from suite import Suite, done, report_line
+from suite_jobs import JOBS, Job
+
+ROOT = Path(__file__).parents[1]
+
+
+def job(name: str, command: str, **more: object) -> Job:
+    return Job(**{"name": name, "command": command, "seconds": 0.1, "memory": 10.0, **more})  # type: ignore[arg-type]
+
+
+def run(folder: Path, *jobs: Job, gpus: tuple[float, ...] = (80.0,), limit_s: float = 20.0) -> Suite:
+    made = Suite(folder, jobs, gpus, {"python": shlex.quote(sys.executable)}, limit_s)
+    made.run()
+    assert not made.running
+    return made
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_commands_have_the_options_that_they_are_given(job: Job) -> None:
+    words = shlex.split(job.shown)
+    source = next((word for word in words if word.startswith("benchmarks/")), "")
+    given = {word for word in words[words.index(source) + 1 if source else 0 :] if re.fullmatch(r"--[a-z][a-z-]*", word)}
+    if source:
+        told = (ROOT / source).read_text()
+    elif words[0] == "rowcast":
+        told = "".join(path.read_text() for path in (ROOT / "rowcast/cli").glob("*.py"))
+        told += "".join(f'"--{name}"' for name in re.findall(r"\n    (\w+): Annotated", told))
+    else:
+        pytest.skip("not a command of ours")
+    assert {name for name in given if f'"{name}"' not in told} == set()
+
+
+def test_names_are_told_once_and_parts_have_what_they_take() -> None:
+    names = [job.name for job in JOBS]
+    assert len(set(names)) == len(names)
+    for job in JOBS:
+        assert ("{minutes}" in job.command) == job.in_parts == bool(job.makes)
+        assert set(job.after) <= set(names[: names.index(job.name)]) and str(Path.home()) not in job.shown
+
+
+def test_each_job_has_gpus_of_its_own(tmp_path: Path) -> None:
+    tell = 'echo "{{\\"on\\": \\"$CUDA_VISIBLE_DEVICES\\", \\"at\\": $(date +%s%N)}}"; sleep 0.5'
+    two, one, large = job("two", tell, gpus=2), job("one", tell), job("large", tell, memory=120.0)
+    made = run(tmp_path, two, one, large, gpus=(80.0, 80.0, 141.0))
+    found = {each.name: json.loads(report_line(tmp_path, each) or "") for each in (two, one, large)}
+    assert {name: each["on"] for name, each in found.items()} == {"two": "0,1", "one": "2", "large": "2"}
+    assert abs(found["one"]["at"] - found["two"]["at"]) < 0.4e9 < found["large"]["at"] - found["one"]["at"]
+    assert not made.failed and all(done(tmp_path, each) for each in (two, one, large))
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path) -> None:
+    good, bad = job("good", "echo x >>{work}/good.ran"), job("bad", "echo x >>{work}/bad.ran; exit 3")
+    for _ in range(2):
+        made = Suite(tmp_path, [good, bad], (80.0,), {"work": str(tmp_path)}, 20)
+        made.run()
+        assert made.failed == ["bad"]
+    assert (tmp_path / "good.ran").read_text() == "x\n" and (tmp_path / "bad.ran").read_text() == "x\nx\n"
+
+
+def test_parts_go_on_and_what_takes_them_waits(tmp_path: Path) -> None:
+    part = "test -e {work}/half && touch {work}/copy || touch {work}/half; echo {minutes} >>{work}/minutes"
+    train = job("train", part, in_parts=True, makes="copy", seconds=105)
+    use = job("use", "test -e {work}/copy", after=("train",))
+    for half in (True, False):
+        made = Suite(tmp_path, [train, use], (80.0,), {"work": str(tmp_path)}, 100)
+        made.run()
+        assert done(tmp_path, use) != half and not made.failed
+        assert ("use: not begun" in made.told[-1]) == half
+    assert all(0.5 < float(minutes) < 1 for minutes in (tmp_path / "minutes").read_text().split())
+
+
+def test_the_deadline_ends_what_runs_and_begins_nothing_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "GRACE_S", 0.5)
+    heeds = job("heeds", "trap 'echo asked; exit 130' INT; while true; do sleep 0.05; done")
+    deaf = job("deaf", "trap '' INT; echo $$; while true; do sleep 0.05; done")
+    late = job("late", "true", seconds=60)
+    began = time.monotonic()
+    made = run(tmp_path, heeds, deaf, late, gpus=(80.0, 80.0), limit_s=1)
+    assert (
+        time.monotonic() - began < 10 and sorted(made.failed) == ["deaf", "heeds"] and made.told[-1].endswith("late: not begun")
+    )
+    assert (tmp_path / "heeds.out").read_text() == "asked\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "deaf.out").read_text()), 0)
+
+
+def test_results_are_kept_with_their_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, silent = job("told", "echo '{{\"figure\": 1}}'", title="Told"), job("silent", "echo no JSON", title="Silent")
+    run(tmp_path, told, silent)
+    calls: list[list[str]] = []
+    monkeypatch.setattr("suite.subprocess.run", lambda words, **_: calls.append(words))
+    assert suite.keep(tmp_path, [told, silent, job("absent", "true", title="Absent")], "one GPU") == 1
+    [words] = calls
+    assert words[words.index("--as") + 1] == "told" and words[words.index("--where") + 1] == "one GPU"
+    assert words[words.index("--command") + 1] == "echo '{\"figure\": 1}'"
