@@ -1,5 +1,5 @@
 # make demo      install, then generate text with SmolLM2-135M-Instruct
-# make test      the tests that this machine can run; without a GPU every fourth case of the kernels' tests, which its interpreter is slow at
+# make test      the tests that this machine can run; without a GPU every sixth case of the kernels' tests, which its interpreter is slow at
 # make test-all  all of them
 # make test-gpu  the tests that need a GPU
 # make check     ruff and mypy

@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-case", action="store_true", help="Without a GPU, all cases of the kernels' tests and not every fourth."
+        "--every-case", action="store_true", help="Without a GPU, all cases of the kernels' tests and not every sixth."
     )
 
 
@@ -55,12 +55,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu" in item.keywords:
             item.add_marker(skip)
     if not config.getoption("--every-case"):
-        left_out = _but_every_fourth(items)
+        left_out = _but_every_sixth(items)
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-def _but_every_fourth(items: list[pytest.Item]) -> list[pytest.Item]:
+def _but_every_sixth(items: list[pytest.Item]) -> list[pytest.Item]:
     """The other cases of kernels' tests, by function: the interpreter takes seconds for what a GPU does at once."""
     seen: dict[str, int] = {}
     left_out = []
@@ -68,6 +68,6 @@ def _but_every_fourth(items: list[pytest.Item]) -> list[pytest.Item]:
         if "gpu" not in item.keywords and runs_kernels(item):
             name = item.nodeid.partition("[")[0]
             seen[name] = seen.get(name, -1) + 1
-            if seen[name] % 4:
+            if seen[name] % 6:
                 left_out.append(item)
     return left_out

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.kernels import lowbit
+from rowcast.kernels import lowbit, native
 from rowcast.runtime.sparse.lm_head import CertifiedHead, choose, directions
 
 V, E, T = 4200, 160, 6
 """More rows than are built at once, and columns that need padding."""
+LIBRARY_SUMS: dict[str, float] = {} if native.library() is not None else {"rtol": 1e-5, "atol": 1e-4}
+"""How near a library's products are for other numbers of tokens; the native part gives each token the same bits."""
 BITS: list[tuple[int, ...]] = [(2,), (3,), (4,), (8,), (4, 3), (2, 2, 4)]
 
 
@@ -160,7 +162,7 @@ def test_a_token_does_not_see_its_neighbours(generator: torch.Generator) -> None
         assert torch.equal(one.ids[0], top.ids[i])
         torch.testing.assert_close(one.values[0], top.values[i])
         assert [int(one.rescored), int(one.bytes)] == [int(top.rescored[i]), int(top.bytes[i])]
-        torch.testing.assert_close(alone.logits(h[i : i + 1], 3)[0], logits[i])
+        torch.testing.assert_close(alone.logits(h[i : i + 1], 3)[0], logits[i], **LIBRARY_SUMS)
 
 
 def test_logits_are_exact_at_the_top_and_estimates_elsewhere(generator: torch.Generator) -> None:

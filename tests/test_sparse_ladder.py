@@ -16,6 +16,7 @@ from tiny import tiny_model
 
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.errors import UserError
+from rowcast.kernels import native
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.sizes import copied_bytes, expected_bytes
@@ -105,6 +106,8 @@ def test_fewer_neurons_are_fewer_bytes(target: Path) -> None:
 
 @pytest.mark.parametrize("ladder", ["self:mlp=0.5,by=q4", "self:mlp=0.3,by=q2,over=2", "self:mlp=1,by=q8"])
 def test_a_pass_reads_what_was_expected(target: Path, ladder: str) -> None:
+    if "over" in ladder and native.library() is None:
+        pytest.skip("library products read the down rows of all candidates")
     llm = approximate(target, ladder)
     [output] = llm.generate([[1, 2, 3]], GREEDY)
     entries = sum(range(4, 4 + 23))

@@ -360,6 +360,8 @@ def test_what_is_read_is_counted_with_its_biases(any_model: Model) -> None:
     spec = any_model.spec
     assert any_model.banks.bytes == pass_bytes(spec, 4)
     for mlp, by, over in ((1.0, "q8", 1.0), (0.5, "q4", 1.0), (0.2, "q4", 2.0), (0.4, "oracle", 1.0)):
+        if over > 1 and native.library() is None:
+            continue  # Library products read the down rows of all candidates.
         view = SparseWeights(any_model.banks, build_neurons(any_model.banks, mlp=mlp, by=by, over=over))
         any_model.logits(view, [PROMPT])
         view.reads()
