@@ -61,6 +61,12 @@ LEARN: Final = "{texts} --held-out {held_out} --part-minutes {minutes}"
 JOBS: Final = (
     # Kernels and decoding on one GPU.
     Job(name="tests", command="{python} -m pytest -q -m gpu -n 16 --dist worksteal tests", seconds=420),
+    Job(
+        name="sanitizer",
+        command="compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 {python} -m pytest -q -m gpu --every 1000 "
+        "tests/test_gpu_*.py",
+        seconds=400,
+    ),
     Job(name="kernels-h100", title="Kernels", command=f"{ROWCAST} bench kernels --json", seconds=420),
     Job(
         name="latency-llama-2-7b", title="A Llama-2-7B shape behind 1,024 tokens",

@@ -33,7 +33,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-case", action="store_true", help="Without a GPU, all cases of the kernels' tests and not every sixth."
+        "--every",
+        type=int,
+        metavar="N",
+        help="Every N-th case of each kernels' test; 1 on a GPU, 6 in the interpreter, which is slow.",
     )
 
 
@@ -45,29 +48,26 @@ def runs_kernels(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        for item in items:  # Tests of kernels, which run in the interpreter elsewhere, are GPU tests here.
-            if runs_kernels(item):
-                item.add_marker(pytest.mark.gpu)
-        return
+    on_gpu = torch.cuda.is_available()
+    kernels = [item for item in items if runs_kernels(item) and (on_gpu or "gpu" not in item.keywords)]
+    left_out = _all_but_every(config.getoption("--every") or (1 if on_gpu else 6), kernels)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if on_gpu and runs_kernels(item):  # in the interpreter elsewhere
+            item.add_marker(pytest.mark.gpu)
+        elif not on_gpu and "gpu" in item.keywords:
             item.add_marker(skip)
-    if not config.getoption("--every-case"):
-        left_out = _but_every_sixth(items)
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
 
 
-def _but_every_sixth(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The other cases of kernels' tests, by function: the interpreter takes seconds for what a GPU does at once."""
+def _all_but_every(number: int, items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test function all cases but the first, the one `number` places behind it, and so on."""
     seen: dict[str, int] = {}
     left_out = []
     for item in items:
-        if "gpu" not in item.keywords and runs_kernels(item):
-            name = item.nodeid.partition("[")[0]
-            seen[name] = seen.get(name, -1) + 1
-            if seen[name] % 6:
-                left_out.append(item)
+        name = item.nodeid.partition("[")[0]
+        seen[name] = seen.get(name, -1) + 1
+        if seen[name] % number:
+            left_out.append(item)
     return left_out
