@@ -34,11 +34,12 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.device import choose_device
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.build import layer_shares, scorer
+from rowcast.runtime.sparse.build import scorer
 from rowcast.runtime.sparse.checks import check_scorer
 from rowcast.runtime.sparse.heads import HeadOracle, HeadSelector
 from rowcast.runtime.sparse.scorers import Reads, Scored, Scorer
 from rowcast.runtime.sparse.selection import Selector
+from rowcast.runtime.sparse.sizes import layer_shares
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.tokenizer import load_tokenizer
 

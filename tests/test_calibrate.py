@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, model_with_words, random_words, tiny_model
+from tiny import VOCAB, model_with_words, random_words, tiny_model, tiny_words
 from torch import Tensor
 
 from rowcast.calibration import Settings, calibrate, fitting, run
@@ -43,6 +43,7 @@ from rowcast.runtime.sparse.artefact import TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.scorers import contribution
 from rowcast.runtime.step import SeqStep
+from rowcast.runtime.tokenizer import load_tokenizer
 from rowcast.runtime.weights import DenseWeights
 
 CPU = torch.device("cpu")
@@ -59,6 +60,13 @@ class Letters:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) % VOCAB for letter in text]
+
+
+class Begun(Letters):
+    """Puts token 7 before a prompt."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [7] * add_special_tokens + super().encode(text)
 
 
 class Spy(DenseWeights):
@@ -241,6 +249,84 @@ def test_held_out_windows_are_the_last_of_each_text(tmp_path: Path) -> None:
     half = read_windows([tmp_path / "a", tmp_path / "b"], Letters(), tokens=40 * WINDOW, window=WINDOW)
     assert half.fit[:19, 0].tolist() == list(range(10, 48, 2)) and half.held.shape == (2, WINDOW)
     assert [text["tokens"] for text in windows.texts] == [40 * WINDOW + 5] * 2
+
+
+def test_windows_begin_as_what_the_engine_is_given_does(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("".join(chr(40 + i // (WINDOW - 1)) for i in range(40 * (WINDOW - 1) + 5)))
+    windows = read_windows([tmp_path / "a"], Begun(), tokens=10**6, window=WINDOW)
+    assert windows.begins == (7,) and windows.settings == {"windows_begin_with": [7]}
+    assert windows.fit.shape == (38, WINDOW) and windows.held.shape == (2, WINDOW)
+    both = torch.cat([windows.fit, windows.held])
+    assert (both[:, 0] == 7).all() and (both[:, 1:] == torch.arange(40, 80)[:, None]).all(), "no token of the text is left out"
+    assert [text["tokens"] for text in windows.texts] == [40 * (WINDOW - 1) + 5]
+    half = read_windows([tmp_path / "a"], Begun(), tokens=20 * WINDOW, window=WINDOW)
+    assert len(half.fit) + len(half.held) == 20, "what windows begin with is among the tokens that are run"
+    with pytest.raises(UserError, match="a window of 3 tokens leaves none to judge by, use 4 or more"):
+        read_windows([tmp_path / "a"], Begun(), tokens=100, window=3)
+    (tmp_path / "short").write_text("a" * (2 * WINDOW - 3))
+    with pytest.raises(UserError, match=f"{2 * WINDOW - 3} tokens, two windows of {WINDOW - 1} are needed"):
+        read_windows([tmp_path / "short"], Begun(), tokens=100, window=WINDOW)
+
+
+def test_windows_of_a_tokenizer_without_bos_are_the_text_alone() -> None:
+    novel, encoder = (
+        Path(__file__).parent / "data" / "news-from-nowhere.txt",
+        load_tokenizer(open_checkpoint("SmolLM2-135M-Instruct")),
+    )
+    windows = read_windows([novel], encoder, tokens=10**6, window=64)
+    ids = torch.tensor(encoder.encode(read_text(novel)[0]))
+    assert torch.equal(torch.cat([windows.fit, windows.held]), ids[: len(ids) // 64 * 64].view(-1, 64))
+    assert windows.begins == () and windows.settings == {}
+
+
+def test_nothing_is_learnt_of_what_windows_begin_with(model: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    spec = spec_from_config(checkpoint.config)
+    ids = torch.randint(VOCAB, (9, WINDOW), generator=torch.Generator().manual_seed(3))
+    weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    found = {}
+    for begins in ((), (7,)):
+        stream = Stream(weights, Windows(ids[:7], ids[7:], [], begins), CPU, torch.float32, seed=0)
+        residual = torch.zeros(ids.numel(), spec.hidden_size)
+        found[begins] = stream.run(0, residual, residual, lambda _: None)
+        assert stream.tokens == ids.numel()
+    every, some = found[()], found[7,]
+    behind = every.rows.fit.mlp.view(7, WINDOW, -1)[:, 1:].flatten(0, 1)
+    torch.testing.assert_close(some.rows.fit.mlp, behind)
+    torch.testing.assert_close(some.rows.held.heads, every.rows.held.heads.view(2, WINDOW, -1)[:, 1:].flatten(0, 1))
+    assert some.moments.count == 7 * (WINDOW - 1)
+    torch.testing.assert_close(some.moments.yy, behind.double().T @ behind.double(), atol=1e-3, rtol=1e-4)
+
+
+def test_what_windows_begin_with_is_recorded(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration of windows without BOS, as older versions made them, does not go on with those that begin with it."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    begun = tiny_words(Path(shutil.copytree(model, tmp_path / "begun")), bos=True)
+    settings, other = replace(SMALL, train_steps=0), r"other settings \(windows_begin_with\): add --restart"
+    for first, then in ((model, begun), (begun, model)):
+        output = tmp_path / f"of-{first.name}"
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "fit_layer", killed)
+            with pytest.raises(KeyboardInterrupt):
+                calibrate(first, [text], output, settings)
+        with pytest.raises(UserError, match=other):
+            calibrate(then, [text], output, settings)
+    windows: list[Tensor] = []
+    laws = Judge._laws
+
+    def noted(self: Judge, views: Any) -> Any:
+        windows.append(self.windows)
+        return laws(self, views)
+
+    monkeypatch.setattr(Judge, "_laws", noted)
+    made = calibrate(begun, [text], tmp_path / "of-begun", settings)
+    assert made.description["settings"]["windows_begin_with"] == [1]
+    assert windows and all((each[:, 0] == 1).all() for each in windows)
+    with pytest.raises(UserError, match=other):
+        calibrate(model, [text], tmp_path / "of-begun", settings)
 
 
 def test_a_calibration_opens_and_its_scorers_run(calibrated: Calibration, model: Path) -> None:

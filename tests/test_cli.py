@@ -258,6 +258,7 @@ def test_env(run: Callable[..., tuple[int, str, str]]) -> None:
         (["generate", "hi", "--ladder", "ngram / self / plain"], "self:kv=512"),
         (["generate", "hi", "--ladder", "self:kv=512,chunk=7 / plain"], "chunk=7"),
         (["generate", "hi", "--verification", "sloppy"], "coupled"),
+        (["generate", "hi", "--draft-device", "cpu"], "--draft-device 'cpu' is for several ranks, and there is one"),
         (["chat", "--ladder", "stairs"], "stairs"),
         (["chat", "--verification", "sloppy"], "maximal"),
         (["bench", "speculation"], "--prompt-file"),

@@ -226,6 +226,7 @@ def key_file(tmp_path: Path) -> Path:
         (["--port", "0", "--prefill-stall", "0"], "--prefill-stall 0.0 has to be"),
         (["--port", "0", "--api-key-file", "nowhere"], "nowhere cannot be read"),
         (["--port", "0", "--allowed-origin", "example.org"], "allowed origin"),
+        (["--port", "0", "--draft-device", "cpu"], "--draft-device 'cpu' is for several ranks, and there is one"),
         (["no-such-model-here", "--port", "0"], "no-such-model-here"),
         (["--port", "zero"], "zero"),
     ],

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_model
+import torch
+from tiny import model_with_words, tiny_model
 from warm_ranks import WarmLauncher
 
 from rowcast import LLM, RequestOutput, SamplingParams
+from rowcast.cli import main
 from rowcast.cluster.drafting import DriverDraft
 from rowcast.cluster.executor import GangExecutor
 from rowcast.cluster.gang import Limits
 from rowcast.errors import DraftError, UserError
+from rowcast.runtime.device import choose_device
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.spec import Ladder, Rung
 
@@ -154,6 +158,54 @@ def test_a_cancelled_request_leaves_nothing_in_the_driver(launcher: WarmLauncher
         stream.close()
         assert not driver_draft(llm).seq_ids
         llm.engine.check()
+
+
+def test_draft_device_on_the_command_line(
+    launcher: WarmLauncher, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, draft = model_with_words(models[0].parent / "words", "llama-gqa"), models[1]
+    asked: list[str] = []
+
+    def choose(device: str, name: str) -> tuple[torch.device, str]:
+        asked.append(device)
+        return choose_device(device, name)
+
+    monkeypatch.setattr("rowcast.cluster.llm.choose_device", choose)
+    monkeypatch.setattr("rowcast.cluster.launcher.choose_launcher", lambda *_, **__: launcher)
+    run = [
+        "generate",
+        "w3 w1 w4",
+        "--model",
+        str(target),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "4",
+        "--tp",
+        "2",
+    ]
+    at_driver = ["--ladder", f"draft:model={draft},kv=full,at=driver / plain"]
+    assert main([*run, "--ladder", "plain"]) == 0
+    plain = capsys.readouterr().out
+    for device in ("cpu", "auto"):
+        assert main([*run, *at_driver, "--draft-device", device]) == 0
+        assert capsys.readouterr().out == plain
+    assert asked == ["cpu", "cpu"]
+    for arguments, said in (
+        (
+            [*at_driver, "--draft-device", "cuda:99"],
+            r"--draft-device 'cuda:99' is not there: \d+ GPUs are visible, use cpu or auto\.",
+        ),
+        ([*at_driver, "--draft-device", "tpu"], r"--draft-device 'tpu' is not known: use auto, cpu or cuda\."),
+        (
+            ["--ladder", "plain", "--draft-device", "cpu"],
+            r"--draft-device 'cpu' is for a rung draft with at=driver, and the ladder .*",
+        ),
+    ):
+        assert main([*run, *arguments]) == 2
+        assert re.fullmatch(f"rowcast: {said}", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_what_cannot_be_is_refused(models: tuple[Path, Path]) -> None:

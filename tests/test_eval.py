@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import hypergeom
 from sparse_models import HeadModel
-from tiny import VOCAB, model_with_words, tiny_model
+from tiny import VOCAB, model_with_words, tiny_model, tiny_words
 from torch import Tensor
 
 import rowcast.cli
@@ -265,6 +265,25 @@ def test_windows_spread_over_the_text() -> None:
         cut("two words", encoder, 300, 100, "text")
 
 
+class Begun(Words):
+    """Puts a token before a prompt."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [-1] * add_special_tokens + super().encode(text)
+
+
+def test_windows_and_tasks_begin_as_what_the_engine_is_given_does() -> None:
+    windows = cut(" ".join(str(i) for i in range(990)), Begun(), 300, 100, "text")
+    assert [window[:2] for window in windows] == [[-1, 0], [-1, 297], [-1, 594]] and all(len(window) == 100 for window in windows)
+    assert cut(" ".join(str(i) for i in range(990)), Begun(), 50, 100, "text") == [[-1, *range(49)]]
+    assert cut(" ".join(str(i) for i in range(30)), Begun(), 300, 100, "text") == [[-1, *range(30)]]
+    bare, begun = (make_tasks(NOVEL, encoder(), items=5, context=200, seed=3) for encoder in (Words, Begun))
+    assert begun == {kind: [Item([-1, *item.prompt], item.answer) for item in items] for kind, items in bare.items()}
+    [size] = {len(item.prompt) + len(item.answer) for item in bare["copy"]}
+    fit = [len(make_tasks(NOVEL, encoder, items=5, context=size)["copy"]) for encoder in (Words(), Begun())]
+    assert fit == [5, 0], "the context is for all of a prompt"
+
+
 def test_tasks_can_be_answered_from_their_prompts() -> None:
     encoder = Words()
     made = make_tasks(NOVEL, encoder, items=12, context=200, seed=3)
@@ -368,6 +387,25 @@ def test_the_report(run: Run) -> None:
     code, out, _ = run("--ladder", "ngram / self:mlp=0.5,by=q2,kv=128,sinks=8,gamma=2 / plain", "--window", 64)
     assert code == 0 and f"{predicted['acceptance']:.3f}" in out
     assert "price of sparsity" in out and f"of prediction {predicted['perplexity_over_oracle']:+.3f}" in out
+
+
+def test_figures_are_those_of_windows_that_begin_with_bos(run: Run, directory: Path) -> None:
+    arguments = ("--selector", "oracle", "--density", 0.5, "--window", 64, "--json")
+    bare = json.loads(run(*arguments)[1])
+    tiny_words(directory, bos=True)
+    code, out, _ = run(*arguments)
+    tiny_words(directory)
+    assert code == 0
+    [text], [without] = json.loads(out)["texts"].values(), bare["texts"].values()
+    ids = tokens(400, 7)
+    windows = [[1, *ids[start : start + 63]] for start in range(0, 6 * 63, 63)]
+    spec = spec_from_config(json.loads((directory / "config.json").read_text()))
+    banks = BankWeights(spec, SafetensorsSource.open(directory), SoloComm(), dtype=torch.float32, device=CPU)
+    wanted = evaluate(banks, {"half": view(banks, "oracle", 0.5)}, windows, device=CPU)
+    assert text["tokens"] == wanted.dense.tokens == 6 * 62
+    assert text["dense"]["perplexity"] == pytest.approx(wanted.dense.perplexity, rel=1e-5)
+    assert text["views"]["mlp=0.5,by=oracle"]["acceptance"] == pytest.approx(wanted.views["half"].laws.acceptance, rel=1e-5)
+    assert text["dense"]["perplexity"] != pytest.approx(without["dense"]["perplexity"], rel=1e-3)
 
 
 def test_low_bit_rungs_stand_beside_sparse_ones(run: Run) -> None:

@@ -13,8 +13,11 @@ from test_learning import make_trainer
 
 from rowcast.calibration.learning import state, trainer
 from rowcast.calibration.learning.part import Unfinished
-from rowcast.calibration.learning.state import DESCRIPTION, WorkFolder
+from rowcast.calibration.learning.state import WorkFolder
+from rowcast.calibration.owner import DESCRIPTION
 from rowcast.errors import UserError
+
+BEGUN = {"command": "distill"}
 
 
 def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +37,7 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatc
         (path / "model.gguf").write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder = WorkFolder(tmp_path / "out", {}, restart=False)
+    folder = WorkFolder(tmp_path / "out", BEGUN, restart=False)
     with pytest.raises(UserError, match="No space left"):
         folder.publish(writes, {})
     assert not (tmp_path / "out").exists() and not (folder.path / state.RESULT).exists()
@@ -42,13 +45,13 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path: Path, monkeypatc
 
 def test_a_work_folder_is_for_one_set_of_settings(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    folder = WorkFolder(output, {"steps": 3, "texts": ("a",)}, restart=False)
-    assert WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False).path == folder.path
-    assert WorkFolder(output, {"steps": 5}, restart=False).settings == {"steps": 5}, "nothing is lost"
-    folder = WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False)
+    folder = WorkFolder(output, {**BEGUN, "steps": 3, "texts": ("a",)}, restart=False)
+    assert WorkFolder(output, {**BEGUN, "steps": 3, "texts": ["a"]}, restart=False).path == folder.path
+    assert WorkFolder(output, {**BEGUN, "steps": 5}, restart=False).settings == {**BEGUN, "steps": 5}, "nothing is lost"
+    folder = WorkFolder(output, {**BEGUN, "steps": 3, "texts": ["a"]}, restart=False)
     (folder.path / "training.safetensors").write_text("")
     with pytest.raises(UserError, match=r"other settings \(--steps\): add --restart"):
-        WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=False)
+        WorkFolder(output, {**BEGUN, "steps": 4, "texts": ["a"]}, restart=False)
 
     def fails(path: Path) -> None:
         (path / "half").write_text("")
@@ -63,27 +66,27 @@ def test_a_work_folder_is_for_one_set_of_settings(tmp_path: Path) -> None:
 
     folder.publish(writes, {"figure": 1})
     assert (output / "x").read_text() == "y" and not folder.path.exists()
-    assert json.loads((output / DESCRIPTION).read_bytes()) == {"figure": 1, "settings": {"steps": 3, "texts": ["a"]}}
-    again = WorkFolder(output, {"steps": 3, "texts": ["a"]}, restart=False)
+    assert json.loads((output / DESCRIPTION).read_bytes()) == {"figure": 1, "settings": {**BEGUN, "steps": 3, "texts": ["a"]}}
+    again = WorkFolder(output, {**BEGUN, "steps": 3, "texts": ["a"]}, restart=False)
     assert again.finished and again.description()["figure"] == 1 and not again.path.exists()
     with pytest.raises(UserError, match="other settings"):
-        WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=False)
-    assert not WorkFolder(output, {"steps": 4, "texts": ["a"]}, restart=True).finished
+        WorkFolder(output, {**BEGUN, "steps": 4, "texts": ["a"]}, restart=False)
+    assert not WorkFolder(output, {**BEGUN, "steps": 4, "texts": ["a"]}, restart=True).finished
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     for restart in (False, True):
         with pytest.raises(UserError, match="not empty"):
-            WorkFolder(tmp_path / "mine", {}, restart=restart)
+            WorkFolder(tmp_path / "mine", BEGUN, restart=restart)
         (tmp_path / "new.state").mkdir(exist_ok=True)
         (tmp_path / "new.state" / "thesis.tex").write_text("")
         with pytest.raises(UserError, match="holds other things"):
-            WorkFolder(tmp_path / "new", {}, restart=restart)
+            WorkFolder(tmp_path / "new", BEGUN, restart=restart)
     assert (tmp_path / "new.state" / "thesis.tex").exists()
 
 
 def test_the_folder_one_is_in_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert WorkFolder(Path(), {}, restart=False).path == tmp_path / "here.state"
+    assert WorkFolder(Path(), BEGUN, restart=False).path == tmp_path / "here.state"
     with pytest.raises(UserError, match="no folder to write"):
-        WorkFolder(Path("/"), {}, restart=False)
+        WorkFolder(Path("/"), BEGUN, restart=False)

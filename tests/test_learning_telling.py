@@ -146,7 +146,8 @@ def test_a_text_that_is_too_short_says_by_how_much(model: Path, text: Path, tmp_
     tokens = len(tokenizer.encode(short.read_text(), add_special_tokens=False))
     (tmp_path / "c").mkdir()
     with pytest.raises(
-        UserError, match=rf"^no held-out text has 64 tokens, the longest has {tokens}: give a longer one with --held-out, or lower"
+        UserError,
+        match=rf"^no held-out text has 64 tokens, the longest has {tokens}: give a longer one with --held-out, or lower",
     ):
         Corpus.open(tmp_path / "c", [text], tokenizer, 101, window=64, held_out=[short])
     middling = words_of(tmp_path / "middling.txt", [3, 4] * 50)
@@ -196,12 +197,12 @@ def test_rounding_leaves_and_says_no_more_than_there_is(
 
 def test_what_was_saved_stays_where_input_is_refused(tmp_path: Path) -> None:
     for name, kept in (("training.safetensors", True), ("text.bin", False), ("training.safetensors.part", False)):
-        folder = WorkFolder(tmp_path / name, {"steps": 3}, restart=False)
+        folder = WorkFolder(tmp_path / name, {"command": "distill", "steps": 3}, restart=False)
         (folder.path / name).write_text("")
         with pytest.raises(UserError), folder.worked_in():
             raise UserError("no")
         assert folder.path.exists() == kept
-    folder = WorkFolder(tmp_path / "training.safetensors", {"steps": 3}, restart=False)
+    folder = WorkFolder(tmp_path / "training.safetensors", {"command": "distill", "steps": 3}, restart=False)
     (folder.path / "training.safetensors").unlink()
     with pytest.raises(UserError), folder.worked_in():
         raise UserError("no")
@@ -215,7 +216,7 @@ def test_the_folder_of_another_command_is_no_case_for_restart(model: Path, text:
         distill(str(model), [text], tmp_path / "out", settings, QUIET)  # type: ignore[arg-type]
     folder = WorkFolder(tmp_path / "left", {"command": "adapt", "steps": 3}, restart=False)
     (folder.path / "training.safetensors").write_text("")
-    with pytest.raises(UserError, match=r"left was begun by `rowcast adapt`: give another folder with -o\.$"):
+    with pytest.raises(UserError, match=r"left\.state is what `rowcast adapt` works in: give another folder with -o\.$"):
         WorkFolder(tmp_path / "left", {"command": "prune", "steps": 3}, restart=False)
 
 

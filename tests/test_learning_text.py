@@ -12,9 +12,10 @@ from learning_runs import CPU, Ends
 from test_learning import FAMILIES, some_ids
 from tiny import VOCAB, tiny_model, tiny_words
 
-from rowcast.calibration.learning.corpus import Corpus, tokens_before
+from rowcast.calibration.learning.corpus import Corpus
 from rowcast.calibration.learning.part import Part, Unfinished, World
 from rowcast.calibration.learning.writing import Writer, Writing, _sequences, write
+from rowcast.calibration.text import tokens_before
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config

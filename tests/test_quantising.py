@@ -12,21 +12,25 @@ from typing import Any
 import pytest
 import torch
 from learning_runs import sittings
-from tiny import model_with_words, random_words
+from tiny import model_with_words, random_words, tiny_words
 from torch import Tensor
 
 from rowcast import LLM, SamplingParams
+from rowcast.calibration.learning.judge import ModuleSubject, judge
+from rowcast.calibration.learning.module import load_module
 from rowcast.calibration.learning.part import Part, Unfinished
 from rowcast.calibration.quantising import run
 from rowcast.calibration.quantising.gptq import Rounded, gptq, nearest
 from rowcast.calibration.quantising.run import Settings, quantise
 from rowcast.calibration.quantising.writing import Stored, packed_tensors, words, write_tensors
+from rowcast.calibration.text import read_windows
 from rowcast.cli import main
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.checkpoint.packed_layer import unpack
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.config import ADAPTED
+from rowcast.runtime.tokenizer import load_tokenizer
 
 WINDOW = 16
 SMALL = Settings(group=32, tokens=40 * WINDOW, window=WINDOW, judged=4 * WINDOW)
@@ -172,6 +176,22 @@ def test_every_part_gets_further(model: Path, text: Path, tmp_path: Path) -> Non
     assert sittings(run, [text], tmp_path / "parts") == layers
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_windows_begin_with_bos(model: Path, text: Path, tmp_path: Path) -> None:
+    """The original's perplexity is Transformers', over windows that begin with what the tokenizer puts before a prompt."""
+    begun = tiny_words(Path(shutil.copytree(model, tmp_path / "model")), bos=True)
+    checkpoint = open_checkpoint(str(begun))
+    found = quantise(begun, [text], tmp_path / "copy", SMALL, progress=False)
+    held = read_windows([text], load_tokenizer(checkpoint), tokens=SMALL.tokens, window=WINDOW).held
+    assert held.shape == (2, WINDOW) and (held[:, 0] == 1).all()
+    subject = ModuleSubject(load_module(checkpoint, torch.float32, "cpu"))
+    wanted = judge(subject, {"same": subject}, held, device=torch.device("cpu"))["same"]
+    assert found["quality"]["tokens"] == wanted.tokens == 2 * (WINDOW - 1)
+    assert found["quality"]["original_perplexity"] == pytest.approx(wanted.perplexity, rel=1e-4)
+    assert found["settings"]["windows_begin_with"] == [1]
+    with pytest.raises(UserError, match=r"other settings \(what windows begin with\): add --restart"):
+        quantise(model, [text], tmp_path / "copy", SMALL, progress=False)
 
 
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

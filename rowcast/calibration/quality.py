@@ -15,7 +15,7 @@ from typing import Any
 from rowcast.calibration.evaluate import evaluate
 from rowcast.calibration.progress import CalibrationProgress
 from rowcast.calibration.tasks import accuracy, make_tasks
-from rowcast.calibration.text import Encoder, read_text
+from rowcast.calibration.text import Encoder, read_text, tokens_before
 from rowcast.errors import UserError
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import open_checkpoint
@@ -135,17 +135,19 @@ def oracle_of(rung: Rung) -> Rung:
 
 
 def cut(text: str, encoder: Encoder, tokens: int, window: int, name: str) -> list[list[int]]:
-    """At most `tokens` tokens of a text as windows, evenly spread over it; one shorter window where it has no more.
+    """At most `tokens` tokens of a text as windows, evenly spread over it; one shorter window where it has no more. Each begins with
+    what the encoder puts before a prompt.
 
     Raises UserError for fewer than `LEAST_WINDOW` tokens.
     """
-    ids = encoder.encode(text, add_special_tokens=False)
+    begins, ids = tokens_before(text, encoder), encoder.encode(text, add_special_tokens=False)
     if len(ids) < LEAST_WINDOW:
         raise UserError(f"the text {name} has {len(ids)} tokens, at least {LEAST_WINDOW} are needed: give a longer text")
-    whole = max(1, len(ids) // window)
+    body = window - len(begins)
+    whole = max(1, len(ids) // body)
     count = min(whole, max(1, tokens // window))
-    starts = (whole * i // count * window for i in range(count))
-    return [ids[start : start + min(window, tokens)] for start in starts]
+    starts = (whole * i // count * body for i in range(count))
+    return [[*begins, *ids[start : start + min(window, tokens) - len(begins)]] for start in starts]
 
 
 def with_prices(report: dict[str, Any], rungs: Mapping[str, Rung]) -> dict[str, Any]:

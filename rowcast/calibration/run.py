@@ -125,7 +125,7 @@ def calibrate(
     fingerprint = checkpoint.source.fingerprint()
     begun_with = {
         "format": FORMAT, "fingerprint": fingerprint, "texts": windows.texts, "dtype": dtype_name, "device": chosen_device.type,
-        **asdict(settings),
+        **windows.settings, **asdict(settings),
     }  # fmt: skip
     state = State(Path(output), begun_with, restart=restart)
     if state.finished:
@@ -230,16 +230,17 @@ class _Job:
         rows = self.weights.outer.head_rows
         if rows is None:
             return {}
-        held = self._residual(stream, self.spec.num_layers)[stream.fit_tokens :]
-        found = CertifiedHead(rows, directions=along).top(self._head_input(spread(held, HEAD_TOKENS)), min(TOP, len(rows)))
+        held = self._residual(stream, self.spec.num_layers)[spread(stream.held_tokens, HEAD_TOKENS)]
+        found = CertifiedHead(rows, directions=along).top(self._head_input(held), min(TOP, len(rows)))
         return {"lm_head_share": float(found.bytes.double().mean()) / rows.nbytes}
 
     @torch.inference_mode()
     def _head_directions(self, stream: Stream) -> Tensor:
         size = self.spec.embed_size
         moments = Moments.zero(size, 0, self.device)
-        for rows in torch.split(self._residual(stream, self.spec.num_layers)[: stream.fit_tokens], BATCH_TOKENS):
-            x = self._head_input(rows)
+        residual = self._residual(stream, self.spec.num_layers)
+        for places in torch.split(stream.fit_tokens, BATCH_TOKENS):
+            x = self._head_input(residual[places])
             moments.add(x, x[:, :0])
         return directions((moments.xx / moments.count).float(), moments.x_mean.float(), min(HEAD_DIRECTIONS, size)).cpu()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowcast.calibration.owner import CALIBRATE, CALIBRATION_STATE, SETTINGS, check_owner, made_by, state_of, worked_in_by
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.checkpoint.safetensors_header import read_header
 from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
 
-STATE, SETTINGS, DRAFT, REPORT = "state", "settings.json", "draft", "report.html"
-OURS = {STATE, TENSORS, DESCRIPTION, REPORT}
+DRAFT, REPORT = "draft", "report.html"
+OURS = {CALIBRATION_STATE, TENSORS, DESCRIPTION, REPORT}
+OURS_IN_STATE = re.compile(rf"(settings|residual-[01]|carried-[01]|layer-\d+)\.(json|bin|safetensors|part)|{DRAFT}")
 
 
 class State:
@@ -31,15 +34,17 @@ class State:
     def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool) -> None:
         """Go on where the same settings were left, or begin.
 
-        Raises UserError where `output` holds other things, cannot be written, or was left or finished with other settings without
-        `restart`.
+        Raises UserError where `output` holds other things, where it or the folder that other commands would work in is another
+        command's, where it cannot be written, or was left or finished with other settings without `restart`.
         """
-        self._folder = output / STATE
+        self._folder = output / CALIBRATION_STATE
         try:
-            if output.exists() and (foreign := sorted({path.name for path in output.iterdir()} - OURS)):
-                raise UserError(f"{output} holds other files ({foreign[0]}): give a folder of its own with -o")
+            for folder in (output, state_of(output)):
+                check_owner(folder, CALIBRATE)
+            if foreign := _foreign(output):
+                raise UserError(f"{output} holds other files ({foreign}): give a folder of its own with -o")
             if restart:
-                for name in (DESCRIPTION, TENSORS, REPORT):
+                for name in (REPORT, TENSORS, DESCRIPTION):  # the last says whose the others are
                     (output / name).unlink(missing_ok=True)
                 self.remove()
             settings = json.loads(json.dumps(settings))
@@ -106,12 +111,25 @@ class State:
         return self._folder / f"layer-{layer}.safetensors"
 
 
+def _foreign(output: Path) -> str | None:
+    """Something in a folder that is not a calibration's."""
+    found = {path.name for path in output.iterdir()} if output.exists() else set[str]()
+    state = output / CALIBRATION_STATE
+    inside = {path.name for path in state.iterdir()} if CALIBRATION_STATE in found else set[str]()
+    foreign, foreign_inside = found - OURS, {name for name in inside if not OURS_IN_STATE.fullmatch(name)}
+    if worked_in_by(output) != CALIBRATE:
+        foreign_inside |= inside & {SETTINGS}
+        if made_by(output) != CALIBRATE:
+            foreign = found - {CALIBRATION_STATE}
+    return min({*foreign, *(f"{CALIBRATION_STATE}/{name}" for name in foreign_inside)}, default=None)
+
+
 def _check(output: Path, path: Path, field: str | None, settings: Mapping[str, Any]) -> None:
     """Raise UserError where the settings in the JSON file `path`, or in a field of it, are others."""
     try:
         found = json.loads(path.read_bytes())
         left = found if field is None else found[field]
-        changed = [name for name in settings if left.get(name) != settings[name]]
+        changed = [name for name in {**settings, **left} if left.get(name) != settings.get(name)]
     except (ValueError, KeyError, TypeError, AttributeError):
         changed = [f"{path.name} is damaged"]
     if changed:

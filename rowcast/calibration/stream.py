@@ -30,23 +30,27 @@ class Collected:
     moments: Moments
     """Of (attention's input, MLP's input), over all tokens to fit to."""
     rows: LayerRows
+    """Of some of them, and of held-out ones."""
 
 
 class Stream:
-    """Windows of text on their way through a model."""
+    """Windows of text on their way through a model. What they begin with is run, and nothing is learnt of it: prompts are dense."""
 
     def __init__(self, weights: RecordingWeights, windows: Windows, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self._weights, self._device, self._dtype = weights, device, dtype
         self._decoder = Decoder(weights, SoloComm(), device)
         self._windows = torch.cat([windows.fit, windows.held])
-        self.fit_tokens = windows.fit.numel()
         self.tokens = self._windows.numel()
+        """That are run."""
+        self._begins, self._fit_windows = len(windows.begins), len(windows.fit)
+        places = torch.arange(self.tokens).view(self._windows.shape)[:, self._begins :]
+        self.fit_tokens, self.held_tokens = places[: self._fit_windows].flatten(), places[self._fit_windows :].flatten()
+        """Where in the stream those lie that are learnt from, and those that judge."""
         hidden = weights.spec.hidden_size
         generator = torch.Generator().manual_seed(seed)
-        fit_rows = min(FIT_ROWS, self.fit_tokens, max(1, FIT_BYTES // (4 * hidden)))
-        self._fit = torch.randperm(self.fit_tokens, generator=generator)[:fit_rows].sort().values
-        held = torch.randperm(self.tokens - self.fit_tokens, generator=generator)[:HELD_ROWS]
-        self._held = held.sort().values + self.fit_tokens
+        fit_rows = min(FIT_ROWS, len(self.fit_tokens), max(1, FIT_BYTES // (4 * hidden)))
+        self._fit = self.fit_tokens[torch.randperm(len(self.fit_tokens), generator=generator)[:fit_rows].sort().values]
+        self._held = self.held_tokens[torch.randperm(len(self.held_tokens), generator=generator)[:HELD_ROWS].sort().values]
 
     @torch.no_grad()
     def run(self, layer: int, entering: Tensor, leaving: Tensor, progress: Callable[[int], None]) -> Collected:
@@ -66,12 +70,16 @@ class Stream:
             if layer:
                 x = entering[rows].to(self._device)
             leaving[rows] = self._decoder.layer(layer, x, rotation, kv).to(leaving.device)
-            ours = max(0, min(windows.numel(), self.fit_tokens - start))
-            moments.add(weights.attention_input[:ours], weights.mlp_input[:ours])
+            ours = max(0, self._fit_windows - start // window)
+            moments.add(*(self._learnt(x, ours) for x in (weights.attention_input, weights.mlp_input)))
             for sampler in (fit, held):
                 sampler.add(weights.attention_input, weights.mlp_input, weights.head_outputs)
             progress(windows.numel())
         return Collected(moments, LayerRows(fit.rows(), held.rows()))
+
+    def _learnt(self, x: Tensor, windows: int) -> Tensor:
+        """Of a batch's rows [T, D], those that are learnt from: all of its first `windows` but what these begin with."""
+        return x.view(-1, self._windows.shape[1], x.shape[1])[:windows, self._begins :].flatten(0, 1)
 
 
 class _Sampler:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rowcast.calibration.recording import OneLayerKV
-from rowcast.calibration.text import Encoder
+from rowcast.calibration.text import Encoder, tokens_before
 from rowcast.errors import UserError
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.step import SeqStep
@@ -43,7 +43,8 @@ class Item:
 
 
 def make_tasks(text: str, encoder: Encoder, *, items: int, context: int, seed: int = 0) -> dict[str, list[Item]]:
-    """By kind, `items` of each that fit `context` tokens; fewer where no more are found. The same for the same arguments.
+    """By kind, `items` of each that fit `context` tokens; fewer where no more are found. The same for the same arguments. Prompts begin
+    with what the encoder puts before one.
 
     Raises UserError where the text is too short to take words from, and where nothing fits.
     """
@@ -54,10 +55,11 @@ def make_tasks(text: str, encoder: Encoder, *, items: int, context: int, seed: i
         )
     passages = _passages(text)
     random.Random(seed).shuffle(passages)
-    made = {"cloze": _encoded(passages, encoder, items, context)}
+    begins = tokens_before(text, encoder)
+    made = {"cloze": _encoded(passages, encoder, begins, items, context)}
     for kind, make in (("copy", _copy), ("repeat", _repeat), ("induction", _induction), ("sequence", _sequence)):
         draws = random.Random(f"{seed} {kind}")
-        made[kind] = _encoded((make(words, draws) for _ in range(8 * items)), encoder, items, context)
+        made[kind] = _encoded((make(words, draws) for _ in range(8 * items)), encoder, begins, items, context)
     if not any(made.values()):
         raise UserError(f"no task fits the model's context of {context} tokens: leave the tasks out")
     return made
@@ -102,15 +104,17 @@ def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _encoded(pairs: Iterator[tuple[str, str]] | list[tuple[str, str]], encoder: Encoder, items: int, context: int) -> list[Item]:
+def _encoded(
+    pairs: Iterator[tuple[str, str]] | list[tuple[str, str]], encoder: Encoder, begins: Sequence[int], items: int, context: int
+) -> list[Item]:
     """The first `items` pairs of prompt and answer whose border is a border between tokens, and that fit `context` tokens."""
     found: list[Item] = []
     for prompt, answer in pairs:
         if len(found) == items:
             break
         ids, whole = encoder.encode(prompt, add_special_tokens=False), encoder.encode(prompt + answer, add_special_tokens=False)
-        if len(ids) >= 2 and whole[: len(ids)] == ids and len(ids) < len(whole) <= context:
-            found.append(Item(ids, whole[len(ids) :]))
+        if len(ids) >= 2 and whole[: len(ids)] == ids and len(ids) < len(whole) <= context - len(begins):
+            found.append(Item([*begins, *ids], whole[len(ids) :]))
     return found
 
 

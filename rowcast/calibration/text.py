@@ -1,4 +1,4 @@
-"""Text as windows of tokens: most of them to fit, the last ones of each text held out."""
+"""Text as windows of tokens: most of them to fit, the last ones of each text held out. Each begins as what the engine is given does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ HELD_OUT = 0.05
 LEAST_HELD = 2
 """Windows, where the text has so many beside one to fit: one to choose by, one to report on."""
 LEAST_WINDOW = 3
-"""A prompt of one token, which runs dense, one that runs sparse, and the one that it is to predict."""
+"""Tokens of a text: a prompt of one, which runs dense, one that runs sparse, and the one that it is to predict."""
+PROBE_CHARACTERS = 100
 
 
 class Encoder(Protocol):
@@ -38,32 +39,55 @@ class Windows:
     """[V, window]: the last windows of the texts."""
     texts: list[dict[str, str | int]]
     """Name, tokens and SHA-256 of each."""
+    begins: tuple[int, ...] = ()
+    """What every window begins with (`tokens_before`): it only gives context."""
+
+    @property
+    def settings(self) -> dict[str, list[int]]:
+        """What a command records of them, so that what was made of windows that begin otherwise does not go on."""
+        return {"windows_begin_with": list(self.begins)} if self.begins else {}
+
+
+def tokens_before(text: str, encoder: Encoder) -> tuple[int, ...]:
+    """What an encoder puts before a prompt: a BOS token, as those of Llama, Mistral and OPT do, or nothing. `text`: any that is one."""
+    some = text.strip()[:PROBE_CHARACTERS]
+    bare, whole = encoder.encode(some, add_special_tokens=False), encoder.encode(some)
+    places = range(len(whole) - len(bare) + 1)
+    return next((tuple(whole[:place]) for place in places if whole[place : place + len(bare)] == bare), ())
+
+
+def begun(rows: Tensor, begins: Sequence[int]) -> Tensor:
+    """Tokens behind what they begin with: [W, n] -> [W, len(begins) + n]."""
+    return torch.cat([torch.tensor(begins, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
 
 
 def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window: int, option: str = "--text") -> Windows:
-    """At most `tokens` tokens in whole windows, evenly spread over the texts where they have more. `option`: that names them.
+    """At most `tokens` tokens in whole windows, what they begin with among them, evenly spread over the texts where they have more.
+    `option`: that names the texts.
 
     Raises UserError for a text that cannot be read, is not UTF-8 or is empty, and where all of them have fewer than two windows.
     """
     if not paths:
         raise UserError("no text was given, name a file with --text")
-    if window < LEAST_WINDOW:
-        raise UserError(f"a window of {window} tokens leaves none to judge by, use {LEAST_WINDOW} or more")
+    read = [(path, *read_text(path)) for path in paths]
+    begins = tokens_before(read[0][1], encoder)
+    least, body = LEAST_WINDOW + len(begins), window - len(begins)
+    if window < least:
+        raise UserError(f"a window of {window} tokens leaves none to judge by, use {least} or more")
     if tokens < 2 * window:
         raise UserError(f"{tokens} tokens are fewer than two windows of {window}: raise --tokens or lower --window")
     texts: list[dict[str, str | int]] = []
     parts, found = [], 0
-    for path in paths:
-        text, digest = read_text(path)
+    for path, text, digest in read:
         ids = torch.tensor(encoder.encode(text, add_special_tokens=False))
         found += len(ids)
         texts.append({"name": path.name, "tokens": len(ids), "sha256": digest})
-        parts.append(ids[: len(ids) // window * window].view(-1, window))
+        parts.append(ids[: len(ids) // body * body].view(-1, body))
     total = sum(map(len, parts))
     if total < 2:
         said = f"the text {paths[0]} has" if len(paths) == 1 else f"the {len(paths)} texts of {option} have"
         raise UserError(
-            f"{said} {found} tokens, two windows of {window} are needed: give more text with {option} or lower --window"
+            f"{said} {found} tokens, two windows of {body} are needed: give more text with {option} or lower --window"
         )
     wanted = min(total, tokens // window)
     ends = [round(wanted * end / total) for end in accumulate(map(len, parts), initial=0)]
@@ -72,7 +96,8 @@ def read_windows(paths: Sequence[Path], encoder: Encoder, *, tokens: int, window
     while sum(held) < min(LEAST_HELD, wanted - 1):
         held[max(range(len(parts)), key=lambda i: len(parts[i]) - held[i])] += 1
     fit = torch.cat([part[: len(part) - count] for part, count in zip(parts, held, strict=True)])
-    return Windows(fit, torch.cat([part[len(part) - count :] for part, count in zip(parts, held, strict=True)]), texts)
+    last = torch.cat([part[len(part) - count :] for part, count in zip(parts, held, strict=True)])
+    return Windows(begun(fit, begins), begun(last, begins), texts, begins)
 
 
 def spread(windows: Tensor, count: int) -> Tensor:

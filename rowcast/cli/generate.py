@@ -24,6 +24,7 @@ def generate(
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     draft: options.Draft = None,
+    draft_device: options.DraftDevice = None,
     kv_budget: options.KVBudget = None,
     verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
@@ -67,9 +68,10 @@ def generate(
     from rowcast import LLM, Plan
 
     llm = LLM(
-        model, tensor_parallel_size=tp, ladder=ladder, draft=draft, kv_budget=kv_budget, verification=verification, mode=mode,
-        density=density, calibration=calibration, dtype=dtype, weights=weights, device=device, gpu_memory=gpu_memory,
-        host_memory=host_memory, max_model_len=max_model_len, eager=eager, plan=None if plan is None else Plan.load(plan),
+        model, tensor_parallel_size=tp, ladder=ladder, draft=draft, draft_device=draft_device, kv_budget=kv_budget,
+        verification=verification, mode=mode, density=density, calibration=calibration, dtype=dtype, weights=weights, device=device,
+        gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len, eager=eager,
+        plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     prompts: list[str] | list[list[int]] = texts
     if chat:

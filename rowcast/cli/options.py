@@ -40,6 +40,14 @@ Draft = Annotated[
     str | None,
     typer.Option("--draft", help="A small model with the same vocabulary that drafts, or ngram.", rich_help_panel=_MODEL),
 ]
+DraftDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-device",
+        help="Of several ranks' driver, for a draft with at=driver, as in cuda:2. [a GPU that the ranks leave, else cpu]",
+        rich_help_panel=_MODEL,
+    ),
+]
 KVBudget = Annotated[
     int | None,
     typer.Option("--kv-budget", help="KV entries that the model sees when it drafts for itself.", rich_help_panel=_MODEL),
@@ -99,9 +107,9 @@ Stop = Annotated[
 _ARGUMENTS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        "ladder", "draft", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "weights", "device", "gpu_memory",
-        "host_memory", "max_model_len", "plan", "gpus", "link", "inter_node", "context", "prompt", "batch", "acceptance", "hit_rate",
-        "groups", "picture", "host", "port", "max_waiting", "deadline", "drain_timeout", "max_num_seqs",
+        "ladder", "draft", "draft_device", "kv_budget", "verification", "mode", "density", "calibration", "dtype", "weights", "device",
+        "gpu_memory", "host_memory", "max_model_len", "plan", "gpus", "link", "inter_node", "context", "prompt", "batch", "acceptance",
+        "hit_rate", "groups", "picture", "host", "port", "max_waiting", "deadline", "drain_timeout", "max_num_seqs",
     )
 } | {"tensor_parallel_size": "--tp", "tensor_parallel": "--tp", "prefill_stall_s": "--prefill-stall"}  # fmt: skip
 """Arguments of `LLM` and `plan_for`, and the options that they come from."""

@@ -63,6 +63,7 @@ def serve(
     device: options.Device = "auto",
     ladder: options.Ladder = "auto",
     draft: options.Draft = None,
+    draft_device: options.DraftDevice = None,
     kv_budget: options.KVBudget = None,
     verification: options.Verification = "coupled",
     mode: options.Mode = "exact",
@@ -107,8 +108,9 @@ def serve(
 
     service = engine_service(
         model, ServiceSettings(name=name, max_waiting=max_waiting, deadline_s=deadline), tensor_parallel_size=tp, ladder=ladder,
-        draft=draft, kv_budget=kv_budget, verification=verification, mode=mode, density=density, calibration=calibration, dtype=dtype,
-        weights=weights, device=device, gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs, prefill_stall_s=prefill_stall, eager=eager, plan=None if plan is None else Plan.load(plan),
+        draft=draft, draft_device=draft_device, kv_budget=kv_budget, verification=verification, mode=mode, density=density,
+        calibration=calibration, dtype=dtype, weights=weights, device=device, gpu_memory=gpu_memory, host_memory=host_memory,
+        max_model_len=max_model_len, max_num_seqs=max_num_seqs, prefill_stall_s=prefill_stall, eager=eager,
+        plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
     return server.run(service, lambda: make_app(service, app_settings, service.server_metrics.http), bound, drain_s=drain_timeout)

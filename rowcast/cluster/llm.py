@@ -57,8 +57,8 @@ class LLM(one_rank.LLM):
         processes of this machine; "auto": Ray where it is installed. `limits`: how long to wait for ranks, and how often to start them
         again; when they failed too often, all requests raise GangError. `metrics`: where to report what the engine does: "ray",
         "prometheus", a port, "auto", or an exporter (`rowcast.cluster.metrics`); None: as ROWCAST_METRICS says, else nowhere.
-        `draft_device`: of this process, such as "cuda:2", for a rung draft with at=driver. None: the first GPU that the ranks leave,
-        else the CPU.
+        `draft_device`: of this process, such as "cuda:2", for a rung draft with at=driver. None or "auto": the first GPU that the
+        ranks leave, else the CPU.
         """
         self._launcher = launcher
         self._limits = limits
@@ -106,7 +106,8 @@ class LLM(one_rank.LLM):
 
         world = planned.plan.world
         spare = planned.plan.device != "cpu" and torch.cuda.device_count() > world
-        device, _ = choose_device(self._draft_device or (f"cuda:{world}" if spare else "cpu"))
+        asked = None if self._draft_device == "auto" else self._draft_device
+        device, _ = choose_device(asked or (f"cuda:{world}" if spare else "cpu"), "draft_device")
         return DriverDraft(planned, self.spec.vocab_size, self._rule, device)
 
     def _report_to(self, metrics: str | Exporter, replica: int = 0) -> None:

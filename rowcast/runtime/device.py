@@ -22,8 +22,8 @@ HOST_SHARE = 0.8
 """Likewise of the host's available memory."""
 
 
-def choose_device(asked: str) -> tuple[torch.device, str]:
-    """`asked` is auto, cpu, cuda or cuda:N -> (device, reason). Raises UserError when it is not there."""
+def choose_device(asked: str, name: str = "device") -> tuple[torch.device, str]:
+    """`asked` is auto, cpu, cuda or cuda:N -> (device, reason). `name`: of the argument. Raises UserError when it is not there."""
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device()), "device cuda: a GPU is visible"
@@ -35,11 +35,11 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     if device.type == "cpu":
         return torch.device("cpu"), "device cpu: asked for"
     if device.type != "cuda":
-        raise UserError(f"device={asked!r} is not known: use auto, cpu or cuda")
+        raise UserError(f"{name}={asked!r:.60} is not known: use auto, cpu or cuda")
     visible = torch.cuda.device_count()
     index = device.index or 0
     if index >= visible:
-        raise UserError(f"device={asked!r} is not there: {visible} GPUs are visible, use --device cpu or auto")
+        raise UserError(f"{name}={asked!r} is not there: {visible} GPUs are visible, use cpu or auto")
     return torch.device("cuda", index), f"device {device}: asked for"
 
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from rowcast.calibration.learning.state import write_whole
-from rowcast.calibration.text import HELD_OUT, Encoder, check_held_out, read_text, spread
+from rowcast.calibration.text import HELD_OUT, Encoder, begun, check_held_out, read_text, spread, tokens_before
 from rowcast.errors import UserError
 
 TEXT, TEXT_DESCRIPTION = "text.bin", "text.json"
 LEAST_TOKENS = 8
 """Of a text, in a window."""
-PROBE_CHARACTERS = 100
 
 
 def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -150,7 +149,7 @@ class Corpus:
             ids = torch.from_numpy(self.ids[text.held : text.end].astype(np.int64))
             found.append(ids[: len(ids) // body * body].view(-1, body))
         whole = torch.cat(found)
-        return self._begun(spread(whole, min(most, len(whole))))[:, :window]
+        return begun(spread(whole, min(most, len(whole))), self.begins)[:, :window]
 
     def prompts(self, count: int, tokens: int, number: int) -> Tensor:
         """`count` places of the texts to write on from, [count, tokens] int64: a function of the seed and `number`."""
@@ -163,15 +162,12 @@ class Corpus:
         chosen = draws.choice(len(spans), count, p=sizes / sizes.sum())
         starts = [spans[i][0] + int(draws.integers(sizes[i])) for i in chosen]
         rows = torch.stack([torch.from_numpy(self.ids[start : start + body].astype(np.int64)) for start in starts])
-        return self._begun(rows)[:, :tokens]
+        return begun(rows, self.begins)[:, :tokens]
 
     @property
     def _body(self) -> int:
         """Tokens of a text in a window of it."""
         return self.window - len(self.begins)
-
-    def _begun(self, rows: Tensor) -> Tensor:  # [W, n] -> [W, begins + n]
-        return torch.cat([torch.tensor(self.begins, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
 
     def _text_windows(self) -> list[int]:
         """Windows of each text. One less than fit, so that each epoch can begin elsewhere."""
@@ -210,14 +206,6 @@ class Corpus:
             generator = torch.Generator().manual_seed((self.seed << 24) + (epoch << 1) + (kind == "text"))
             self._orders[key] = torch.randperm(count, generator=generator)
         return self._orders[key]
-
-
-def tokens_before(text: str, encoder: Encoder) -> tuple[int, ...]:
-    """What an encoder puts before a prompt: a BOS token, as those of Llama, Mistral and OPT do, or nothing. `text`: any that is one."""
-    some = text.strip()[:PROBE_CHARACTERS]
-    bare, whole = encoder.encode(some, add_special_tokens=False), encoder.encode(some)
-    places = range(len(whole) - len(bare) + 1)
-    return next((tuple(whole[:place]) for place in places if whole[place : place + len(bare)] == bare), ())
 
 
 def _tokenise(

@@ -15,21 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowcast.calibration.learning.part import Unfinished
+from rowcast.calibration.owner import DESCRIPTION, SETTINGS, check_owner, made_by, state_of, worked_in_by
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.checkpoint.safetensors_header import read_header, read_metadata
 
-SETTINGS, RESULT = "settings.json", "result"
+RESULT = "result"
 CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json"}
 """Files of a state that took seconds: where there is nothing else, other settings just begin anew."""
 REMADE = {RESULT, "stored"}
 """What is made anew, however much of it there is."""
-DESCRIPTION = "rowcast.json"
-"""In a finished output: how it was made, and its figures."""
 OPTIONS = {
     "judged_tokens": "--judged", "written_tokens": "--written", "most_bytes": "--size", "texts": "--text", "contexts": "--context",
     "compiled": "--compile", "start_fingerprint": "--start", "model": "the model", "fingerprint": "the model",
-    "stored": "the model", "processes": "the number of processes", "format": "the version of rowcast",
+    "stored": "the model", "windows_begin_with": "what windows begin with", "processes": "the number of processes",
+    "format": "the version of rowcast",
 }  # fmt: skip
 """What settings are called in a command, where that is not their name."""
 
@@ -38,16 +38,16 @@ class WorkFolder:
     """Settings, text, training state and unfinished result of one command, at `path`."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool, leads: bool = True) -> None:
-        """Go on where the same settings (plain JSON values) were left, or begin. Only the process that `leads` writes.
+        """Go on where the same settings (plain JSON values, `command` among them) were left, or begin. Only the process that `leads`
+        writes.
 
-        Raises UserError where `output` or the folder beside it holds other things, cannot be written, or was left or finished with
-        other settings without `restart`, which removes what this class wrote.
+        Raises UserError where `output` or the folder beside it is another command's or holds other things, cannot be written, or was
+        left or finished with other settings without `restart`, which removes what the command wrote.
         """
-        self.output = output = output if output.name not in ("", "..") else output.resolve()
-        if not output.name:
-            raise UserError(f"{output} is no folder to write: give one of its own with -o")
-        self.path = output.with_name(f"{output.name}.state")
+        self.path = state_of(output)
+        self.output = output = self.path.with_name(self.path.name.removesuffix(".state"))
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        command: str = self.settings["command"]
         self.finished = False
         """Whether `output` is the result of these settings."""
         self._made = False
@@ -55,11 +55,16 @@ class WorkFolder:
         try:
             if output.exists() and not output.is_dir():
                 raise UserError(f"{output} is a file: give a folder of its own with -o")
-            holds = output.is_dir() and any(output.iterdir())
-            if holds and not (output / DESCRIPTION).is_file():
-                raise UserError(f"{output} is there already and not empty: give a folder of its own with -o")
+            holds = (leads or not restart) and output.is_dir() and any(output.iterdir())
+            if holds:
+                check_owner(output, command)
+                if made_by(output) is None:
+                    raise UserError(f"{output} is there already and not empty: give a folder of its own with -o")
             left = {path.name for path in self.path.iterdir()} if leads and self.path.is_dir() else set[str]()
-            if left - {f"{SETTINGS}.part"} and SETTINGS not in left and (restart or not holds):
+            if left:
+                check_owner(self.path, command)
+            own = worked_in_by(self.path) == command
+            if left - {f"{SETTINGS}.part"} and not own and (restart or not holds):
                 raise UserError(
                     f"{self.path} is what is worked in and holds other things: move it away or give another folder with -o"
                 )
@@ -71,7 +76,7 @@ class WorkFolder:
             if holds and not restart:
                 self._check(output / DESCRIPTION, "settings")
                 self.finished = True
-                if SETTINGS in left:  # killed before it was removed
+                if left and own:  # killed before it was removed
                     shutil.rmtree(self.path, ignore_errors=True)
             if leads and not self.finished:
                 if left <= CHEAP:
@@ -135,12 +140,8 @@ class WorkFolder:
             left = found if field is None else found[field]
             fields = [name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name)]
             changed = sorted({OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in fields})
-            other = left.get("command") if "command" in fields and "command" in self.settings else None
         except (ValueError, KeyError, TypeError, AttributeError):
-            changed, other = [f"{path.name} is damaged"], None
-        if other:
-            made = "begun" if field is None else "made"
-            raise UserError(f"{self.output} was {made} by `rowcast {other}`: give another folder with -o")
+            changed = [f"{path.name} is damaged"]
         if changed:
             raise UserError(
                 f"{self.output} was begun with other settings ({', '.join(changed)}): add --restart to begin anew, or give the same "

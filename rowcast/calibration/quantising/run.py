@@ -117,7 +117,7 @@ def quantise(
     stored = "float16" if checkpoint.stored_dtype in ("float32", "float64") else checkpoint.stored_dtype
     begun_with = {
         "command": "quantize", "fingerprint": checkpoint.source.fingerprint(), "texts": names, "dtype": dtype_name,
-        "device": chosen.type, "stored": stored, "held_out": bool(held_out), **asdict(settings),
+        "device": chosen.type, "stored": stored, "held_out": bool(held_out), **windows.settings, **asdict(settings),
     }  # fmt: skip
     work = WorkFolder(Path(output), begun_with, restart=restart)
     if work.finished:

@@ -1,0 +1,63 @@
+"""Which command made a folder, or works in it: what a command may remove is its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rowcast.errors import UserError
+from rowcast.runtime.sparse.artefact import DESCRIPTION as CALIBRATION
+
+CALIBRATE = "calibrate"
+COMMANDS = (CALIBRATE, "distill", "adapt", "prune", "quantize")
+SETTINGS = "settings.json"
+"""In what is worked in: what the command was called with."""
+CALIBRATION_STATE = "state"
+"""In a calibration under way: what is worked in."""
+DESCRIPTION = "rowcast.json"
+"""In the finished output of the others: how it was made, and its figures."""
+
+
+def state_of(output: Path) -> Path:
+    """What all commands but calibrate work in until `output` is whole. Raises UserError where that is no folder to write."""
+    if output.name in ("", ".."):
+        output = output.resolve()
+    if not output.name:
+        raise UserError(f"{output} is no folder to write: give one of its own with -o")
+    return output.with_name(f"{output.name}.state")
+
+
+def made_by(folder: Path) -> str | None:
+    """The command whose result `folder` is; None: of none of ours, or damaged."""
+    if {"format", "fingerprint", "settings"} <= _read(folder / CALIBRATION).keys():
+        return CALIBRATE
+    return _command(_read(folder / DESCRIPTION).get("settings"))
+
+
+def worked_in_by(folder: Path) -> str | None:
+    """The command that works in `folder`; None: none of ours, or it is damaged."""
+    if {"format", "fingerprint", "recall"} <= _read(folder / CALIBRATION_STATE / SETTINGS).keys():
+        return CALIBRATE
+    return _command(_read(folder / SETTINGS))
+
+
+def check_owner(folder: Path, command: str) -> None:
+    """Raise UserError where another command of ours made `folder` or works in it."""
+    for found, how in ((made_by(folder), "was made by `rowcast {}`"), (worked_in_by(folder), "is what `rowcast {}` works in")):
+        if found not in (None, command):
+            raise UserError(f"{folder} {how.format(found)}: give another folder with -o")
+
+
+def _command(settings: Any) -> str | None:
+    found = settings.get("command") if isinstance(settings, dict) else None
+    return found if found in COMMANDS else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
