@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rowcast.calibration.fitting import default_rank
+from rowcast.runtime.sparse.sizes import late_share
 from rowcast.runtime.spec import ModelSpec
 
 DENSE_SHARE = 10 / 96
@@ -17,7 +18,8 @@ class Bytes:
     """What a rank reads for a token, by part; of one sequence."""
 
     def __init__(self, spec: ModelSpec, ranks: int, context: int, kept: Sequence[float] | None, heads: float) -> None:
-        """`kept`: share of the neurons by layer; None: dense."""
+        """`kept`: share of the neurons by layer; None: dense. `heads`: share of the heads; all of them write their keys and
+        values, most of them late."""
         hidden, layers = spec.hidden_size, spec.num_layers
         rank = default_rank(hidden, spec.activation == "relu")
         neurons = sum(kept) if kept is not None else layers
@@ -25,7 +27,7 @@ class Bytes:
         own = 0.0 if kept is None else sum(share < 1 for share in kept) * (rank * hidden + rank * spec.intermediate_size / ranks)
         chooses = 0.0 if kept is None else 4 * layers * hidden * spec.num_heads / ranks
         self.parts = {
-            "attention": (4 * layers * hidden * hidden * WIDTH + kv) * heads / ranks,
+            "attention": (2 * layers * hidden * hidden * WIDTH * (heads + late_share(heads)) + kv * heads) / ranks,
             "MLP": 2 * hidden * spec.intermediate_size * WIDTH * neurons / ranks,
             "predictors": own + chooses,
             "all-reduce": 0.0,

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import hire
 import offload_places
+import opt_175b_floors
 import real_text
 import report
 import triforce
@@ -23,12 +24,29 @@ from _simulated import SimulatedLLM, skip_prompts
 
 from rowcast.bench.shapes import open_shape
 from rowcast.kernels.lowbit import BLOCK
+from rowcast.placement.models import known_config
 from rowcast.placement.plan import Plan
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.lm_head import CertifiedHead
 
 GIB = 1 << 30
+
+
+def test_late_keys_and_values_of_opt_175b() -> None:
+    """A rank's rows for all heads' keys and values are 14.5 GB, and all of them are read within 16 tokens: those of a quarter of the
+    heads by each token, those of the others by one of 16 tokens."""
+    config = known_config("facebook/opt-175b")
+    assert config is not None
+    spec = spec_from_config(config)
+    rows = 2 * 96 * 12_288**2 * 2 / 4
+    assert rows / 16 == pytest.approx(0.906e9, rel=1e-3)
+    quarter, every = (opt_175b_floors.Bytes(spec, 4, 0, opt_175b_floors.kept(96), heads) for heads in (0.25, 1.0))
+    assert quarter.parts["attention"] == pytest.approx(rows * (0.25 + 0.25 + 0.75 / 16))
+    assert every.parts["attention"] == 2 * rows
+    assert {name for name in quarter.parts if quarter.parts[name] != every.parts[name]} == {"attention"}
+
+
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 101,

@@ -17,6 +17,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast import LLM
 from rowcast.kernels import gpu
+from rowcast.placement import resident
 from rowcast.runtime.device_round.graphs import Graphs
 from rowcast.runtime.device_round.refresh import Refresh
 from rowcast.runtime.kv.listed import ListedKV
@@ -117,6 +118,36 @@ def test_a_round_asks_for_few_calls_of_its_own(models: dict[str, Any], calls: Co
     assert (rounds._graphs.captured, rounds._graphs.first_calls) == graphs
     assert calls["ListedKV._choose"] == before["ListedKV._choose"] == 1
     assert calls["Summaries._summarise"] == before["Summaries._summarise"]
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_what_rounds_hold_for_choices_is_planned(
+    models: dict[str, Any],  # noqa: F811
+    calls: Counter[str],
+    sequences: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lists, what they are chosen in and the last pass's queries: as many bytes as before the first round, and as planned within 5%."""
+    seen = []
+    counted = resident._round_bytes
+
+    def note(spec: Any, seqs: int, context: int, needs: Any) -> int:
+        without = replace(needs, row_bytes=0, list_work=(), query_bytes=0)
+        seen.append(counted(spec, seqs, context, needs) - counted(spec, seqs, context, without))
+        return counted(spec, seqs, context, needs)
+
+    monkeypatch.setattr(resident, "_round_bytes", note)
+    llm = make_llm(models, TRIFORCE, max_num_seqs=sequences)
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    [view] = rounds._refresh._stores.values()
+    listed = view._ids.nbytes
+    held = view.bytes - listed, rounds._refresh._queries.nbytes
+    assert sum(held) <= seen[-1] <= 1.05 * sum(held)
+    rounds._graphs._capture = True
+    params = [replace(GREEDY, max_tokens=12)] * sequences
+    llm.generate((SOME * 2)[:sequences], params)
+    assert calls["Graphs._record"] > 0
+    assert (view.bytes - listed, rounds._refresh._queries.nbytes) == held
 
 
 @pytest.mark.usefixtures("calls")

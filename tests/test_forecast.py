@@ -22,13 +22,13 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.forecast import LadderWish as Wish
 from rowcast.runtime.forecast import candidates, gamma_grid, ladder_use, open_spec, spec_digest, with_gammas, workload
 from rowcast.runtime.hotness import hotness
-from rowcast.runtime.kv.sizes import listed_bytes, policy_sizes
-from rowcast.runtime.ladder.memory import ladder_needs, selected_bytes, streaming_bytes
+from rowcast.runtime.kv.sizes import ListWork, listed_bytes, policy_sizes
+from rowcast.runtime.ladder.memory import kv_heads, ladder_needs, selected_bytes, streaming_bytes
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.ladder.uses import DraftConfig
 from rowcast.runtime.lowbit_sizes import rounded_bytes
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.sizes import expected_bytes, predictor_bytes
+from rowcast.runtime.sparse.sizes import expected_bytes, layer_shares, predictor_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 YARN, DRAFT = "NousResearch/Yarn-Llama-2-7b-128k", "JackFram/llama-68m"
@@ -181,11 +181,45 @@ def test_bytes_by_their_parts() -> None:
     assert found.draft_kv_bytes == stream
     assert found.slot_bytes == selected_bytes(LLAMA, policy_sizes(view), 4096, 3, 2) + queries
     assert found.listed_slot_bytes == 2 * listed_bytes(LLAMA, 4096, 8) + queries
+    assert found.listed_work_bytes - found.work_bytes == ListWork.of(LLAMA, 16, 2).bytes(4096)[1]  # 32Ki entries, chunks of 8
     assert found.kv_share == 1 / 8  # two bounds of eight keys; values have none
     low = use("self:bits=4,gamma=2 / plain")
     assert low.shared_bytes == 12 * neurons + rounded_bytes(LLAMA, 4)
     sparse = Rung.parse("self:mlp=0.3,by=q4,lm=hire")
     assert use(f"{sparse} / plain").shared_bytes == 12 * neurons + predictor_bytes(LLAMA, sparse, None)
+
+
+def test_a_layer_that_keeps_all_neurons_has_no_predictor(tmp_path: Path) -> None:
+    """Of SMALL's two layers the last one keeps all: half of what is loaded and read for scores, half of the layers that choose."""
+    spec, fingerprint = SMALL, {"fingerprint": "0" * 16}
+    save_file({"densities": np.array([[0.1, 1.0], [1.0, 1.0]], np.float32)}, tmp_path / TENSORS, metadata=fingerprint)
+    description = {"format": FORMAT, **fingerprint, "density": 0.55, "densities": [0.55, 1.0], "scorers": {}, "quality": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    learnt, rung = Calibration.open(tmp_path, None), Rung.parse("self:mlp=0.55,by=q4")
+    assert spec.num_layers == 2 and layer_shares(0.55, 2, learnt) == pytest.approx([0.1, 1.0])
+    assert layer_shares(0.7, 2, learnt) == pytest.approx([0.1 * 2 / 3 + 1 / 3, 1.0])
+    assert 2 * predictor_bytes(spec, rung, learnt) == predictor_bytes(spec, rung, None) > 0
+    own, alike = (use(f"{rung},gamma=2 / plain", spec, calibration=each, context=2048) for each in (learnt, None))
+    assert (own.rungs[0].asking, alike.rungs[0].asking) == (0.5, 1.0)
+    assert own.rungs[0].proxy_bytes == own.rungs[0].whole_proxy_bytes == alike.rungs[0].proxy_bytes // 2
+    assert alike.shared_bytes - own.shared_bytes == predictor_bytes(spec, rung, learnt) and alike.rungs[0].whole_proxy_bytes == 0
+    assert expected_bytes(spec, rung, 2, None) - expected_bytes(spec, rung, 2, learnt) == own.rungs[0].proxy_bytes
+    everywhere = Rung.parse("self:mlp=1.0,by=q4")  # then it is asked for, as someone wants to know what that takes
+    assert predictor_bytes(spec, everywhere, learnt) == predictor_bytes(spec, rung, None)
+
+
+def test_late_keys_and_values() -> None:
+    """All heads of a token write them within 16 tokens; below a last rung that writes all, only those that are chosen do."""
+    spec = spec_of("facebook/opt-175b")
+
+    def shares(text: str, spec: ModelSpec = spec) -> list[float]:
+        ladder = Ladder.parse(text)
+        return [kv_heads(ladder, rung, spec) for rung in ladder.rungs]
+
+    assert shares("self:heads=0.25") == [0.25 + 0.75 / 16]
+    assert shares("self:heads=0.25 / plain") == [0.25, 1.0]
+    assert shares("self:kv=256 / self:heads=0.25") == [1.0, 1.0]  # whose entries another rung reads
+    assert shares("self:heads=0.25", spec_of("meta-llama/Llama-3.1-8B")) == [1.0]  # grouped heads share theirs
 
 
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["gated", "not gated"])

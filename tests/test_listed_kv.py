@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import gpu
+from rowcast.kernels.retrieval_sizes import layer_bytes
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, listed_bytes
+from rowcast.runtime.kv.sizes import LIST_WORK_BYTES, ListWork, most_chunks, rounded_chunks
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.step import SeqStep
 
@@ -47,7 +54,7 @@ class Twins:
             summaries=[policy.summary],
         )
         how = {"budget": 24, "sinks": 4, "recent": 7, "refresh": refresh, "slots": 2}
-        self.listed = ListedKV(self.store, policy, **how, rows=4)
+        self.listed = ListedKV(self.store, policy, **how, rows=4, context=160)
         self.copied = SelectedKV(self.store, policy, **how, room=6)
         self.generator = torch.Generator().manual_seed(4)
         self.blocks = torch.randperm(40, generator=self.generator).tolist()
@@ -119,7 +126,56 @@ def test_a_slot_s_next_owner_has_lists_of_its_own() -> None:
 
 def test_it_takes_the_bytes_that_were_planned() -> None:
     twins = Twins("llama", 1)
+    each, most = ListWork.of(twins.spec, 4, 4).bytes(most_chunks(160, 4, 4))
+    assert twins.listed.bytes <= (2 + 4) * listed_bytes(twins.spec, 24, 4) + min(4 * each, most) <= 1.05 * twins.listed.bytes
+
+
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that calls make in memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        for each in tree_leaves(found):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in known:
+                self.bytes += each.untyped_storage().nbytes()
+        return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are not interpreted")
+def test_choices_for_several_sequences_allocate_nothing_beside_their_work_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one after another, nor together, nor for a context that has grown: what graphs capture holds no memory of its own."""
+    twins = Twins("llama", 1)
     twins.grow(40)
-    twins.listed.reserve(twins.step(40, 1))
-    twins.listed.seat(0, 3)
-    assert twins.listed.bytes <= (2 + 4) * listed_bytes(twins.spec, 24, 4)
+    queries, tables = twins.random(2, 4, 3, 4, 16), torch.tensor([twins.blocks] * 4, dtype=torch.int32)
+    slots = torch.tensor([0, -1, 1, -1], dtype=torch.int32)
+    for together, lengths in ((4, [40] * 4), (1, [40] * 4), (2, [40, 12, 160, 0])):
+        monkeypatch.setattr(ListWork, "together", lambda *_, most=together: most)
+        with Allocated() as allocated:
+            twins.listed.choose(queries, tables, torch.tensor(lengths, dtype=torch.int32), slots, most_chunks=256)
+        assert 0 < allocated.bytes < 1000
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("rows", [4, 40, 68])
+def test_work_space_holds_any_choice_of_a_round(rows: int, width: int) -> None:
+    """Of contexts up to 128Ki entries, for as many sequences as are chosen for at once; by rows of queries as the host's and a round's
+    choices have them. It is no larger than twice `LIST_WORK_BYTES`, unless a single sequence takes more."""
+    sizes = [ListWork(layers, heads, rows, width) for layers in (1, 2, 30, 80) for heads in (1, 8, 32)]
+    for work, context, sequences in product(sizes, (100, 9000, 1 << 17), (1, 4, 64)):
+        longest = most_chunks(context, 17, 8)
+        each, most = work.bytes(longest)
+        held = min(sequences * each, most)
+        assert held <= max(2 * LIST_WORK_BYTES, 4 * longest * work.kv_heads * (work.layers + rows + 32) * 1.01 + LIST_WORK_BYTES)
+        for chunks in {rounded_chunks(n) for n in range(1, (context + 17) // 8 + 1, 61)}:
+            for own in {1, rows}:
+                here = work._replace(rows=own)
+                some = min(sequences, here.together(chunks))
+                scores = 4 * some * work.layers * work.kv_heads * chunks
+                each_layer = some * layer_bytes(work.kv_heads, own, chunks, width)
+                at_a_time = max(1, min(work.layers, LIST_WORK_BYTES // each_layer))  # as without anybody's work space
+                assert scores + at_a_time * each_layer <= held

@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Spans, Tiers
 from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Pieces
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse import build
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec
@@ -142,6 +145,22 @@ def test_a_pass_streams_each_piece_once(llama: Model, tier: str) -> None:
         assert sum(piece.nbytes for piece in few) == others + (neurons if tier != "cpu" else 0)
         assert sum(piece.nbytes for piece in many) == others + (neurons if tier != "cpu" or ring_bytes else 0)
         assert view.store.bytes >= others + neurons
+
+
+@pytest.mark.parametrize("tier", ["resident", "rows", "streamed", "cpu"])
+def test_a_layer_that_keeps_all_neurons_is_asked_for_rows_only(llama: Model, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one that chooses: where the device reaches rows of it, it does so by a selector. The output is that of all weights next to
+    the compute."""
+    monkeypatch.setattr(build, "layer_shares", lambda *_: [0.5, 1.0])
+    rung, row = Rung(kind="self", mlp=0.75, by="q8"), 3 * llama.spec.hidden_size * 4
+    tiers = replace(everything(tier, 2), attention=dict.fromkeys(range(2), Spans()), head=Spans(), embeddings=Spans())
+    banks: Any = llama.placed(tiers, rows_bytes=90 * row)
+    view = build.build_view(banks, rung, None, OffloadedSparse)
+    reached = tier == "rows" and banks.ffn[1].on_device
+    assert [selector is not None for selector in view._neurons] == [True, reached]
+    expected = llama.logits(build.build_view(llama.banks, rung, None))
+    torch.testing.assert_close(llama.logits(view), expected, atol=TOLERANCE, rtol=1e-5)
+    banks.close()
 
 
 def test_candidates_are_fetched_once(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.constants import Constants
-from rowcast.placement.costs import Mode
+from rowcast.placement.costs import CostModel, Mode
+from rowcast.placement.groups import ATTENTION, make_groups
 from rowcast.placement.hardware import HostProducts, Machine, Quantity, machine_from
+from rowcast.placement.layout import layouts
 from rowcast.placement.models import known_config
 from rowcast.placement.planner import Decision, decide
 from rowcast.placement.units import parse_bytes
@@ -21,6 +23,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 GIB = 1 << 30
+OPT_175B = spec_from_config(known_config("facebook/opt-175b") or {})
 SPEC = ModelSpec(
     family="opt",
     vocab_size=32000,
@@ -100,6 +103,46 @@ def test_bytes_are_accounted_for() -> None:
     assert gpu.classes["KV"] == kv_bytes_per_token(SPEC, 2) * 2048
     assert gpu.classes["margin"] > 0 and host.classes["weights"] == host.classes["KV"] == 0
     assert sum(share.bytes for share in found.shares if share.part != "KV") == pytest.approx(stored, rel=1e-3)
+
+
+def test_work_space_of_lists_counts_where_the_kv_is_read_in_place() -> None:
+    layout = layouts(machine("RTX4090"), SPEC, None)[0]
+    listing = replace(PLAIN, work_bytes=1 << 20, listed_work_bytes=9 << 20)
+    model, bare = (CostModel(work(), ladder, layout, Constants(), 100) for ladder in (listing, PLAIN))
+    for mode, more in ((Mode(), 9 << 20), (Mode(kv_away=True), 1 << 20)):
+        assert model.fixed_bytes(layout.sites[0], mode)["work"] - bare.fixed_bytes(layout.sites[0], mode)["work"] == more
+
+
+def test_layers_that_keep_all_neurons_cost_no_choice() -> None:
+    """Half of the layers choose: half of the time that choosing takes; the others' proxies count where rows are fetched."""
+    layout = layouts(machine("RTX4090"), SPEC, None)[0]
+    whole = replace(SPARSE.rungs[0], asking=0.5, proxy_bytes=32 << 20, whole_proxy_bytes=32 << 20)
+    some = replace(SPARSE, rungs=(whole, *SPARSE.rungs[1:]))
+    constants = Constants()
+    models = [CostModel(work(), ladder, layout, constants, 100) for ladder in (SPARSE, some)]
+    [site] = layout.sites
+    launches = [model._launch_seconds(model.ladder.rungs[0], Mode())[0] for model in models]
+    assert launches[0] - launches[1] == pytest.approx(SPEC.num_layers / 2 * constants.select_s)
+    for mode, kept in ((Mode(), 32 << 20), (Mode(rows=True), 64 << 20)):
+        assert models[1].fixed_bytes(site, mode)["rung weights"] - SPARSE.shared_bytes == kept - (32 << 20)
+        assert models[1].fixed_reads(site, whole, mode)[0][0] == kept
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "tp", "kv"),
+    [(OPT_175B, 1, 4, 0.25 + 0.75 / 16), (OPT_175B, 2, 4, 1.0), (SPEC, 1, 1, 0.25 + 0.75 / 16), (SPEC, 1, 4, 1.0)],
+)
+def test_late_keys_and_values_are_read_less_often(spec: ModelSpec, batch: int, tp: int, kv: float) -> None:
+    """Of one sequence, and on ranks whose part of a layer's rows is worth its launches: 17 MB are not."""
+    sparse = RungUse(name="self:heads=0.25", passes=1, tokens=1, heads=0.25, kv_heads=0.25 + 0.75 / 16)
+    ladder = LadderUse(name="self:heads=0.25", rungs=(sparse,), tokens_per_round=1.0, tokens_per_round_range=(1.0, 1.0))
+    [layout] = layouts(machine(f"{tp}xH200"), spec, tp)
+    groups = make_groups(work(ladder, spec=spec, context=640, batch=batch), ladder, layout, 100)
+    mine = (groups.part == ATTENTION) & (groups.site == 0)
+    heads = 1 - 0.75**batch
+    read, size = (groups.bytes * groups.reads[0])[mine].sum(), groups.bytes[mine].sum()
+    assert size == 4 * spec.num_layers * spec.hidden_size**2 * 2 / tp
+    assert read / size == pytest.approx((heads + kv) / 2)
 
 
 def test_time_is_that_of_the_bytes() -> None:

@@ -29,7 +29,7 @@ from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import build
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.build import build_neurons, layer_threshold
+from rowcast.runtime.sparse.build import build_neurons, layer_threshold, scorer
 from rowcast.runtime.sparse.scorers import FewBits, Gate, Oracle, Proxy, Reads, Scored, Scorer
 from rowcast.runtime.sparse.selection import SHARDS, Selector, shards_for
 from rowcast.runtime.sparse.sizes import expected_bytes
@@ -341,7 +341,16 @@ def test_a_layer_that_keeps_all_neurons_beside_others_asks_nobody(any_model: Mod
     layers = any_model.spec.num_layers
     monkeypatch.setattr(build, "layer_shares", lambda mean, layers, calibration: [0.5] * (layers - 1) + [1.0])
     rung = Rung(kind="self", mlp=0.75, by="q8")
-    view = build.build_view(any_model.banks, rung, None)
+    made: list[int] = []
+
+    def make(by: str, bank: Any, layer: int, *rest: Any) -> Scorer:
+        made.append(layer)
+        return scorer(by, bank, layer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "scorer", make)
+        view = build.build_view(any_model.banks, rung, None)
+    assert made == list(range(layers - 1))  # nor is there anybody
     assert [selector is None for selector in view._neurons] == [False] * (layers - 1) + [True]
     asked = SparseWeights(any_model.banks, build_neurons(any_model.banks, mlp=0.75, by="q8"))
 

@@ -126,6 +126,8 @@ class CostModel:
         work, ladder, constants, tp = self.work, self.ladder, self.constants, self.layout.tensor_parallel
         spec, share = work.spec, len(self.layout.stages[site.stage].layers) / work.spec.num_layers
         slots = ladder.slot_bytes if mode.kv_away else ladder.listed_slot_bytes
+        own_work = ladder.work_bytes if mode.kv_away else ladder.listed_work_bytes
+        whole = sum(rung.whole_proxy_bytes for rung in ladder.rungs) if mode.rows else 0
         speculating = ladder.speculating * work.batch
         rest = unplaced_bytes(spec, work.width, len(self.layout.stages[site.stage].layers))
         buffers = 0.0
@@ -142,14 +144,14 @@ class CostModel:
         return {
             "weights": rest,
             "draft": ladder.fixed_bytes if site.stage == 0 else 0,
-            "rung weights": round(ladder.shared_bytes * share / tp),
+            "rung weights": round((ladder.shared_bytes + whole) * share / tp),
             "rung KV": round(
                 slots * share / tp * max(1, tp // spec.num_kv_heads) * speculating
                 + ladder.kv_share * self.kv_bytes(site)
                 + ladder.draft_kv_bytes * speculating * (site.stage == 0)
             ),
             "buffers": round(buffers),
-            "work": work.work_bytes + ladder.work_bytes + states_bytes(spec, work.width, layered),
+            "work": work.work_bytes + own_work + states_bytes(spec, work.width, layered),
             "graphs": 0 if on_cpu else constants.context_bytes + constants.graphs_bytes,
             "margin": constants.host_margin_bytes if on_cpu else round(constants.margin_share * site.card.memory_bytes),
         }
@@ -365,7 +367,7 @@ class CostModel:
             entries = min(work.context, rung.kv_entries or work.context)
             kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch * rung.sequences
             return [(parameter_count(rung.model) * work.width, constants.weights_share), (kv, 1.0)]
-        found = [(rung.proxy_bytes * share / tp, constants.rows_share)]
+        found = [((rung.proxy_bytes + rung.whole_proxy_bytes * mode.rows) * share / tp, constants.rows_share)]
         if rung.own_weights_bytes and not self.ladder.reads_placed(rung):
             found.append((rung.own_weights_bytes * share / tp, constants.lowbit(rung.own_bits)))
         if mode.kv_away and rung.kv_entries is not None:
@@ -397,7 +399,7 @@ class CostModel:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
             return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
         if rung.neurons < 1 or rung.heads < 1:
-            each += constants.select_s
+            each += constants.select_s * (1.0 if rung.heads < 1 or mode.rows else rung.asking)
         if mode.rows and rung.neurons < 1 and not rung.ahead:
             each += constants.fetch_layer_s
         if mode.cpu:

@@ -108,6 +108,8 @@ class LadderNeeds:
     """For each running sequence: queries kept from its last pass, inputs kept for heads that were skipped."""
     row_bytes: int = 0
     """For each sequence of a round on the device: lists of chunks."""
+    list_work: tuple[tuple[int, int], ...] = ()
+    """Held for good by each view that lists chunks, for its choices: for each sequence of a round, and at most."""
     on_device: bool = False
     """Rounds run on the device: what their graphs hold is counted."""
     law_rows: int = 0
@@ -298,7 +300,8 @@ def work_bytes(
 
 
 def _round_bytes(spec: ModelSpec, max_num_seqs: int, context: int, needs: LadderNeeds) -> int:
-    """What rounds on the device hold: lists of chunks, the last pass's queries, an attention's partial sums in float32, graphs."""
+    """What rounds on the device hold: lists of chunks and what they are chosen in, the last pass's queries, an attention's partial sums
+    in float32, graphs."""
     if not needs.on_device:
         return 0
     rows = round_rows(max_num_seqs)
@@ -306,4 +309,5 @@ def _round_bytes(spec: ModelSpec, max_num_seqs: int, context: int, needs: Ladder
     head = spec.num_heads * spec.head_dim
     queries = needs.query_bytes // 16 * tokens if needs.query_bytes else 0  # which counts at least 16 tokens of a sequence
     partials = 4 * tokens * head * min(_MOST_SPLITS, -(-context // _SPLIT))
-    return rows * needs.row_bytes + queries + partials + _GRAPHS_BYTES
+    choices = sum(min(rows * each, most) for each, most in needs.list_work)
+    return rows * needs.row_bytes + choices + queries + partials + _GRAPHS_BYTES

@@ -65,6 +65,8 @@ class RungUse:
     """Share whose inner rows are read: more than `neurons` where candidates are ranked again."""
     heads: float = 1.0
     """Share of query heads that one token needs."""
+    kv_heads: float = 1.0
+    """Share of the heads whose keys and values a token's pass writes, where it may leave some to later ones."""
     head_share: float = 1.0
     """Bytes that the LM head reads over those of all its rows."""
     own_weights_bytes: int = 0
@@ -75,6 +77,10 @@ class RungUse:
     """Their bytes over those of the same matrices in the target's own format."""
     proxy_bytes: int = 0
     """Proxies and predictors that a pass reads beside them."""
+    whole_proxy_bytes: int = 0
+    """The same of layers that keep all their neurons: needed only where rows of them are fetched."""
+    asking: float = 1.0
+    """Share of the layers whose neurons are chosen; others keep all."""
     ahead: bool = False
     """Neurons are known one sub-layer before they are needed, so that fetching them hides under attention."""
 
@@ -109,6 +115,8 @@ class LadderUse:
     """Chunk summaries, over the bytes of the target's KV."""
     work_bytes: int = 0
     """Work space of the largest step, on every rank, beyond what a plain model takes."""
+    listed_work_bytes: int = 0
+    """The same where rungs read their part of the KV where it lies: with what they choose it in."""
     alone_bits: int = 0
     """Bits of the weights that its rungs read where none of them reads the target's own: these are placed, and the target's products
     are not held. 0: the target's own are."""

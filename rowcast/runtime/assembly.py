@@ -234,7 +234,10 @@ class _Assembly:
             return None
         capture = self._device.type == "cuda" and not eager
         log.info("rounds run on the device, %s", "captured in graphs" if capture else "launched call by call")
-        return DeviceRounds(lower, top, sampler, lookahead=self._plan.lookahead, capture=capture, rates=rates, driven=driven)
+        rows = round_rows(self._plan.max_num_seqs)
+        return DeviceRounds(
+            lower, top, sampler, lookahead=self._plan.lookahead, rows=rows, capture=capture, rates=rates, driven=driven
+        )
 
     def _spec_of(self, rung: Rung) -> ModelSpec:
         return self._spec if rung.model is None else self._drafts[rung.model].spec
@@ -345,6 +348,7 @@ class _Assembly:
                 refresh=rung.refresh,
                 slots=slots,
                 rows=round_rows(self._plan.max_num_seqs),
+                context=self._plan.max_context,
             )
         return SelectedKV(
             self._full,

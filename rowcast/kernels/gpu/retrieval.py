@@ -6,6 +6,7 @@ arXiv 2406.10774, section 3.2). Lengths, bounds and numbers of tokens are device
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 import torch
@@ -13,15 +14,14 @@ import triton
 from torch import Tensor
 
 from rowcast.kernels.gpu import retrieval_kernels as kernels
+from rowcast.kernels.retrieval_sizes import SPLIT, layer_bytes, tile_rows
 
 WORK_BYTES: Final = 64 << 20
-"""Work space of `chunk_scores`, unless a single layer needs more."""
+"""Work space of `chunk_scores` beside its scores, unless a single layer needs more."""
 
 _CHUNKS: Final = 64
 """Chunks of a tile."""
-_SPLIT: Final = 1024
-"""Chunks that a program scores."""
-_MOST_ROWS: Final = 32
+_SPLIT: Final = SPLIT
 _MOST_HELD: Final = 16_384
 """Scores that a program of `choose_chunks` keeps in registers; more are read again and again."""
 
@@ -91,6 +91,7 @@ def chunk_scores(
     slopes: Tensor | None = None,
     absolute_bias_scale: float | None = None,
     windows: Tensor | None = None,
+    work: Tensor | None = None,
 ) -> Tensor:
     """How much of their attention tokens would give each chunk, were its summary a key: [B, layers, K, most_chunks] float32.
 
@@ -101,19 +102,27 @@ def chunk_scores(
 
     `slopes` [H] and `absolute_bias_scale` as in `attend`; `windows` int32 [layers], 0: none, for which `lengths` [B] int32 tell how
     many entries there are up to and including the last counted token. A chunk stands at its last position.
+
+    `work` [n] float32: the scores lie at its beginning, what is computed for them behind; None: memory is allocated for both.
+    Precondition: it holds the scores and one layer's `layer_bytes` of all sequences.
     """
     layers, sequences, tokens, query_heads, size = queries.shape
     parts, _, kv_heads, _, per_block, _ = kept.shape
     share = query_heads // kv_heads
     assert kept.is_contiguous() and queries.stride(4) == 1 and tables.stride(1) == 1
     assert windows is None or lengths is not None
-    rows = 16 if queries.dtype == torch.float32 else min(_MOST_ROWS, max(16, triton.next_power_of_2(tokens * share)))
+    rows = tile_rows(tokens * share, queries.itemsize)
     row_tiles, splits = triton.cdiv(tokens * share, rows), max(1, triton.cdiv(most_chunks, _SPLIT))
-    scores = queries.new_empty((sequences, layers, kv_heads, most_chunks), dtype=torch.float32)
+    shape = sequences, layers, kv_heads, most_chunks
     each = sequences * kv_heads * row_tiles * rows
-    at_a_time = max(1, min(layers, WORK_BYTES // max(1, 4 * each * most_chunks)))
-    raw = queries.new_empty(at_a_time * each * most_chunks, dtype=torch.float32)
-    stats = queries.new_empty(2 * at_a_time * each * splits, dtype=torch.float32)
+    per_layer = sequences * layer_bytes(kv_heads, tokens * share, most_chunks, queries.itemsize, _SPLIT) // 4
+    at_a_time = max(1, min(layers, WORK_BYTES // (4 * per_layer)))
+    if work is None:
+        work = queries.new_empty(math.prod(shape) + at_a_time * per_layer, dtype=torch.float32)
+    scores, rest = work[: math.prod(shape)].view(shape), work[math.prod(shape) :]
+    at_a_time = min(at_a_time, len(rest) // per_layer)
+    assert at_a_time > 0 and work.dtype == torch.float32, f"{len(work)} numbers of work space do for no layer"
+    raw, stats = rest[: at_a_time * each * most_chunks], rest[at_a_time * each * most_chunks :]
     for layer in range(0, layers, at_a_time):
         some = min(at_a_time, layers - layer)
         of_layers = (queries[layer:], kept[:, layer:], None if windows is None else windows[layer:])

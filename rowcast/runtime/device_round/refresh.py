@@ -26,25 +26,23 @@ from rowcast.runtime.ladder.path import Path
 class Refresh:
     """Over the last rung's store and the rungs' views of it."""
 
-    def __init__(self, parent: PagedKV, stores: Sequence[object], graphs: Graphs) -> None:
-        """`stores`: of the rungs below, in their order; those that list chunks are refreshed."""
+    def __init__(self, parent: PagedKV, stores: Sequence[object], graphs: Graphs, *, tokens: int) -> None:
+        """`stores`: of the rungs below, in their order; those that list chunks are refreshed. `tokens`: of all sequences in a last
+        pass, at most."""
         self._parent = parent
         self._stores = {rung: store for rung, store in enumerate(stores) if isinstance(store, ListedKV)}
         self._alone = bool(self._stores) and not any(isinstance(store, SelectedKV) for store in stores)
         """No other view looks at queries."""
         self._graphs = graphs
-        self._queries: dict[tuple[int, int], Tensor] = {}
+        shape = parent.spec.num_layers, tokens, parent.num_heads, parent.spec.head_dim
+        self._queries = torch.zeros(shape, dtype=parent.dtype, device=parent.device)
+        """Of the newest last pass, whose tokens come first."""
         self._due: dict[int, list[int]] = {}
         """By rung: sequences whose chunks are chosen anew at the round's end."""
 
     def queries(self, batch: int, tokens: int) -> Tensor:
         """Where a last pass over so many tokens of each sequence leaves its queries, [layers, B * T, H, d]."""
-        found = self._queries.get((batch, tokens))
-        if found is None:
-            view = self._parent
-            shape = view.spec.num_layers, batch * tokens, view.num_heads, view.spec.head_dim
-            found = self._queries[batch, tokens] = torch.zeros(shape, dtype=view.dtype, device=view.device)
-        return found
+        return self._queries[:, : batch * tokens]
 
     def begin(self) -> None:
         """A round's state is about to be filled."""

@@ -70,13 +70,14 @@ class DeviceRounds:
         sampler: Sampler,
         *,
         lookahead: int,
+        rows: int,
         capture: bool,
         rates: Mapping[int, float] | None = None,
         driven: bool | None = None,
     ) -> None:
-        """`lookahead`: tokens that a round drafts at most for one sequence. `rates`: simulated acceptance by verifying rung, for timing
-        shapes without weights. `driven`: whether the host drives the last rung's pass; of several ranks either all do or none; None: as
-        `is_driven` says. Precondition: `why_not` found nothing."""
+        """`lookahead`: tokens that a round drafts at most for one sequence. `rows`: sequences of a round, at most.
+        `rates`: simulated acceptance by verifying rung, for timing shapes without weights. `driven`: whether the host drives the last
+        rung's pass; of several ranks either all do or none; None: as `is_driven` says. Precondition: `why_not` found nothing."""
         self._rungs = [*lower, top]
         self._top = top
         self._sampler = sampler
@@ -101,7 +102,7 @@ class DeviceRounds:
         self._refresh: Refresh | None = None
         """None: no view chooses by the last pass's queries, or the host drives that pass, and keeps them itself."""
         if not self.driven and isinstance(top.view, PagedKV) and top.view.keep_queries:
-            self._refresh = Refresh(top.view, self._stores[:-1], self._graphs)
+            self._refresh = Refresh(top.view, self._stores[:-1], self._graphs, tokens=rows * (1 + lookahead))
         self._goes_ahead = self._device.type == "cuda" and capture and len(self._rungs) == 1 and not lookahead
         self._ahead: _Ahead | None = None
         self._blocks: list[int] = []

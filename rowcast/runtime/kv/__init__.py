@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rowcast.runtime.kv.selected import SelectedKV
     from rowcast.runtime.kv.selection import Choice, HeavyHitters, Policy, Retrieval, Streaming
     from rowcast.runtime.kv.shared import SharedKV
-    from rowcast.runtime.kv.sizes import Summary, choice_bytes, choosing_bytes, listed_bytes, why_not_streaming
+    from rowcast.runtime.kv.sizes import Summary, choice_bytes, listed_bytes, why_not_streaming
     from rowcast.runtime.kv.streaming import StreamingKV
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "StreamingKV",
     "Summary",
     "choice_bytes",
-    "choosing_bytes",
     "listed_bytes",
     "why_not_streaming",
 ]
@@ -42,7 +41,7 @@ _HOME = {
     "SharedKV": "shared",
     "StreamingKV": "streaming",
     **dict.fromkeys(("Choice", "HeavyHitters", "Policy", "Retrieval", "Streaming"), "selection"),
-    **dict.fromkeys(("Summary", "choice_bytes", "choosing_bytes", "listed_bytes", "why_not_streaming"), "sizes"),
+    **dict.fromkeys(("Summary", "choice_bytes", "listed_bytes", "why_not_streaming"), "sizes"),
 }
 
 

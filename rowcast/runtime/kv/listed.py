@@ -16,7 +16,7 @@ from rowcast.kernels import gpu
 from rowcast.runtime.kv.paged import PagedKV, visible_bytes
 from rowcast.runtime.kv.selection import Retrieval
 from rowcast.runtime.kv.shared import SharedKV
-from rowcast.runtime.kv.sizes import LIST_WORK_BYTES, chosen_at_once_bytes, rounded_chunks
+from rowcast.runtime.kv.sizes import ListWork, most_chunks, rounded_chunks
 from rowcast.runtime.kv.slots import Slots
 from rowcast.runtime.ladder.spec import RECENT, SINKS
 from rowcast.runtime.step import SeqStep
@@ -58,9 +58,10 @@ class ListedKV(SharedKV):
         refresh: int = 1,
         slots: int,
         rows: int,
+        context: int,
     ) -> None:
         """As `SelectedKV`, whose preconditions hold here, too; of a round's proposals there may be any number. `rows`: most sequences
-        of a round, with lists or without."""
+        of a round, with lists or without. `context`: entries of the longest one."""
         super().__init__(parent)
         self.sinks = -(-sinks // policy.chunk) * policy.chunk
         self._choice = (budget - self.sinks - recent - policy.chunk + 1) // policy.chunk
@@ -72,6 +73,11 @@ class ListedKV(SharedKV):
         self._ids = torch.full((slots, *self._shape), -1, dtype=torch.int32, device=parent.device)
         self._rows = torch.full((rows, *self._shape), -1, dtype=torch.int32, device=parent.device)
         """The lists of a round's sequences."""
+        tokens, group = parent.keep_queries, parent.num_heads // parent.num_kv_heads
+        self._sizes = ListWork(parent.spec.num_layers, parent.num_kv_heads, tokens * group, parent.dtype.itemsize)
+        each, all_ = self._sizes.bytes(most_chunks(context, tokens, policy.chunk))
+        self._work = torch.empty(min(rows * each, all_) // 4, dtype=torch.float32, device=parent.device)
+        """Of choices, one after another."""
         windows = [window or 0 for window in parent.spec.windows]
         self._windows = torch.tensor(windows, dtype=torch.int32, device=parent.device) if any(windows) else None
         self._shown: dict[int, _Shown] = {}
@@ -89,8 +95,8 @@ class ListedKV(SharedKV):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all lists."""
-        return self._ids.nbytes + self._rows.nbytes
+        """Bytes of all lists, and of work space."""
+        return self._ids.nbytes + self._rows.nbytes + self._work.nbytes
 
     def admit(self, seq_id: int) -> bool:
         """Whether the sequence has a slot now; it keeps it until `free`."""
@@ -124,7 +130,7 @@ class ListedKV(SharedKV):
 
         queries [layers, B, n, H, d] after RoPE, of which the first counts[b] (int32 [B]; None: all) are the last committed tokens';
         tables [B, blocks], lengths [B] and slots [B] int32: the lists of slot -1 stay. `most_chunks`: that a sequence has at most.
-        Precondition: summaries are up to date.
+        Precondition: summaries are up to date; B, n and `most_chunks` are within what the view was made for.
         """
         from rowcast.kernels.gpu import retrieval
 
@@ -132,7 +138,7 @@ class ListedKV(SharedKV):
         stay = (slots < 0) | (lengths <= self._budget)
         first = torch.full_like(lengths, self.sinks // chunk)
         last = ((lengths - self._recent) // chunk).masked_fill_(stay, -1)
-        together = max(1, LIST_WORK_BYTES // chosen_at_once_bytes(self.spec, most_chunks))
+        together = self._sizes.together(most_chunks)
         for low in range(0, len(lengths), together):
             some = slice(low, low + together)
             scores = retrieval.chunk_scores(
@@ -149,6 +155,7 @@ class ListedKV(SharedKV):
                 slopes=self.slopes,
                 absolute_bias_scale=self.absolute_bias_scale,
                 windows=self._windows,
+                work=self._work,
             )
             retrieval.choose_chunks(scores, self._choice, first[some], last[some], out=self._ids, slots=slots[some])
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from rowcast.errors import UserError
+from rowcast.kernels.retrieval_sizes import LEAST_ROWS, layer_bytes
 from rowcast.runtime.ladder.spec import Rung, Score
 from rowcast.runtime.spec import ModelSpec
 
@@ -16,7 +17,7 @@ WORK_BYTES = 64 << 20
 """Work space of a choice, unless a single head needs more."""
 
 LIST_WORK_BYTES = 64 << 20
-"""Of a choice on a GPU: scores of chunks by token, of a few layers at a time."""
+"""Of a choice on a GPU: scores of chunks of several sequences, and those by token of a few layers at a time."""
 
 ROUNDED_CHUNKS = 256
 """Least chunks that its work space is rounded up to: see `rounded_chunks`."""
@@ -138,14 +139,43 @@ def rounded_chunks(chunks: int) -> int:
     return max(1, -(-chunks // step)) * step
 
 
-def choosing_bytes(spec: ModelSpec, context: int, chunk: int) -> int:
-    """Work space of one sequence's choice: once for those that the host asks for, once in the graphs of rounds."""
-    return 2 * (LIST_WORK_BYTES + chosen_at_once_bytes(spec, rounded_chunks(context // chunk + 1)))
+class ListWork(NamedTuple):
+    """Work space of choosing chunks by list, on one rank. Held for good: graphs of rounds work in it, and choices of the host."""
+
+    layers: int
+    kv_heads: int
+    rows: int
+    """Queries of a KV head: tokens times the query heads of its group."""
+    width: int
+    """Bytes of an element of queries."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tokens: int, width: int) -> ListWork:
+        """`spec`: the rank's share. `tokens`: of one sequence that a choice looks at, at most."""
+        return cls(spec.num_layers, spec.num_kv_heads, tokens * spec.group_size, width)
+
+    def together(self, chunks: int) -> int:
+        """Sequences of so many chunks that are chosen for at once."""
+        return max(1, LIST_WORK_BYTES // (self._scores(chunks) + self._layer(chunks)))
+
+    def bytes(self, chunks: int) -> tuple[int, int]:
+        """For each sequence of a round, as long as it is short of the second: for all of them. `chunks`: of a sequence, at most."""
+        scores, layer = self._scores(chunks), self._layer(chunks)
+        several = LIST_WORK_BYTES * self.layers // (self.layers + LEAST_ROWS)  # what is left of it is for a layer's by token
+        return scores + self.layers * layer, max(scores, several) + max(LIST_WORK_BYTES, layer)
+
+    def _scores(self, chunks: int) -> int:
+        """One sequence's, in all layers."""
+        return 4 * chunks * self.kv_heads * self.layers
+
+    def _layer(self, chunks: int) -> int:
+        """Beside them, for one layer of it."""
+        return layer_bytes(self.kv_heads, self.rows, chunks, self.width)
 
 
-def chosen_at_once_bytes(spec: ModelSpec, chunks: int) -> int:
-    """Of it, what one sequence's chunks take: their scores in all layers, and in one of them by token."""
-    return 4 * chunks * spec.num_kv_heads * (spec.num_layers + 32)
+def most_chunks(context: int, tokens: int, chunk: int) -> int:
+    """Chunks that a choice for a sequence of `context` entries and `tokens` proposals has room for."""
+    return rounded_chunks((context + tokens) // chunk)
 
 
 def why_not_streaming(spec: ModelSpec) -> str | None:

@@ -10,9 +10,9 @@ from typing import Protocol
 
 from rowcast.placement.resident import LadderNeeds
 from rowcast.runtime import lowbit_sizes
-from rowcast.runtime.kv.sizes import PolicySizes, Summary, choice_bytes, choosing_bytes, listed_bytes, policy_sizes
+from rowcast.runtime.kv.sizes import ListWork, PolicySizes, Summary, choice_bytes, listed_bytes, most_chunks, policy_sizes
 from rowcast.runtime.ladder.options import GAMMAS
-from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder
+from rowcast.runtime.ladder.spec import STREAMING_STRIDE, Ladder, Rung
 from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.sizes import (
@@ -20,6 +20,7 @@ from rowcast.runtime.sparse.sizes import (
     copied_bytes,
     expected_bytes,
     late_bytes,
+    late_share,
     making_bytes,
     predictor_bytes,
     score_bytes,
@@ -49,6 +50,17 @@ def summaries(ladder: Ladder) -> set[Summary]:
 def lazy(ladder: Ladder, spec: ModelSpec) -> bool:
     """Whether the full view's entries may be completed by later passes: its own rung skips heads, and no other rung reads them."""
     return ladder.rungs[-1].heads is not None and spec.group_size == 1 and not any(rung.kind == "self" for rung in ladder.lower)
+
+
+def kv_heads(ladder: Ladder, rung: Rung, spec: ModelSpec) -> float:
+    """Share of the heads whose keys and values a pass of the rung over one token writes, where entries may be late: the last rung fills
+    in all of them from time to time; what a lower one skips in its rounds, the last rung writes."""
+    if rung.heads is None or spec.group_size > 1:
+        return 1.0
+    if rung == ladder.rungs[-1]:
+        return late_share(rung.heads) if lazy(ladder, spec) else 1.0
+    alone = sum(lower.kind == "self" and lower.kv is None for lower in ladder.lower) == 1
+    return rung.heads if alone and rung.kv is None else 1.0
 
 
 class DraftModel(Protocol):
@@ -91,16 +103,15 @@ def ladder_needs(
     held = {rung.model for rung in ladder.lower if rung.at != "driver"}
     models = [draft.spec for name, draft in drafts.items() if name in held]
     block_bytes = slot_bytes = work_bytes = row_bytes = 0
+    tokens, list_work = kept_queries(ladder), []
     for rung in ladder.lower:
         if rung.kind == "self" and rung.kv is not None and rung.retrieves and listed:
             slot_bytes += listed_bytes(spec, rung.kv, rung.chunk)
             row_bytes += listed_bytes(spec, rung.kv, rung.chunk)
-            work_bytes = max(work_bytes, choosing_bytes(spec, max_context, rung.chunk))
+            list_work.append(ListWork.of(spec, tokens, width).bytes(most_chunks(max_context, tokens, rung.chunk)))
         elif rung.kind == "self" and rung.kv is not None:
             slot_bytes += selected_bytes(spec, policy_sizes(rung), rung.kv, ahead, width)
-            work_bytes = max(
-                work_bytes, choice_bytes(policy_sizes(rung), spec, rung.kv, max_context, kept_queries(ladder), width)
-            )
+            work_bytes = max(work_bytes, choice_bytes(policy_sizes(rung), spec, rung.kv, max_context, tokens, width))
         elif rung.kind == "draft" and rung.at != "driver":
             assert rung.model is not None
             model = drafts[rung.model].spec
@@ -145,11 +156,12 @@ def ladder_needs(
         slot_bytes=slot_bytes,
         work_bytes=work_bytes,
         row_bytes=row_bytes,
+        list_work=tuple(list_work),
         on_device=listed,
         copied_bytes=max(
             copied_bytes(spec, width) if sparse and dense_copy else 0, lowbit_sizes.product_bytes(spec) if lowbit else 0
         ),
-        query_bytes=kept_queries(ladder) * spec.num_layers * spec.num_heads * spec.head_dim * width
+        query_bytes=tokens * spec.num_layers * spec.num_heads * spec.head_dim * width
         + sum(rung.heads is not None for rung in sparse) * late_bytes(spec, width),
         anyone=any(rung.kind in ("draft", "self") and rung.kv is None for rung in ladder.lower),
         law_rows=running * (ahead + 1) if verification == "maximal" else 0,

@@ -10,14 +10,14 @@ from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SPECULA
 from rowcast.placement.workload import Input, LadderUse, RungUse
 from rowcast.runtime.acceptances import NEVER, Acceptance, Acceptances
 from rowcast.runtime.ladder.costs import expected_passes, expected_tokens
-from rowcast.runtime.ladder.memory import ladder_needs, lookahead, streaming_bytes
+from rowcast.runtime.ladder.memory import kv_heads, ladder_needs, lookahead, streaming_bytes
 from rowcast.runtime.ladder.options import GAMMAS, INNER_GAMMAS
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
 from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.checks import AHEAD
-from rowcast.runtime.sparse.sizes import head_share, inner_share, proxy_bytes
+from rowcast.runtime.sparse.sizes import asking_layers, head_share, inner_share, layer_proxy_bytes, proxy_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 _GAMMA, _INNER_GAMMA = 6, 2
@@ -81,6 +81,7 @@ def ladder_use(
     rungs = [
         replace(
             _rung_use(rung, spec, count, tokens, width, calibration, drafts, packed),
+            kv_heads=kv_heads(ladder, rung, spec),
             sequences=1.0 if rung is last else part,
             asked=0.0 if rung.at == "ranks" else above,
         )
@@ -107,7 +108,11 @@ def ladder_use(
     models = {rung.model: drafts[rung.model] for rung in ladder.lower if rung.model is not None}
     held = {rung.model for rung in ladder.lower if rung.at != "driver"}
     fixed = sum(parameter_count(model) for name, model in models.items() if name in held) * width
-    work = max(_work_bytes(spec, width, batch, context, needs) for needs in (listed, copied))
+    without = replace(listed, list_work=())
+    work, listing = (
+        max(_work_bytes(spec, width, batch, context, needs) for needs in (each, copied)) for each in (without, listed)
+    )
+    plain = plain_work_bytes(spec, width, batch, context)
     alone = _alone_bits(ladder) if packed is None else packed.bits
     placed = rounded_bytes(spec, alone) if alone and packed is None else 0
     return LadderUse(
@@ -123,7 +128,8 @@ def ladder_use(
         slot_bytes=copied.slot_bytes - streamed + copied.query_bytes,
         listed_slot_bytes=listed.slot_bytes - streamed + listed.row_bytes + listed.query_bytes,
         kv_share=(listed.block_bytes / block_size - kept / context) / kv_bytes_per_token(spec, width),
-        work_bytes=max(0, work - plain_work_bytes(spec, width, batch, context)),
+        work_bytes=max(0, work - plain),
+        listed_work_bytes=max(0, listing - plain),
         alone_bits=alone,
         packed=packed is not None,
         own_head=packed is None or packed.head_bytes > 0 or not spec.tied_embeddings,
@@ -158,6 +164,7 @@ def _rung_use(
         return replace(use, own_weights_bytes=own, own_bits=packed.bits, own_weights_share=own / replaced_bytes(spec, width))
     if not rung.sparse:
         return use
+    asking = asking_layers(spec, rung, calibration)
     return replace(
         use,
         neurons=1.0 if rung.mlp is None else rung.mlp,
@@ -165,6 +172,8 @@ def _rung_use(
         heads=1.0 if rung.heads is None else rung.heads,
         head_share=head_share(spec, calibration, width) if rung.lm == "hire" else 1.0,
         proxy_bytes=proxy_bytes(spec, rung, calibration),
+        whole_proxy_bytes=(spec.num_layers - asking) * layer_proxy_bytes(spec, rung, calibration),
+        asking=asking / spec.num_layers,
         ahead=rung.by is not None and rung.by.endswith(AHEAD),
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,7 @@ from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.lm_head import CertifiedHead
 from rowcast.runtime.sparse.scorers import FewBits, Gate, InputMap, LowRank, Oracle, Proxy, Reads, Scorer
 from rowcast.runtime.sparse.selection import Selector
+from rowcast.runtime.sparse.sizes import asks, kept_neurons, layer_shares
 from rowcast.runtime.sparse.weights import SparseWeights
 
 SPARE, SPARE_ROWS = 1.25, 64
@@ -28,21 +30,14 @@ def build_view(
 ) -> SparseWeights:
     """The weights that a sparse rung reads, as `view` makes them of such banks. Precondition: `check_rung` has passed. Raises UserError
     where the LM head's rows are held in a library's layout only."""
-    neurons: Sequence[Selector | None] = [None] * banks.spec.num_layers
+    neurons: list[Selector | None] = [None] * banks.spec.num_layers
     if rung.mlp is not None:
-        neurons = build_neurons(
-            banks,
-            mlp=rung.mlp,
-            by=rung.by or "q4",
-            over=rung.over,
-            cut=rung.cut,
-            common=rung.common or 0.0,
-            group=rung.group,
-            calibration=calibration,
-        )
-        whole = [found is not None and found.keep == len(bank.order) for found, bank in zip(neurons, banks.ffn, strict=True)]
-        if view is SparseWeights and not all(whole):  # beside others, a layer that keeps all neurons asks nobody for them
-            neurons = [None if keeps_all else found for keeps_all, found in zip(whole, neurons, strict=True)]
+        how = _How(rung.by or "q4", rung.over, rung.cut, rung.common or 0.0, rung.group, calibration)
+        shares = layer_shares(rung.mlp, banks.spec.num_layers, calibration)
+        for layer, asked in enumerate(asks(shares, banks.spec.intermediate_size)):
+            # The device finds rows that are fetched by a selector, even if it is of all of them.
+            if asked or getattr(banks.ffn[layer], "on_device", False):
+                neurons[layer] = _selector(banks, layer, shares[layer], how)
     lm = None
     if rung.lm == "hire":
         if banks.outer.head_rows is None:
@@ -83,26 +78,38 @@ def build_neurons(
     `common`, `group`: as in `Rung`; the first two need a calibration. Raises UserError as `check_scorer` does.
     """
     check_scorer(by, banks.spec, calibration)
+    how = _How(by, over, cut, common, group, calibration)
     shares = layer_shares(mlp, banks.spec.num_layers, calibration)
-    neurons, shard = banks.spec.intermediate_size, banks.shard
-    selectors = []
-    for layer, (bank, share) in enumerate(zip(banks.ffn, shares, strict=True)):
-        found, device = scorer(by, bank, layer, calibration, neurons), bank.up_down.device
-        keep = min(neurons, max(1, round(share * neurons)))
-        if cut == "threshold":
-            assert calibration is not None
-            threshold = layer_threshold(calibration, layer, by, share)
-            capacity = math.ceil(SPARE * share * len(bank.order)) + SPARE_ROWS
-            selector = Selector(found, neurons, keep=keep, threshold=threshold, capacity=capacity, shard=shard)
-        elif common:
-            assert calibration is not None
-            frequency = calibration.tensor(f"layers.{layer}.frequency", (neurons,))[bank.order].to(device)
-            always = min(keep, round(common * neurons))
-            selector = Selector(found, neurons, keep=keep, over=over, common=always, frequency=frequency, shard=shard)
-        else:
-            selector = Selector(found, neurons, keep=keep, over=over, group=group, shard=shard, device=device)
-        selectors.append(selector)
-    return selectors
+    return [_selector(banks, layer, share, how) for layer, share in enumerate(shares)]
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """Neurons are chosen, as `build_neurons` takes it."""
+
+    by: str
+    over: float
+    cut: Cut
+    common: float
+    group: int
+    calibration: Calibration | None
+
+
+def _selector(banks: BankWeights, layer: int, share: float, how: _How) -> Selector:
+    """One that keeps this share of the layer's neurons."""
+    bank, neurons, shard, calibration = banks.ffn[layer], banks.spec.intermediate_size, banks.shard, how.calibration
+    found, device, keep = scorer(how.by, bank, layer, calibration, neurons), bank.up_down.device, kept_neurons(share, neurons)
+    if how.cut == "threshold":
+        assert calibration is not None
+        threshold = layer_threshold(calibration, layer, how.by, share)
+        capacity = math.ceil(SPARE * share * len(bank.order)) + SPARE_ROWS
+        return Selector(found, neurons, keep=keep, threshold=threshold, capacity=capacity, shard=shard)
+    if how.common:
+        assert calibration is not None
+        frequency = calibration.tensor(f"layers.{layer}.frequency", (neurons,))[bank.order].to(device)
+        always = min(keep, round(how.common * neurons))
+        return Selector(found, neurons, keep=keep, over=how.over, common=always, frequency=frequency, shard=shard)
+    return Selector(found, neurons, keep=keep, over=how.over, group=how.group, shard=shard, device=device)
 
 
 def layer_threshold(calibration: Calibration, layer: int, by: str, share: float) -> float:
@@ -120,18 +127,6 @@ def layer_threshold(calibration: Calibration, layer: int, by: str, share: float)
     low, high = table[above - 1], table[above]
     weight = (share - grid[above - 1]) / (grid[above] - grid[above - 1])
     return float(low * (high / low) ** weight if min(low, high) > 0 else low + weight * (high - low))
-
-
-def layer_shares(mean: float, layers: int, calibration: Calibration | None) -> list[float]:
-    """The share of neurons that each layer keeps where they keep `mean` on average, from the calibration's `densities` [G, L]."""
-    if calibration is None or mean >= 1:
-        return [mean] * layers
-    grid, table = calibration.densities, calibration.tensor("densities", (len(calibration.densities), layers)).float()
-    above = next(i for i, density in enumerate(grid) if density >= mean)
-    if above == 0:
-        return (table[0] * (mean / grid[0])).tolist()
-    weight = (mean - grid[above - 1]) / (grid[above] - grid[above - 1])
-    return torch.lerp(table[above - 1], table[above], weight).tolist()
 
 
 def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None, neurons: int | None = None) -> Scorer:

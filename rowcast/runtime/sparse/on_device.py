@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
+from rowcast.placement.groups import LATE_BYTES as LATE_BYTES
+from rowcast.placement.groups import writes_late
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.kv.device import BoundStore
 from rowcast.runtime.protocols import ALL_HEADS, Heads, KVView, Reads
@@ -26,9 +28,6 @@ from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
 from rowcast.runtime.sparse.selection import Places, Selector
 from rowcast.runtime.step import SeqStep
-
-LATE_BYTES = 1 << 25
-"""Of a layer's rows of keys and values: with fewer, leaving some out saves less time than its launches take."""
 
 
 class DevicePasses:
@@ -59,7 +58,7 @@ class DevicePasses:
             for layer, selector in enumerate(heads)
         ]
         spec = banks.spec
-        lazy = any(self._heads) and spec.group_size == 1 and spec.rope is None and spec.qk_norm == "none"
+        lazy = any(self._heads) and spec.group_size == 1 and writes_late(spec, batch=1)
         lazy = lazy and kv_rows(banks, 0)[0].nbytes >= LATE_BYTES
         self._rings = DeviceLate(banks, counts) if lazy else None
         self._late: DeviceLate | None = None

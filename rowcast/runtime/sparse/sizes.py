@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rowcast.kernels.lowbit_sizes import stored_bytes, work_bytes
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.ladder.spec import Rung
@@ -36,9 +38,45 @@ def late_bytes(spec: ModelSpec, width: int) -> int:
     return spec.num_layers * LATE_TOKENS * spec.hidden_size * width if spec.group_size == 1 else 0
 
 
+def layer_shares(mean: float, layers: int, calibration: Calibration | None) -> list[float]:
+    """The share of neurons that each layer keeps where they keep `mean` on average, from the calibration's `densities` [G, L]."""
+    if calibration is None or mean >= 1:
+        return [mean] * layers
+    grid, table = calibration.densities, calibration.array("densities", (len(calibration.densities), layers))
+    above = next(i for i, density in enumerate(grid) if density >= mean)
+    if above == 0:
+        return [float(share) * (mean / grid[0]) for share in table[0]]
+    weight = (mean - grid[above - 1]) / (grid[above] - grid[above - 1])
+    return [float(low) * (1 - weight) + float(high) * weight for low, high in zip(table[above - 1], table[above], strict=True)]
+
+
+def kept_neurons(share: float, neurons: int) -> int:
+    """Of a layer's neurons, those that a token keeps."""
+    return min(neurons, max(1, round(share * neurons)))
+
+
+def asks(shares: Sequence[float], neurons: int) -> list[bool]:
+    """By layer, whether a token's neurons are asked for: a layer that keeps all asks nobody, unless all layers do."""
+    found = [kept_neurons(share, neurons) < neurons for share in shares]
+    return found if any(found) else [True] * len(found)
+
+
+def asking_layers(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
+    """Layers of which a rung's tokens are asked for their neurons."""
+    if rung.mlp is None:
+        return 0
+    known = calibration if calibration is not None and "densities" in calibration else None
+    return sum(asks(layer_shares(rung.mlp, spec.num_layers, known), spec.intermediate_size))
+
+
+def late_share(heads: float) -> float:
+    """Of all heads' keys and values, what a token's pass writes, and reads rows for, where skipped heads are filled in later."""
+    return heads + (1 - heads) / LATE_TOKENS
+
+
 def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
     """Proxies and predictors of a rung: of its neurons, its heads and its LM head."""
-    found = _scorer_bytes(spec, rung, calibration)
+    found = asking_layers(spec, rung, calibration) * _scorer_bytes(spec, rung, calibration)
     if rung.heads is not None:
         found += spec.num_layers * _head_selector_bytes(spec)
     if rung.lm == "hire":
@@ -47,7 +85,7 @@ def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None
 
 
 def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
-    """All layers'; a pass reads them all."""
+    """One layer's; a pass reads it all."""
     name = (rung.by or "").removesuffix(AHEAD)
     hidden, rows = spec.hidden_size, spec.intermediate_size * (2 if spec.gated else 1)
     if rung.mlp is None or name not in (*BITS, *FITTED):
@@ -60,7 +98,7 @@ def _scorer_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
         assert calibration is not None
         rank = calibration.shape(f"layers.0.{rung.by}.a")[0]
         each = stored_bytes(rank, hidden, 8) + stored_bytes(rows, rank, 8) + 4 * rows
-    return spec.num_layers * each
+    return each
 
 
 def making_bytes(spec: ModelSpec, rung: Rung, width: int, calibration: Calibration | None) -> int:
@@ -110,12 +148,16 @@ def expected_bytes(
 
 def proxy_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
     """Of that, proxies and predictors of neurons and heads, and the lengths of neurons' columns."""
-    found = _scorer_bytes(spec, rung, calibration)
-    if rung.mlp is not None and rung.by != "gate":
-        found += 4 * spec.num_layers * spec.intermediate_size
+    found = asking_layers(spec, rung, calibration) * layer_proxy_bytes(spec, rung, calibration)
     if rung.heads is not None:
         found += spec.num_layers * _head_selector_bytes(spec)
     return found
+
+
+def layer_proxy_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
+    """Of one layer whose neurons are asked for: their proxy or predictor, and the lengths of their columns."""
+    lengths = 4 * spec.intermediate_size if rung.mlp is not None and rung.by != "gate" else 0
+    return _scorer_bytes(spec, rung, calibration) + lengths
 
 
 def inner_share(spec: ModelSpec, rung: Rung) -> float:
