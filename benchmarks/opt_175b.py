@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,8 @@ def launcher(args: argparse.Namespace, folder: Path) -> Any:
 def wait_for_memory() -> None:
     """Until the ranks before have given theirs back."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if mine := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query += ["-i", mine]
     for _ in range(40):
         asked = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
         if all(int(used) < 6000 for used in asked if used.isdigit()):

@@ -28,7 +28,7 @@ Written by `python benchmarks/report.py` from the JSON lines in [results](result
 GPU are medians over warm runs with fresh random inputs. The floor of a time is the bytes that have to be read over the rate of a copy
 that was measured in the same run, counting bytes read and written. Shapes have random weights, unless a model is named: they show time
 and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows
-all that is measured; without `--list` it runs side by side on the GPUs of a machine.
+all of them but serving; without `--list` it runs them side by side on the GPUs of a machine.
 """
 
 

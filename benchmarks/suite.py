@@ -1,15 +1,16 @@
-"""Every benchmark of docs/benchmarks.md, side by side on the GPUs of one machine, and the page made of what they print.
+"""The benchmarks of docs/benchmarks.md, but for serving, side by side on the GPUs of a machine, and the page made of what they print.
 
     python benchmarks/suite.py --list
     python benchmarks/suite.py -o RUN --held-out a.txt --text b.txt --text c.txt             # all; RUN gets outputs, logs and copies
-    python benchmarks/suite.py -o RUN --only kernels "offload-*" --gpus 2 --seconds 540      # what begins and ends in nine minutes
+    python benchmarks/suite.py -o RUN --only kernels* offload-* --gpus 2 --seconds 540       # what begins and ends in nine minutes
     python benchmarks/suite.py -o RUN --keep --where "one of four of a host"                 # docs/results and the page, from RUN
 
 Each job has its GPUs for itself, and as large a share of the processor's cores; bus, memory and what else the host has are shared, so
 that times which the host bounds are better taken alone (`--only NAME --gpus N`). A job begins, in the list's order or that of --only,
 where GPUs with enough memory are free and, by what it took on an H100, the time is enough. Started again, the suite runs what is not
-done yet; jobs that train go on where they were. After --seconds what runs is interrupted, and ended 15 s later. `--keep` takes what
-jobs said that ended with a line of JSON, those of which a part failed included. Exit code 1 where a job failed.
+done yet; jobs that train go on where they were. After --seconds what runs is interrupted, and killed 15 s later; whatever a job leaves
+behind is killed when it ends. `--keep` takes what jobs said that ended with a line of JSON, those of which a part failed included. Exit
+code 1 where a job failed.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
 from suite_jobs import JOBS, MODEL, Job
+
+from rowcast.placement import nvml
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 15.0
 """Between an interrupt and the end of a job that does not heed it."""
 LAST_S = 45.0
 """That a job which trains in parts takes to save and to end, beyond its minutes."""
+SETTINGS = "suite.json"
+ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "RAY_ADDRESS": "local"}
+"""Of jobs: numbers of GPUs are the driver's, a cluster is a job's own."""
 
 
 @dataclass(slots=True)
@@ -52,6 +59,8 @@ class Suite:
     folder: Path
     jobs: Sequence[Job]
     gpus: Sequence[float]
+    names: Sequence[str]
+    """The driver's, of each."""
     places: Mapping[str, str]
     limit_s: float
     running: list[Running] = field(default_factory=list)
@@ -75,7 +84,9 @@ class Suite:
                 if not self.running:
                     break
                 time.sleep(0.2)
-                self._look()
+                for job in self._look():
+                    if job.in_parts and not done(self.folder, job) and job.name not in self.failed:
+                        waiting.insert(0, job)
                 if self.left_s <= 0:
                     self._interrupt()
         finally:
@@ -97,8 +108,9 @@ class Suite:
     def _begin(self, job: Job) -> None:
         gpus = tuple(gpu for gpu in self._free() if self.gpus[gpu] >= job.memory)[: job.gpus]
         minutes = max(0.1, (min(self.left_s, job.seconds) - LAST_S) / 60)
-        line = job.line({**self.places, "work": str(self.folder), "minutes": f"{minutes:.2f}"})
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(_visible(gpu) for gpu in gpus)}
+        line = job.line({**self.places, "minutes": f"{minutes:.2f}"})
+        env = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(self.names[gpu] for gpu in gpus)}
+        (self.folder / f"{job.name}.end").unlink(missing_ok=True)
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // max(1, len(self.gpus)))
         mine = {core for gpu in gpus for core in cores[gpu * share : (gpu + 1) * share]} or set(cores)
@@ -106,34 +118,51 @@ class Suite:
             process = subprocess.Popen(
                 ["bash", "-c", line], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
-        os.sched_setaffinity(process.pid, mine)
         self.running.append(Running(job, gpus, process, time.monotonic()))
+        with suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(process.pid, mine)
         self._say(f"{job.name}: GPU {', '.join(map(str, gpus))}")
 
-    def _look(self) -> None:
-        for each in [each for each in self.running if each.process.poll() is not None]:
+    def _look(self) -> list[Job]:
+        """Which ones have ended since."""
+        ended = [each for each in self.running if each.process.poll() is not None]
+        for each in ended:
+            _signal(each, signal.SIGKILL)  # what it left behind
             self.running.remove(each)
             seconds, code = time.monotonic() - each.began_s, each.process.returncode
-            ended = {"code": code, "seconds": round(seconds, 1), "date": date.today().isoformat()}
-            (self.folder / f"{each.job.name}.end").write_text(json.dumps(ended) + "\n")
+            told = {"code": code, "seconds": round(seconds, 1), "date": date.today().isoformat()}
+            (self.folder / f"{each.job.name}.end").write_text(json.dumps(told) + "\n")
             self._say(f"{each.job.name}: exit code {code} after {seconds:.0f} s")
             if code:
                 self.failed.append(each.job.name)
+        return [each.job for each in ended]
 
     def _interrupt(self) -> None:
-        """End what runs: with its whole process group, which is its own."""
-        for signum, wait_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, 5.0)):
+        """End what runs."""
+        try:
             for each in self.running:
-                os.killpg(each.process.pid, signum)
-            end = time.monotonic() + wait_s
+                _signal(each, signal.SIGINT)
+            end = time.monotonic() + GRACE_S
             while self.running and time.monotonic() < end:
                 time.sleep(0.05)
                 self._look()
+        finally:
+            for each in self.running:
+                _signal(each, signal.SIGKILL)
+            for each in self.running:
+                each.process.wait()
+            self._look()
 
     def _say(self, text: str) -> None:
         line = f"[{time.monotonic() - self._began_s:5.0f} s] {text}"
         self.told.append(line)
         print(line, file=sys.stderr, flush=True)
+
+
+def _signal(running: Running, signum: int) -> None:
+    """To all processes of its group, which is its own, its leader ended or not."""
+    with suppress(ProcessLookupError):
+        os.killpg(running.process.pid, signum)
 
 
 def done(folder: Path, job: Job) -> bool:
@@ -160,7 +189,7 @@ def keep(folder: Path, jobs: Sequence[Job], where: str | None) -> int:
     """Put what was printed into docs/results and write the page. Returns how many results those were."""
     kept = 0
     for job in jobs:
-        if not job.title or report_line(folder, job) is None:
+        if not job.title or not (folder / f"{job.name}.end").exists() or report_line(folder, job) is None:
             continue
         ended = json.loads((folder / f"{job.name}.end").read_text())
         command = ["--command", job.shown, "--date", ended["date"], "--title", job.title, "--as", job.name]
@@ -173,28 +202,22 @@ def keep(folder: Path, jobs: Sequence[Job], where: str | None) -> int:
     return kept
 
 
-def gpu_memory() -> list[float]:
-    """GiB of each GPU that this process may use, by NVML."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-        sizes = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(at)).total / 2**30 for at in range(count)]
-    except Exception:  # no library, no driver, no GPU
-        return []
-    return [sizes[int(name)] if name.isdigit() else sizes[0] for name in _names(count)]
-
-
-def _names(count: int) -> list[str]:
+def gpus_here() -> dict[str, float]:
+    """GiB of each GPU that this process may use, by the driver's number."""
+    facts = nvml.read()
+    found = {} if facts is None else {str(gpu.index): (gpu.memory_bytes or 0) / 2**30 for gpu in facts.gpus}
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(at) for at in range(count)] if names is None else [name for name in names.split(",") if name]
+    return found if names is None else {name: found[name] for name in names.split(",") if name in found}
 
 
-def _visible(gpu: int) -> str:
-    """The name that the driver has for this process's GPU of that number."""
-    names = _names(0)
-    return names[gpu] if gpu < len(names) else str(gpu)
+def begin(folder: Path, settings: Mapping[str, object]) -> None:
+    """Make the run's folder, or go on in it. Exits where it was begun with other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        changed = ", ".join(f"--{name.replace('_', '-')}" for name, value in settings.items() if before.get(name) != value)
+        sys.exit(f"{folder} was begun with another {changed}: give the same, or another folder with -o")
+    path.write_text(json.dumps(settings) + "\n")
 
 
 def main() -> int:
@@ -231,19 +254,27 @@ def main() -> int:
         jobs = [job for job in jobs if not job.needs_text]
         if left_out:
             print(f"without --text and --held-out: not run are {', '.join(left_out)}", file=sys.stderr)
-    sizes = gpu_memory()
-    sizes = sizes[: args.gpus] if args.gpus else sizes
-    if not sizes:
+    gpus = dict(list(gpus_here().items())[: args.gpus])
+    if not gpus:
         parser.error("there is no GPU here; the benchmarks' own pages say how to rehearse them without")
-    args.output.mkdir(parents=True, exist_ok=True)
+    folder = args.output.resolve()
+    model, draft, held_out, *texts = (
+        str(Path(given).resolve()) if given and Path(given).exists() else given
+        for given in (args.model, args.draft, args.held_out, *args.text)
+    )
+    begin(folder, {"model": model, "draft": draft, "held_out": held_out, "text": texts})
+    if draft:
+        jobs = [replace(job, after=tuple(name for name in job.after if name != "distill")) for job in jobs]
     places = {
         "python": shlex.quote(sys.executable),
-        "model": shlex.quote(args.model),
-        "texts": " ".join(f"--text {shlex.quote(text)}" for text in args.text),
-        "held_out": shlex.quote(args.held_out or ""),
-        "draft": shlex.quote(args.draft or str(args.output / "draft")),
+        "work": shlex.quote(str(folder)),
+        "model": shlex.quote(model),
+        "texts": " ".join(f"--text {shlex.quote(text)}" for text in texts),
+        "held_out": shlex.quote(held_out or ""),
+        "draft": shlex.quote(draft or str(folder / "draft")),
     }
-    suite = Suite(args.output.resolve(), jobs, sizes, places, args.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    suite = Suite(folder, jobs, list(gpus.values()), list(gpus), places, args.seconds)
     suite.run()
     return int(bool(suite.failed))
 

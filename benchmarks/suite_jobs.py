@@ -37,13 +37,15 @@ class Job:
     """Whether it takes `--part-minutes {minutes}` and goes on where it was."""
     makes: str = ""
     """Of a job in parts: what stands in the run's folder when all of it is done."""
+    tells: str = ""
+    """What a page tells in place of the command."""
     after: tuple[str, ...] = ()
     """Jobs whose output it takes."""
 
     @property
     def shown(self) -> str:
         """The command as a page tells it."""
-        return self.line(SHOWN).replace("python -m rowcast", "rowcast")
+        return self.tells or self.line(SHOWN).replace("python -m rowcast", "rowcast")
 
     @property
     def needs_text(self) -> bool:
@@ -123,10 +125,13 @@ JOBS: Final = (
     ),
     Job(
         name="opt175b-whole", title="OPT-175B, whole, on four GPUs",
-        command="ray start --head --port=6399 --dashboard-port=8299 --disable-usage-stats >&2 && "
-        "ray job submit --address http://127.0.0.1:8299 --working-dir . -- {python} benchmarks/opt_175b.py "
-        "; ended=$?; ray stop >&2; exit $ended",
-        gpus=4, memory=130, seconds=540,
+        command="unset RAY_ADDRESS; RAY='{python} -m ray.scripts.scripts'; AT=http://127.0.0.1:8299; "
+        "$RAY start --head --block --port=6399 --dashboard-port=8299 --disable-usage-stats >&2 & head=$!; "
+        "until $RAY job list --address $AT >/dev/null 2>&1; do sleep 1; done; "
+        "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py; "
+        "ended=$?; kill $head; wait $head; exit $ended",
+        tells="ray start --head && ray job submit --working-dir . -- python benchmarks/opt_175b.py",
+        gpus=4, memory=130, seconds=520,
     ),
     Job(name="all-reduce", title="Sums over two GPUs", command="{python} benchmarks/all_reduce.py", gpus=2, seconds=60),
     Job(
@@ -135,7 +140,7 @@ JOBS: Final = (
     ),
     Job(
         name="requests-1000", title="1,000 requests of mixed lengths over two ranks",
-        command="{python} benchmarks/cluster_requests.py --model {model}", gpus=2, seconds=280,
+        command="{python} benchmarks/cluster_requests.py --model {model} --launcher local", gpus=2, seconds=280,
     ),
     # Two cards of 24 GiB, the rest in host memory.
     Job(
@@ -190,10 +195,6 @@ JOBS: Final = (
         seconds=540, in_parts=True, makes="adapted/rowcast.json",
     ),
     Job(
-        name="prune", command=f"{ROWCAST} prune {{model}} {LEARN} -o {{work}}/pruned --keep 0.8 --json",
-        seconds=540, in_parts=True, makes="pruned/rowcast.json",
-    ),
-    Job(
         name="real-text-draft", title="Real text with the draft that was distilled: three rungs", after=("distill",),
         command="{python} benchmarks/real_text.py --model {model} --text {held_out} --draft {draft}", seconds=400,
     ),
@@ -204,8 +205,9 @@ JOBS: Final = (
         seconds=240,
     ),
     Job(
-        name="pruned", title="SmolLM2 pruned to 80%", after=("prune",),
-        command="{python} benchmarks/pruned.py {model} {texts} --held-out {held_out} --keep 0.8 -o {work}/pruned", seconds=120,
+        name="pruned", title="SmolLM2 pruned to 80%",
+        command="{python} benchmarks/pruned.py {model} {texts} --held-out {held_out} --keep 0.8 --steps 500 -o {work}/pruned",
+        seconds=480,
     ),
     Job(
         name="quantized", title="GPTQ-class rounding against nearest",

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,8 +27,16 @@ def job(name: str, command: str, **more: object) -> Job:
     return Job(**{"name": name, "command": command, "seconds": 0.1, "memory": 10.0, **more})  # type: ignore[arg-type]
 
 
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def run(folder: Path, *jobs: Job, gpus: tuple[float, ...] = (80.0,), limit_s: float = 20.0) -> Suite:
-    made = Suite(folder, jobs, gpus, {"python": shlex.quote(sys.executable)}, limit_s)
+    places = {"python": shlex.quote(sys.executable), "work": str(folder)}
+    made = Suite(folder, jobs, gpus, [str(at) for at in range(len(gpus))], places, limit_s)
     made.run()
     assert not made.running
     return made
@@ -68,8 +78,7 @@ def test_each_job_has_gpus_of_its_own(tmp_path: Path) -> None:
 def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path) -> None:
     good, bad = job("good", "echo x >>{work}/good.ran"), job("bad", "echo x >>{work}/bad.ran; exit 3")
     for _ in range(2):
-        made = Suite(tmp_path, [good, bad], (80.0,), {"work": str(tmp_path)}, 20)
-        made.run()
+        made = run(tmp_path, good, bad)
         assert made.failed == ["bad"]
     assert (tmp_path / "good.ran").read_text() == "x\n" and (tmp_path / "bad.ran").read_text() == "x\nx\n"
 
@@ -78,12 +87,23 @@ def test_parts_go_on_and_what_takes_them_waits(tmp_path: Path) -> None:
     part = "test -e {work}/half && touch {work}/copy || touch {work}/half; echo {minutes} >>{work}/minutes"
     train = job("train", part, in_parts=True, makes="copy", seconds=105)
     use = job("use", "test -e {work}/copy", after=("train",))
-    for half in (True, False):
-        made = Suite(tmp_path, [train, use], (80.0,), {"work": str(tmp_path)}, 100)
-        made.run()
-        assert done(tmp_path, use) != half and not made.failed
-        assert ("use: not begun" in made.told[-1]) == half
-    assert all(0.5 < float(minutes) < 1 for minutes in (tmp_path / "minutes").read_text().split())
+    assert not run(tmp_path, train, use, limit_s=120).failed and done(tmp_path, use)
+    first, second = (float(minutes) for minutes in (tmp_path / "minutes").read_text().split())
+    assert first == second == 1.0
+
+    (tmp_path / "copy").unlink()
+    stuck = job("stuck", "exit 1", in_parts=True, makes="other", seconds=105)
+    made = run(tmp_path, stuck, train, use, limit_s=95)
+    assert made.failed == ["stuck"] and done(tmp_path, use)
+    assert 0.5 < float((tmp_path / "minutes").read_text().split()[-1]) < 0.84
+
+
+def test_nothing_that_a_job_leaves_behind_lives_on(tmp_path: Path) -> None:
+    child = "(trap '' INT TERM; while true; do sleep 0.05; done) & echo $!"
+    ends, heeds = job("ends", child), job("heeds", f"{child}; trap 'exit 130' INT; while true; do sleep 0.05; done")
+    run(tmp_path, ends, heeds, gpus=(80.0, 80.0), limit_s=1)
+    time.sleep(0.1)
+    assert not any(lives((tmp_path / f"{name}.out").read_text()) for name in ("ends", "heeds"))
 
 
 def test_the_deadline_ends_what_runs_and_begins_nothing_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +117,42 @@ def test_the_deadline_ends_what_runs_and_begins_nothing_late(tmp_path: Path, mon
         time.monotonic() - began < 10 and sorted(made.failed) == ["deaf", "heeds"] and made.told[-1].endswith("late: not begun")
     )
     assert (tmp_path / "heeds.out").read_text() == "asked\n"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "deaf.out").read_text()), 0)
+    assert not lives((tmp_path / "deaf.out").read_text())
+
+
+def test_a_suite_that_is_ended_ends_its_jobs(tmp_path: Path) -> None:
+    code = (
+        "import suite; from suite_jobs import Job; suite.gpus_here = lambda: {'0': 80.0}\n"
+        "suite.JOBS = (Job(name='one', command='echo $$; exec sleep 60', seconds=1),); suite.GRACE_S = 0.5; suite.main()"
+    )
+    words = [sys.executable, "-c", code, "-o", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    running = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (tmp_path / "one.out").exists() or not (told := (tmp_path / "one.out").read_text()):
+        assert time.monotonic() < end and running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(30) == 143
+    assert not lives(told)
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    suite.begin(tmp_path / "run", {"model": "a", "held_out": None, "text": ["x"]})
+    suite.begin(tmp_path / "run", {"model": "a", "held_out": None, "text": ["x"]})
+    with pytest.raises(SystemExit, match="was begun with another --held-out: give the same"):
+        suite.begin(tmp_path / "run", {"model": "a", "held_out": "b", "text": ["x"]})
+
+
+def test_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [SimpleNamespace(index=index, memory_bytes=size << 30) for index, size in enumerate((80, 141, 80))]
+    monkeypatch.setattr("suite.nvml.read", lambda: SimpleNamespace(gpus=gpus))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert suite.gpus_here() == {"0": 80, "1": 141, "2": 80}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    assert suite.gpus_here() == {"2": 80, "1": 141} and list(suite.gpus_here()) == ["2", "1"]
+    monkeypatch.setattr("suite.nvml.read", lambda: None)
+    assert suite.gpus_here() == {}
 
 
 def test_results_are_kept_with_their_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
