@@ -177,27 +177,30 @@ def done(folder: Path, job: Job) -> bool:
 
 
 def report_line(folder: Path, job: Job) -> str | None:
-    """The last line of its output, if that is JSON."""
+    """The last line of its output that is a JSON object; what runs a job for others adds lines of its own."""
     try:
-        line = (folder / f"{job.name}.out").read_text().strip().rpartition("\n")[2]
-        return line if isinstance(json.loads(line), dict) else None
-    except (FileNotFoundError, ValueError):
+        lines = (folder / f"{job.name}.out").read_text(errors="replace").splitlines()
+    except FileNotFoundError:
         return None
+    for line in reversed(lines):
+        with suppress(ValueError):
+            if isinstance(json.loads(line), dict):
+                return line
+    return None
 
 
 def keep(folder: Path, jobs: Sequence[Job], where: str | None) -> int:
     """Put what was printed into docs/results and write the page. Returns how many results those were."""
     kept = 0
     for job in jobs:
-        if not job.title or not (folder / f"{job.name}.end").exists() or report_line(folder, job) is None:
+        line = report_line(folder, job)
+        if not job.title or line is None or not (folder / f"{job.name}.end").exists():
             continue
         ended = json.loads((folder / f"{job.name}.end").read_text())
-        command = ["--command", job.shown, "--date", ended["date"], "--title", job.title, "--as", job.name]
-        more = ["--where", where] if where else []
-        subprocess.run(
-            [sys.executable, "benchmarks/report.py", "--keep", str((folder / f"{job.name}.out").resolve()), *command, *more],
-            cwd=ROOT, check=True,
-        )  # fmt: skip
+        (folder / f"{job.name}.json").write_text(line + "\n")
+        words = ["--keep", str((folder / f"{job.name}.json").resolve()), "--as", job.name, "--title", job.title]
+        words += ["--command", job.shown, "--date", ended["date"], *(["--where", where] if where else [])]
+        subprocess.run([sys.executable, "benchmarks/report.py", *words], cwd=ROOT, check=True)
         kept += 1
     return kept
 

@@ -125,7 +125,8 @@ JOBS: Final = (
     ),
     Job(
         name="opt175b-whole", title="OPT-175B, whole, on four GPUs",
-        command="unset RAY_ADDRESS; RAY='{python} -m ray.scripts.scripts'; AT=http://127.0.0.1:8299; "
+        command="unset RAY_ADDRESS; export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n'); "
+        "RAY='{python} -m ray.scripts.scripts'; AT=http://127.0.0.1:8299; "
         "$RAY start --head --block --port=6399 --dashboard-port=8299 --disable-usage-stats >&2 & head=$!; "
         "until $RAY job list --address $AT >/dev/null 2>&1; do sleep 1; done; "
         "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py; "

@@ -156,11 +156,13 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch
 
 
 def test_results_are_kept_with_their_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, silent = job("told", "echo '{{\"figure\": 1}}'", title="Told"), job("silent", "echo no JSON", title="Silent")
+    told = job("told", "echo '{{\"figure\": 1}}'; echo [1]; echo ended", title="Told")
+    silent = job("silent", "echo no JSON", title="Silent")
     run(tmp_path, told, silent)
     calls: list[list[str]] = []
     monkeypatch.setattr("suite.subprocess.run", lambda words, **_: calls.append(words))
     assert suite.keep(tmp_path, [told, silent, job("absent", "true", title="Absent")], "one GPU") == 1
     [words] = calls
     assert words[words.index("--as") + 1] == "told" and words[words.index("--where") + 1] == "one GPU"
-    assert words[words.index("--command") + 1] == "echo '{\"figure\": 1}'"
+    assert words[words.index("--command") + 1] == told.shown
+    assert json.loads(Path(words[words.index("--keep") + 1]).read_text()) == {"figure": 1}
