@@ -50,9 +50,14 @@ def runs_kernels(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_gpu = torch.cuda.is_available()
     kernels = [item for item in items if runs_kernels(item) and (on_gpu or "gpu" not in item.keywords)]
-    left_out = _all_but_every(config.getoption("--every") or (1 if on_gpu else 6), kernels)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    every = config.getoption("--every")
+    if every is None:
+        every = 1 if on_gpu else 6
+    elif every < 1:
+        raise pytest.UsageError(f"--every is {every}, at least 1 is needed: use 1 for every case")
+    left_out = set(_all_but_every(every, kernels))
+    config.hook.pytest_deselected(items=[item for item in kernels if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if on_gpu and runs_kernels(item):  # in the interpreter elsewhere

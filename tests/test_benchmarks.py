@@ -47,6 +47,16 @@ def test_late_keys_and_values_of_opt_175b() -> None:
     assert {name for name in quarter.parts if quarter.parts[name] != every.parts[name]} == {"attention"}
 
 
+def test_what_is_too_small_is_not_late() -> None:
+    """Of OPT-6.7B's layers the rows of all keys and values are 67 MB: worth it on one rank, as 17 MB on each of four are not."""
+    config = known_config("facebook/opt-6.7b")
+    assert config is not None
+    rows = 2 * 32 * 4096**2 * 2
+    for ranks, written in ((1, 0.25 + 0.75 / 16), (4, 1.0)):
+        floor = opt_175b_floors.Bytes(spec_from_config(config), ranks, 0, opt_175b_floors.kept(32), 0.25)
+        assert floor.parts["attention"] == pytest.approx(rows / ranks * (0.25 + written))
+
+
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 101,

@@ -75,6 +75,7 @@ def calibration(tmp_path: Path) -> Calibration:
     neurons, rng = SMALL.intermediate_size, np.random.default_rng(0)
     line = (np.arange(neurons, dtype=np.float32) + 1) / (neurons + 1)
     tensors = {f"layers.{i}.frequency": rng.permutation(line) for i in range(SMALL.num_layers)}
+    tensors["densities"] = np.array([[0.3] * SMALL.num_layers, [1.0] * SMALL.num_layers], np.float32)
     folder = tmp_path / "calibration"
     folder.mkdir()
     save_file(tensors, folder / TENSORS, metadata={"fingerprint": "0" * 16})
@@ -214,12 +215,31 @@ def test_late_keys_and_values() -> None:
 
     def shares(text: str, spec: ModelSpec = spec) -> list[float]:
         ladder = Ladder.parse(text)
-        return [kv_heads(ladder, rung, spec) for rung in ladder.rungs]
+        return [kv_heads(ladder, rung, spec, on_gpu=False) for rung in ladder.rungs]
 
     assert shares("self:heads=0.25") == [0.25 + 0.75 / 16]
     assert shares("self:heads=0.25 / plain") == [0.25, 1.0]
     assert shares("self:kv=256 / self:heads=0.25") == [1.0, 1.0]  # whose entries another rung reads
     assert shares("self:heads=0.25", spec_of("meta-llama/Llama-3.1-8B")) == [1.0]  # grouped heads share theirs
+
+
+@pytest.mark.parametrize(
+    ("text", "rung", "on_gpu"),
+    [
+        ("self:heads=0.25", 0, 0.25 + 0.75 / 16),
+        ("ngram:gamma=7 / self:heads=0.25", -1, 0.25 + 0.75 / 16),
+        ("ngram:gamma=8 / self:heads=0.25", -1, 1.0),
+        ("ngram / self:heads=0.25", -1, 1.0),  # which may draft 16
+        ("self:heads=0.25,gamma=15 / plain", 0, 0.25),
+        ("self:heads=0.25,gamma=16 / plain", 0, 1.0),
+        ("ngram:gamma=16 / self:heads=0.25,gamma=2 / plain", 0, 1.0),
+    ],
+)
+def test_a_gpu_s_rounds_write_late_as_long_as_they_keep_the_inputs(text: str, rung: int, on_gpu: float) -> None:
+    """Of 16 tokens: a round's, of a last rung two rounds'. A CPU, which fills in before places run out, has no such bound."""
+    found = use(text, OPT).rungs[rung]
+    last = rung == -1 or "/" not in text
+    assert found.gpu_kv_heads == on_gpu and found.kv_heads == (0.25 + 0.75 / 16 if last else 0.25)
 
 
 @pytest.mark.parametrize("spec", [LLAMA, OPT], ids=["gated", "not gated"])
@@ -394,5 +414,14 @@ def test_bad_configs(tmp_path: Path, make: Callable[[Path], Any], message: str) 
 def test_a_calibration_of_other_weights_or_another_shape(calibration: Calibration) -> None:
     with pytest.raises(UserError, match="was made for weights '0000000000000000', the model's are 'ffff'"):
         workload(model=DRAFT, calibration=calibration.path, fingerprint="ffff")
-    with pytest.raises(UserError, match=r"has the shape \[3072\] instead of \[11008\]"):
+    with pytest.raises(UserError, match=r"densities of .* has the shape \[2, 2\] instead of \[2, 32\]"):
         workload(model=YARN, calibration=calibration.path)
+    with pytest.raises(UserError, match=r"has the shape \[3072\] instead of \[11008\]"):
+        hotness(LLAMA, calibration, 0.3, 4)
+
+
+def test_a_calibration_without_densities_is_refused(calibration: Calibration) -> None:
+    """As it is when a model is loaded."""
+    save_file({"densities.": np.zeros(1, np.float32)}, calibration.path / TENSORS, metadata={"fingerprint": "0" * 16})
+    with pytest.raises(UserError, match="has no densities: run rowcast calibrate again"):
+        workload(model=DRAFT, calibration=calibration.path)

@@ -16,20 +16,27 @@ from thread_comm import ThreadComm, run_ranks
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 
+from rowcast.placement.constants import Constants
+from rowcast.placement.costs import CostModel, Mode
+from rowcast.placement.hardware import machine_from
+from rowcast.placement.layout import layouts
+from rowcast.placement.workload import Workload, assumed_hotness
+from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
-from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.ladder.spec import Ladder, Rung
+from rowcast.runtime.ladder.uses import ladder_use
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Spans, Tiers
 from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Pieces
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse import build
+from rowcast.runtime.sparse import build, sizes
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec
@@ -147,17 +154,51 @@ def test_a_pass_streams_each_piece_once(llama: Model, tier: str) -> None:
         assert view.store.bytes >= others + neurons
 
 
-@pytest.mark.parametrize("tier", ["resident", "rows", "streamed", "cpu"])
+def counted(spec: ModelSpec, rung: Rung, tier: str) -> tuple[float, float]:
+    """By the planner, of a rung's own weights on all ranks: bytes held, and read by a pass, where rows may lie in that tier."""
+    acceptance = Acceptances.of(None, spec, None)
+    use = ladder_use(Ladder((rung,)), spec, width=4, context=64, calibration=None, acceptance=acceptance, drafts={})
+    work = Workload(
+        model="a model",
+        spec=spec,
+        width=4,
+        context=64,
+        prompt=32,
+        batch=1,
+        ladders=(use,),
+        hotness=assumed_hotness(spec, 0.75, 8),
+    )
+    machine = machine_from("1xA100-80GB+1xA100-40GB" if tier == "peer" else "2xA100-40GB", link="nvlink")
+    model = CostModel(work, use, layouts(machine, spec, 2)[0], Constants(), 100)
+    site, mode = model.layout.sites[0], Mode(streamed=tier == "streamed", rows=tier == "rows", cpu=tier == "cpu")
+    return 2.0 * model.fixed_bytes(site, mode)["rung weights"], 2 * model.fixed_reads(site, use.rungs[0], mode)[0][0]
+
+
+@pytest.mark.parametrize("tier", ["resident", "rows", "peer", "streamed", "cpu"])
 def test_a_layer_that_keeps_all_neurons_is_asked_for_rows_only(llama: Model, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside one that chooses: where the device reaches rows of it, it does so by a selector. The output is that of all weights next to
-    the compute."""
-    monkeypatch.setattr(build, "layer_shares", lambda *_: [0.5, 1.0])
+    """Beside one that chooses: where the device reaches rows of it, it does so by a selector, which plans count. The output is that of
+    all weights next to the compute."""
+    if tier == "peer" and llama.device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs another GPU")
+    for module in (build, sizes):
+        monkeypatch.setattr(module, "layer_shares", lambda *_: [0.5, 1.0])
     rung, row = Rung(kind="self", mlp=0.75, by="q8"), 3 * llama.spec.hidden_size * 4
-    tiers = replace(everything(tier, 2), attention=dict.fromkeys(range(2), Spans()), head=Spans(), embeddings=Spans())
+    tiers = replace(
+        everything("rows" if tier == "peer" else tier, 2),
+        attention=dict.fromkeys(range(2), Spans()),
+        head=Spans(),
+        embeddings=Spans(),
+        peers=frozenset(range(2) if tier == "peer" else ()),
+    )
     banks: Any = llama.placed(tiers, rows_bytes=90 * row)
     view = build.build_view(banks, rung, None, OffloadedSparse)
-    reached = tier == "rows" and banks.ffn[1].on_device
+    fetched = tier in ("rows", "peer")
+    reached = fetched and banks.ffn[1].on_device
     assert [selector is not None for selector in view._neurons] == [True, reached]
+    if reached or not fetched:  # plans count on pinned memory
+        held, read = counted(llama.spec, rung, tier)
+        assert held - counted(llama.spec, rung, "resident")[0] == reached * (read / 2)
+        assert read == sum(selector.scorer.bytes for selector in view._neurons if selector is not None)
     expected = llama.logits(build.build_view(llama.banks, rung, None))
     torch.testing.assert_close(llama.logits(view), expected, atol=TOLERANCE, rtol=1e-5)
     banks.close()

@@ -128,13 +128,22 @@ def test_layers_that_keep_all_neurons_cost_no_choice() -> None:
         assert models[1].fixed_reads(site, whole, mode)[0][0] == kept
 
 
+@pytest.mark.parametrize(("link", "asked"), [("nvlink", 1.0), ("host", 0.5)])
+def test_where_cards_may_hold_for_one_another_all_layers_choose(link: str, asked: float) -> None:
+    layout = layouts(machine("1xA100-80GB+1xA100-40GB", link=link), SPEC, 2)[0]
+    some = replace(SPARSE, rungs=(replace(SPARSE.rungs[0], asking=0.5), *SPARSE.rungs[1:]))
+    plain, sparse = (CostModel(work(), ladder, layout, Constants(), 100) for ladder in (PLAIN, some))
+    launches = [model._launch_seconds(model.ladder.rungs[0], Mode())[0] for model in (plain, sparse)]
+    assert launches[1] - launches[0] == pytest.approx(asked * SPEC.num_layers * Constants().select_s)
+
+
 @pytest.mark.parametrize(
     ("spec", "batch", "tp", "kv"),
     [(OPT_175B, 1, 4, 0.25 + 0.75 / 16), (OPT_175B, 2, 4, 1.0), (SPEC, 1, 1, 0.25 + 0.75 / 16), (SPEC, 1, 4, 1.0)],
 )
 def test_late_keys_and_values_are_read_less_often(spec: ModelSpec, batch: int, tp: int, kv: float) -> None:
     """Of one sequence, and on ranks whose part of a layer's rows is worth its launches: 17 MB are not."""
-    sparse = RungUse(name="self:heads=0.25", passes=1, tokens=1, heads=0.25, kv_heads=0.25 + 0.75 / 16)
+    sparse = RungUse(name="self:heads=0.25", passes=1, tokens=1, heads=0.25, gpu_kv_heads=0.25 + 0.75 / 16)
     ladder = LadderUse(name="self:heads=0.25", rungs=(sparse,), tokens_per_round=1.0, tokens_per_round_range=(1.0, 1.0))
     [layout] = layouts(machine(f"{tp}xH200"), spec, tp)
     groups = make_groups(work(ladder, spec=spec, context=640, batch=batch), ladder, layout, 100)
@@ -143,6 +152,20 @@ def test_late_keys_and_values_are_read_less_often(spec: ModelSpec, batch: int, t
     read, size = (groups.bytes * groups.reads[0])[mine].sum(), groups.bytes[mine].sum()
     assert size == 4 * spec.num_layers * spec.hidden_size**2 * 2 / tp
     assert read / size == pytest.approx((heads + kv) / 2)
+
+
+def test_a_cpu_s_late_keys_and_values_have_no_bound() -> None:
+    """Neither of a round's tokens nor of sequences or rows."""
+    sparse = RungUse(name="self:heads=0.25", passes=1, tokens=1, heads=0.25, kv_heads=0.25)
+    ladder = LadderUse(name="self:heads=0.25", rungs=(sparse,), tokens_per_round=1.0, tokens_per_round_range=(1.0, 1.0))
+    here = machine("RTX4090")
+    reads = []
+    for nodes in (here.nodes, (replace(here.nodes[0], cards=()),)):
+        [layout] = layouts(replace(here, nodes=nodes), SPEC, None)
+        groups = make_groups(work(ladder, batch=2), ladder, layout, 100)
+        reads.append(groups.reads[0][groups.part == ATTENTION].max())
+    some = 1 - 0.75**2
+    assert reads == pytest.approx([(some + 1) / 2, some])
 
 
 def test_time_is_that_of_the_bytes() -> None:

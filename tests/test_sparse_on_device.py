@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast import LLM, SamplingParams
 from rowcast.kernels import gpu, lowbit
+from rowcast.placement import groups
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
@@ -27,9 +29,11 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.kv.device import BoundStore, Placement
+from rowcast.runtime.ladder.memory import kv_heads
+from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.protocols import KVView, Reads, Tokens
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse import on_device, selection
+from rowcast.runtime.sparse import selection
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead
 from rowcast.runtime.sparse.scorers import FewBits, InputMap, LowRank, Proxy, Scorer
@@ -47,7 +51,7 @@ Make = Callable[[FfnBank], Selector]
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "interpreted", DEVICE.type == "cpu")
-    monkeypatch.setattr(on_device, "LATE_BYTES", 0)
+    monkeypatch.setattr(groups, "LATE_BYTES", 0)
     if DEVICE.type == "cpu":  # which takes its time for each shard
         monkeypatch.setattr(selection, "SHARDS", 2)
 
@@ -471,6 +475,22 @@ def test_late_entries_of_a_last_rung(opt: Model, calibrated: Path, ladder: str) 
         assert found[0] == [one[0] for one in found[1:]]
         expected = found
         llm.engine.check()
+
+
+def test_entries_are_late_where_plans_count_them_so(opt: Model, calibrated: Path) -> None:
+    """As long as inputs of a round's tokens are kept, of a last rung's two rounds'."""
+    state: Any = SimpleNamespace(batch=1, round=SimpleNamespace(base=torch.zeros(1)))
+    for text, sparse, late in (
+        ("ngram:gamma=7 / self:heads=0.5", 1, True),
+        ("ngram:gamma=8 / self:heads=0.5", 1, False),
+        ("self:heads=0.5,gamma=15 / plain", 0, True),
+        ("self:heads=0.5,gamma=16 / plain", 0, False),
+    ):
+        ladder = Ladder.parse(text)
+        llm = make_llm(opt, text, calibration=calibrated, mode="approximate" if ladder.approximate else "exact")
+        rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+        assert (rounds._late(sparse, state) is not None) == late, text
+        assert (kv_heads(ladder, ladder.rungs[sparse], opt.spec, on_gpu=True) < 1) == late, text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")

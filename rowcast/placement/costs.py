@@ -127,7 +127,7 @@ class CostModel:
         spec, share = work.spec, len(self.layout.stages[site.stage].layers) / work.spec.num_layers
         slots = ladder.slot_bytes if mode.kv_away else ladder.listed_slot_bytes
         own_work = ladder.work_bytes if mode.kv_away else ladder.listed_work_bytes
-        whole = sum(rung.whole_proxy_bytes for rung in ladder.rungs) if mode.rows else 0
+        whole = sum(rung.whole_proxy_bytes for rung in ladder.rungs) if self._fetches(site, mode) else 0
         speculating = ladder.speculating * work.batch
         rest = unplaced_bytes(spec, work.width, len(self.layout.stages[site.stage].layers))
         buffers = 0.0
@@ -367,7 +367,7 @@ class CostModel:
             entries = min(work.context, rung.kv_entries or work.context)
             kv = kv_bytes_per_token(rung.model, work.width) * entries * work.batch * rung.sequences
             return [(parameter_count(rung.model) * work.width, constants.weights_share), (kv, 1.0)]
-        found = [((rung.proxy_bytes + rung.whole_proxy_bytes * mode.rows) * share / tp, constants.rows_share)]
+        found = [((rung.proxy_bytes + rung.whole_proxy_bytes * self._fetches(site, mode)) * share / tp, constants.rows_share)]
         if rung.own_weights_bytes and not self.ladder.reads_placed(rung):
             found.append((rung.own_weights_bytes * share / tp, constants.lowbit(rung.own_bits)))
         if mode.kv_away and rung.kv_entries is not None:
@@ -399,7 +399,8 @@ class CostModel:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
             return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
         if rung.neurons < 1 or rung.heads < 1:
-            each += constants.select_s * (1.0 if rung.heads < 1 or mode.rows else rung.asking)
+            everywhere = rung.heads < 1 or any(self._fetches(site, mode) for site in self.layout.sites)
+            each += constants.select_s * (1.0 if everywhere else rung.asking)
         if mode.rows and rung.neurons < 1 and not rung.ahead:
             each += constants.fetch_layer_s
         if mode.cpu:
@@ -429,6 +430,10 @@ class CostModel:
         """Whether ranks of one site may read what lies with ranks of another: unequal cards of a node with a link between them."""
         link = self.layout.machine.nodes[site.node].link
         return site is not holder and site.node == holder.node and link in ("nvlink", "pcie")
+
+    def _fetches(self, site: Site, mode: Mode) -> bool:
+        """Whether ranks of the site may fetch rows, which they find by a selector, even if it is of all of them."""
+        return mode.rows or any(self._may_hold(site, holder) for holder in self.layout.sites)
 
     def reads_away(self) -> Floats:
         """Where KV may lie in host memory, rungs that see a part of it read their own copy and none of it."""

@@ -22,12 +22,11 @@ ATTENTION, NEURONS, HEAD, EMBEDDINGS, KV = range(5)
 PIECES = {ATTENTION: 4, HEAD: 32, EMBEDDINGS: 1, KV: 8}
 """Parts that a layer's attention and KV and a rank's table are placed in, where they can be divided."""
 
+NEURONS_TOGETHER = 16
+"""Of one group, at least: what a kernel's block takes."""
 
 LATE_BYTES = 1 << 25
 """Of a layer's rows of keys and values on a GPU: with fewer, leaving some out saves less time than its launches take."""
-
-NEURONS_TOGETHER = 16
-"""Of one group, at least: what a kernel's block takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,11 @@ def _attention_bytes(spec: ModelSpec, width: int, tp: int) -> tuple[float, float
     return queries, 2 * spec.hidden_size * kv_heads * spec.head_dim * width
 
 
-def writes_late(spec: ModelSpec, batch: int) -> bool:
-    """Whether a GPU's rounds may leave keys and values to later passes: of a single sequence, as they are products of its inputs."""
-    return batch == 1 and spec.rope is None and spec.qk_norm == "none"
+def writes_late(spec: ModelSpec, batch: int, row_bytes: float) -> bool:
+    """Whether a GPU's rounds may leave keys and values to later passes: of a single sequence, if each query head has its own and they
+    are products of its inputs. `row_bytes`: of a layer's rows of them on one rank."""
+    products = spec.group_size == 1 and spec.rope is None and spec.qk_norm == "none"
+    return batch == 1 and products and row_bytes >= LATE_BYTES
 
 
 def unplaced_bytes(spec: ModelSpec, width: int, layers: int) -> int:
@@ -98,7 +99,8 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
     uses = np.array([1.0 if ladder.reads_placed(rung) else 0.0 for rung in rungs])
     placed = ladder.placed_share
     heads = np.array([united(rung.heads, int(n)) for rung, n in zip(rungs, tokens, strict=True)])
-    late = np.array([united(rung.kv_heads, int(n)) for rung, n in zip(rungs, tokens, strict=True)])
+    written = [rung.kv_heads if layout.on_cpu else rung.gpu_kv_heads for rung in rungs]
+    late = np.array([united(share, int(n)) for share, n in zip(written, tokens, strict=True)])
     lm = np.array(
         [united(rung.head_share, int(n)) if rung.head_share < 1 else 1.0 for rung, n in zip(rungs, tokens, strict=True)]
     )
@@ -121,7 +123,7 @@ def make_groups(work: Workload, ladder: LadderUse, layout: Layout, wanted: int) 
             parts = 2 if spec.gated else 1
             need[k] = uses[k] * (parts * inner + down) / (parts + 1)
         queries, keys = _attention_bytes(spec, width, tp)
-        kv_heads = late if layout.on_cpu or (writes_late(spec, work.batch) and keys >= LATE_BYTES) else 1.0
+        kv_heads = late if layout.on_cpu or writes_late(spec, work.batch, keys) else 1.0
         attended = uses * (heads * queries + kv_heads * keys) / (queries + keys)
         add(i, ATTENTION, layers, PIECES[ATTENTION], (queries + keys) * placed, attended[:, None, None])
         add(i, NEURONS, layers, pieces, mlp_bytes(spec, width) / tp * placed, need)

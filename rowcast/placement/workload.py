@@ -67,6 +67,8 @@ class RungUse:
     """Share of query heads that one token needs."""
     kv_heads: float = 1.0
     """Share of the heads whose keys and values a token's pass writes, where it may leave some to later ones."""
+    gpu_kv_heads: float = 1.0
+    """The same in rounds that a GPU runs, which have to draft few enough tokens for that."""
     head_share: float = 1.0
     """Bytes that the LM head reads over those of all its rows."""
     own_weights_bytes: int = 0

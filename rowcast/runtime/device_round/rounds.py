@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from rowcast.kernels import rounds
-from rowcast.kernels.gpu import MOST_TOKENS
 from rowcast.kernels.rounds import FAILED, HISTORY
 from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.account import reads_of, tell
@@ -42,6 +41,7 @@ from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.runner import Lookup, Runner
 from rowcast.runtime.protocols import ChoosesOnDevice, Reads, Tokens
 from rowcast.runtime.sampler import Sampler
+from rowcast.runtime.sparse.sizes import rounds_write_late
 from rowcast.runtime.step import SeqStep
 
 LEAST_ENTRIES = 1024
@@ -337,12 +337,12 @@ class DeviceRounds:
     def _late(self, rung: int, state: RoundState) -> Tensor | int | None:
         """Whether a pass may leave entries of a lone sequence to later ones, as `BoundStore` takes it: to those of the round, as the
         last rung writes proposals anew, or to all that follow."""
-        store, most = self._stores[rung], self._lookahead + 1
-        if state.batch > 1:
+        store, last = self._stores[rung], rung == len(self._rungs) - 1
+        if state.batch > 1 or not rounds_write_late(self._lookahead, last=last):
             return None
-        if isinstance(store, SharedKV) and store.lazy and most <= MOST_TOKENS:
+        if isinstance(store, SharedKV) and store.lazy:
             return state.round.base
-        return most if isinstance(store, PagedKV) and store.lazy and 2 * most <= MOST_TOKENS else None
+        return self._lookahead + 1 if isinstance(store, PagedKV) and store.lazy else None
 
     def _recorded(self, state: RoundState, p: Pass, most: int, sampling: Sampling) -> None:
         """`_pass`, while its calls are captured: what it counts has not been read."""

@@ -23,6 +23,7 @@ from rowcast.runtime.sparse.sizes import (
     late_share,
     making_bytes,
     predictor_bytes,
+    rounds_write_late,
     score_bytes,
 )
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
@@ -52,12 +53,13 @@ def lazy(ladder: Ladder, spec: ModelSpec) -> bool:
     return ladder.rungs[-1].heads is not None and spec.group_size == 1 and not any(rung.kind == "self" for rung in ladder.lower)
 
 
-def kv_heads(ladder: Ladder, rung: Rung, spec: ModelSpec) -> float:
+def kv_heads(ladder: Ladder, rung: Rung, spec: ModelSpec, *, on_gpu: bool) -> float:
     """Share of the heads whose keys and values a pass of the rung over one token writes, where entries may be late: the last rung fills
-    in all of them from time to time; what a lower one skips in its rounds, the last rung writes."""
-    if rung.heads is None or spec.group_size > 1:
+    in all of them from time to time; what a lower one skips in its rounds, the last rung writes. `on_gpu`: in a GPU's rounds."""
+    last = rung == ladder.rungs[-1]
+    if rung.heads is None or spec.group_size > 1 or (on_gpu and not rounds_write_late(lookahead(ladder), last=last)):
         return 1.0
-    if rung == ladder.rungs[-1]:
+    if last:
         return late_share(rung.heads) if lazy(ladder, spec) else 1.0
     alone = sum(lower.kind == "self" and lower.kv is None for lower in ladder.lower) == 1
     return rung.heads if alone and rung.kv is None else 1.0

@@ -81,7 +81,8 @@ def ladder_use(
     rungs = [
         replace(
             _rung_use(rung, spec, count, tokens, width, calibration, drafts, packed),
-            kv_heads=kv_heads(ladder, rung, spec),
+            kv_heads=kv_heads(ladder, rung, spec, on_gpu=False),
+            gpu_kv_heads=kv_heads(ladder, rung, spec, on_gpu=True),
             sequences=1.0 if rung is last else part,
             asked=0.0 if rung.at == "ranks" else above,
         )

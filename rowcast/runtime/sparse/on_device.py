@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
-from rowcast.placement.groups import LATE_BYTES as LATE_BYTES
 from rowcast.placement.groups import writes_late
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.kv.device import BoundStore
@@ -57,9 +56,7 @@ class DevicePasses:
             None if selector is None else DeviceHeads(banks, layer, selector, sparse_tokens, counts)
             for layer, selector in enumerate(heads)
         ]
-        spec = banks.spec
-        lazy = any(self._heads) and spec.group_size == 1 and writes_late(spec, batch=1)
-        lazy = lazy and kv_rows(banks, 0)[0].nbytes >= LATE_BYTES
+        lazy = any(self._heads) and writes_late(banks.spec, 1, kv_rows(banks, 0)[0].nbytes)
         self._rings = DeviceLate(banks, counts) if lazy else None
         self._late: DeviceLate | None = None
         """In passes that may leave entries for later ones."""

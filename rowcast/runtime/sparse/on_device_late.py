@@ -20,7 +20,10 @@ from rowcast.runtime.kv.device import BoundStore
 from rowcast.runtime.kv.paged import PagedKV
 from rowcast.runtime.protocols import KVView
 from rowcast.runtime.sparse.device_counts import DeviceCounts
+from rowcast.runtime.sparse.sizes import LATE_TOKENS
 from rowcast.runtime.step import SeqStep
+
+assert LATE_TOKENS <= RING
 
 
 class DeviceLate:

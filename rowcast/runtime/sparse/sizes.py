@@ -65,13 +65,18 @@ def asking_layers(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
     """Layers of which a rung's tokens are asked for their neurons."""
     if rung.mlp is None:
         return 0
-    known = calibration if calibration is not None and "densities" in calibration else None
-    return sum(asks(layer_shares(rung.mlp, spec.num_layers, known), spec.intermediate_size))
+    return sum(asks(layer_shares(rung.mlp, spec.num_layers, calibration), spec.intermediate_size))
 
 
 def late_share(heads: float) -> float:
     """Of all heads' keys and values, what a token's pass writes, and reads rows for, where skipped heads are filled in later."""
     return heads + (1 - heads) / LATE_TOKENS
+
+
+def rounds_write_late(lookahead: int, *, last: bool) -> bool:
+    """Whether rounds that the device runs, of `lookahead` drafted tokens at most, keep inputs of enough tokens to leave keys and values
+    to later passes: a lower rung's to those of the round; the last one's to later rounds, so that two rounds' inputs are kept."""
+    return (2 if last else 1) * (lookahead + 1) <= LATE_TOKENS
 
 
 def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
