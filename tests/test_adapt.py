@@ -32,6 +32,7 @@ from rowcast.calibration.adapting.table import Row, measure
 from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module
 from rowcast.calibration.learning.part import Unfinished
+from rowcast.calibration.learning.settings import Optimizer
 from rowcast.calibration.learning.trainer import Trainer
 from rowcast.calibration.recording import OneLayerKV, window_steps
 from rowcast.cli import main
@@ -328,11 +329,11 @@ def test_a_config_that_says_nonsense_of_it_is_refused(model: Path) -> None:
             spec_from_config({**config, ADAPTED: value})
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(("bits", "optimizer"), [(None, "adamw"), (8, "muon")])
 def test_a_run_that_was_cut_off_gives_the_same_bits(
-    bits: int | None, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bits: int | None, optimizer: Optimizer, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(SMALL, steps=7, written_tokens=256, judged_tokens=16, looks=1, bits=bits)
+    settings = replace(SMALL, steps=7, written_tokens=256, judged_tokens=16, looks=1, bits=bits, optimizer=optimizer)
     parts = {}
     for name, most in (("whole", 10**6), ("cut", 5)):
         for attempt in range(20):
@@ -380,9 +381,10 @@ def test_no_steps_are_told_as_such(model: Path, text: Path, tmp_path: Path, caps
 
 def test_relu_is_what_the_result_says_and_runs(text: Path, tmp_path: Path) -> None:
     model = model_with_words(tmp_path / "llama", "llama-gqa")
-    settings = replace(SMALL, choice="relu", steps=10, written_tokens=0, judged_tokens=16, looks=1)
+    settings = replace(SMALL, choice="relu", steps=10, written_tokens=0, judged_tokens=16, looks=3)
     found = adapt(str(model), [text], tmp_path / "out", settings, QUIET)
     assert open_checkpoint(str(tmp_path / "out")).config["hidden_act"] == "relu"
+    assert set(found["looks"]) == {"0", "4", "8", "10"}
     assert found["looks"]["10"]["used"]["1"] < 0.7 < found["looks"]["10"]["acceptance"]["1"]
 
 

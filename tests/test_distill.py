@@ -28,7 +28,8 @@ from rowcast.runtime.config import ADAPTED, spec_from_config
 
 SMALL = (
     "--hidden", "32", "--layers", "1", "--heads", "1", "--neurons", "64", "--streaming", "56", "--window", "64", "--batch", "8",
-    "--warmup", "5", "--learning-rate", "0.01", "--written", "4096", "--prompt-tokens", "8", "--context", "32", "--context", "100",
+    "--warmup", "5", "--learning-rate", "0.01", "--muon-rate", "0.01", "--written", "4096", "--prompt-tokens", "8",
+    "--context", "32", "--context", "100",
 )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def test_what_is_written_says_how_it_was_made(draft: Path, target: Path, text: P
     assert found["texts"][0]["name"] == "text.txt" and len(found["texts"][0]["sha256"]) == 64
     assert found["training"]["steps"] == 80 and found["written_tokens"] >= 4096
     assert found["settings"]["streaming"] == 56 and found["settings"]["fingerprint"]
+    assert found["settings"]["optimizer"] == "muon" and found["settings"]["muon_rate"] > 0
     assert not draft.with_name("draft.state").exists()
 
 
@@ -238,7 +240,8 @@ def test_what_it_refuses(target: Path, text: Path, draft: Path, tmp_path: Path, 
     refused(capsys, of("--seed", str(1 << 40)), "--seed 1099511627776 is too high")
     refused(capsys, of("--held-out", str(text)), "to be learnt from and to judge by")
     refused(capsys, of("--learning-rate", "0", "--written", "4096"), "--learning-rate 0")
-    refused(capsys, of(output=target), "not empty")
+    refused(capsys, of(output=target), "would take the place of", "which is read")
+    refused(capsys, of(output=tmp_path / "other"), "not empty")
     refused(capsys, command(target, text, draft, "--steps", "81"), "other settings (--steps)", "--restart")
     refused(capsys, ["distill", str(tmp_path / "nothing"), "--text", str(text), "-o", str(tmp_path / "out")], "No model")
     assert not (tmp_path / "out").exists()

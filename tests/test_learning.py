@@ -216,8 +216,8 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
 
 
 def test_the_rate_rises_and_falls() -> None:
-    settings = TrainSettings(100, 1.0, 10, final_share=0.1)
-    rates = [settings.rate(step) for step in range(100)]
+    settings = TrainSettings(100, 1e-3, 10, final_share=0.1)
+    rates = [settings.share(step) for step in range(100)]
     assert rates[:2] == [0.1, 0.2] and max(rates) == rates[10] == rates[9] == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.11)
 
@@ -238,6 +238,8 @@ def test_what_training_refuses(tmp_path: Path) -> None:
         )
     with pytest.raises(UserError, match="--learning-rate"):
         TrainSettings(1, learning_rate=0).check()
+    with pytest.raises(UserError, match="--muon-rate"):
+        TrainSettings(1, optimizer="muon", muon_rate=-1).check()
     with pytest.raises(UserError, match="--part-minutes"):
         Part(0)
 

@@ -172,6 +172,8 @@ def test_several_processes_share_a_batch_evenly(
         ({"steps": -1}, "--steps -1 is too low: give 0 or more"),
         ({"warmup": -1}, "--warmup -1 is too low: give 0 or more"),
         ({"learning_rate": 0.0}, "--learning-rate 0 moves nothing: give a number above 0"),
+        ({"muon_rate": 0.0}, "--muon-rate 0 moves nothing: give a number above 0"),
+        ({"optimizer": "sgd"}, "--optimizer 'sgd' is none: use adamw or muon"),
         ({"written_tokens": -1}, "--written -1 is too low: give 0 or more"),
         ({"text_share": 1.5}, "--text-share 1.5 is not a share: give a number from 0 to 1"),
         ({"judged_tokens": 0}, "--judged 0 is too low: give 1 or more"),

@@ -103,6 +103,8 @@ def test_a_folder_that_is_no_work_of_ours_stays(command: str, run: Run, tmp_path
         "g/state/layer-0.safetensors": "",
         "g/calibration.safetensors": "",
         "h/calibration.json": "{half a file",
+        "l/state/layer-0.safetensors": "",
+        "m/state/removed.json": '{"colour": "blue"}',
     }
     if command != "calibrate":  # that looks at no such folder but for who works in it
         theirs |= {"i.state/settings.json": '{"colour": "blue"}', "j.state/settings.json": "{half a f", "k.state/text.bin": ""}
@@ -114,6 +116,37 @@ def test_a_folder_that_is_no_work_of_ours_stays(command: str, run: Run, tmp_path
         for restart in ((), ("--restart",)):
             code, error = run(command, tmp_path / name, *restart)
             assert code == 2 and error.count("\n") == 1 and f"{tmp_path / name}" in error, name
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("restart", [(), ("--restart",)])
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_what_is_read_is_not_replaced(
+    command: str, restart: tuple[str, ...], model: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A model, a draft to start with or a text in a folder that the same command made, under any name of it."""
+    made, link = Path(shutil.copytree(model, tmp_path / "made")), tmp_path / "link"
+    (made / "rowcast.json").write_text(json.dumps({"settings": {"command": command}}))
+    (tmp_path / "new.state").mkdir()
+    for folder in (made, tmp_path / "new.state"):
+        shutil.copy(text, folder / "text.txt")
+    link.symlink_to(made)
+    before = files(tmp_path)
+    calls: list[tuple[Path, Path, Path, tuple[str, ...]]] = [
+        (made, text, made, ()),
+        (link, text, made, ()),
+        (made, text, link, ()),
+        (model, made / "text.txt", made, ()),
+        (model, tmp_path / "new.state" / "text.txt", tmp_path / "new", ()),
+    ]
+    if command == "distill":
+        calls.append((model, text, made, ("--start", str(link))))
+    for read, learnt, output, more in calls:
+        call = [command, str(read), "--text", str(learnt), "-o", str(output), *OPTIONS[command], *restart, *more]
+        assert main(call) == 2
+        path = learnt if learnt != text else more[1] if more else read
+        said = f"rowcast: {output} would take the place of {path}, which is read: give another folder with -o.\n"
+        assert capsys.readouterr().err == said
     assert files(tmp_path) == before
 
 

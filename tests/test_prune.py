@@ -264,13 +264,9 @@ def test_the_result_has_the_format_of_the_original(model: Path, text: Path, tmp_
 
 
 def test_each_stage_brings_it_closer(model: Path, text: Path, tmp_path: Path) -> None:
-    more = Settings(**{**fields(SMALL), "steps": 60, "batch": 8, "learning_rate": 2e-3, "refit_tokens": 4096})
+    more = replace(SMALL, steps=60, batch=8, learning_rate=2e-3, refit_tokens=4096)
     held = prune(str(model), [text], tmp_path / "p", more, QUIET)["held_out"]
     assert held["recovered"]["kl"] < 0.95 * held["refitted"]["kl"] < 0.9 * held["cut"]["kl"]
-
-
-def fields(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("looks", [[1, 8, 1], [12, 2]])  # while it weighs, and fits twice; while it learns, twice

@@ -240,6 +240,7 @@ def test_the_command(model: Path, text: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(["quantize", str(model), "--text", str(text), "-o", str(out), *small]) == 0
     told = capsys.readouterr().out.splitlines()
     assert "bits a weight; on" in told[0]
+    assert told[1] == f"wrote {out}; try: rowcast generate -m {out} --weights packed ..."
     assert json.loads(told[-1])["finished"] and json.loads(told[-1])["output"] == str(out)
     (tmp_path / "empty.txt").write_text(" ")
     assert main(["quantize", str(model), "--text", str(tmp_path / "empty.txt"), "-o", str(tmp_path / "no"), *small]) == 2

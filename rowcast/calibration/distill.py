@@ -16,7 +16,7 @@ from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import Figures, ModuleSubject, hidden_states, judge, read_by_head
 from rowcast.calibration.learning.losses import head_divergence, mixed_term
 from rowcast.calibration.learning.module import load_module, make_module, write_module
-from rowcast.calibration.learning.settings import LearningSettings, check_least, check_share
+from rowcast.calibration.learning.settings import LearningSettings, Optimizer, check_least, check_share
 from rowcast.calibration.learning.streaming import check_streams, stream
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -56,6 +56,8 @@ class Settings(LearningSettings):
     batch: int = 64
     steps: int = 4000
     learning_rate: float = 2e-3
+    optimizer: Optimizer = "muon"
+    muon_rate: float = 4e-3
     variation: float = 0.0
     """Weight of total variation in the loss beside KL, at the last step. It rises up to there: far from the target it says little."""
     written_tokens: int = 20_000_000
@@ -107,7 +109,7 @@ def distill(
         begun_with["start_fingerprint"] = start.source.fingerprint()
     return learn(
         "distill", opened, settings, texts, output, how, lambda job: _Distilling(job, settings, config, start, compiled).run(),
-        held_out=held_out, begun_with=begun_with,
+        held_out=held_out, begun_with=begun_with, reads=() if start is None else (start.path,),
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ CALIBRATE = "calibrate"
 COMMANDS = (CALIBRATE, "distill", "adapt", "prune", "quantize")
 SETTINGS = "settings.json"
 """In what is worked in: what the command was called with."""
+REMOVED = "removed.json"
+"""The same where the rest is being removed, so that nothing goes on with a part of it."""
 CALIBRATION_STATE = "state"
 """In a calibration under way: what is worked in."""
 DESCRIPTION = "rowcast.json"
@@ -37,9 +41,9 @@ def made_by(folder: Path) -> str | None:
 
 def worked_in_by(folder: Path) -> str | None:
     """The command that works in `folder`; None: none of ours, or it is damaged."""
-    if {"format", "fingerprint", "recall"} <= _read(folder / CALIBRATION_STATE / SETTINGS).keys():
+    if {"format", "fingerprint", "recall"} <= _settings(folder / CALIBRATION_STATE).keys():
         return CALIBRATE
-    return _command(_read(folder / SETTINGS))
+    return _command(_settings(folder))
 
 
 def check_owner(folder: Path, command: str) -> None:
@@ -47,6 +51,25 @@ def check_owner(folder: Path, command: str) -> None:
     for found, how in ((made_by(folder), "was made by `rowcast {}`"), (worked_in_by(folder), "is what `rowcast {}` works in")):
         if found not in (None, command):
             raise UserError(f"{folder} {how.format(found)}: give another folder with -o")
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what a command works in. Killed on the way, what is left is still its own, and `REMOVED`. Raises OSError."""
+    if not folder.is_dir():
+        return
+    removed = folder / REMOVED
+    if (folder / SETTINGS).exists():
+        os.replace(folder / SETTINGS, removed)
+    for path in sorted(folder.iterdir(), key=lambda path: path == removed):  # which says whose the others are
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    folder.rmdir()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return _read(folder / SETTINGS) or _read(folder / REMOVED)
 
 
 def _command(settings: Any) -> str | None:

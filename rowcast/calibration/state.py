@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rowcast.calibration.owner import CALIBRATE, CALIBRATION_STATE, SETTINGS, check_owner, made_by, state_of, worked_in_by
+from rowcast.calibration.owner import (
+    CALIBRATE,
+    CALIBRATION_STATE,
+    REMOVED,
+    SETTINGS,
+    check_owner,
+    made_by,
+    remove_work,
+    state_of,
+    worked_in_by,
+)
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.checkpoint.safetensors_header import read_header
 from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
 
 DRAFT, REPORT = "draft", "report.html"
-OURS = {CALIBRATION_STATE, TENSORS, DESCRIPTION, REPORT}
-OURS_IN_STATE = re.compile(rf"(settings|residual-[01]|carried-[01]|layer-\d+)\.(json|bin|safetensors|part)|{DRAFT}")
+OURS = {CALIBRATION_STATE, TENSORS, DESCRIPTION, REPORT, "calibration.part", "report.part"}
+OURS_IN_STATE = re.compile(rf"(settings|residual-[01]|carried-[01]|layer-\d+)\.(json|bin|safetensors|part)|{DRAFT}|{REMOVED}")
+BEGUN = {"settings.part"}
+"""What may be in a state before it says whose it is."""
 
 
 class State:
@@ -46,9 +58,10 @@ class State:
             if restart:
                 for name in (REPORT, TENSORS, DESCRIPTION):  # the last says whose the others are
                     (output / name).unlink(missing_ok=True)
-                self.remove()
+            if restart or (self._folder / REMOVED).exists():
+                remove_work(self._folder)
             settings = json.loads(json.dumps(settings))
-            self.finished = (output / DESCRIPTION).exists()
+            self.finished = all((output / name).exists() for name in (DESCRIPTION, TENSORS))
             """Whether the calibration with these settings is there."""
             if self.finished:
                 _check(output, output / DESCRIPTION, "settings", settings)
@@ -99,13 +112,15 @@ class State:
 
     def publish(self, output: Path, description: Mapping[str, Any], report: str) -> None:
         """Put the last draft's tensors in place with its finished description, which makes it a calibration and comes last."""
+        (output / DESCRIPTION).unlink(missing_ok=True)  # of tensors that are gone
         os.replace(self._folder / DRAFT / TENSORS, output / TENSORS)
         _replace(output / REPORT, report.encode())
         _replace(output / DESCRIPTION, json.dumps(description).encode())
         self.remove()
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):
+            remove_work(self._folder)
 
     def _layer(self, layer: int) -> Path:
         return self._folder / f"layer-{layer}.safetensors"
@@ -118,7 +133,7 @@ def _foreign(output: Path) -> str | None:
     inside = {path.name for path in state.iterdir()} if CALIBRATION_STATE in found else set[str]()
     foreign, foreign_inside = found - OURS, {name for name in inside if not OURS_IN_STATE.fullmatch(name)}
     if worked_in_by(output) != CALIBRATE:
-        foreign_inside |= inside & {SETTINGS}
+        foreign_inside = inside - BEGUN
         if made_by(output) != CALIBRATE:
             foreign = found - {CALIBRATION_STATE}
     return min({*foreign, *(f"{CALIBRATION_STATE}/{name}" for name in foreign_inside)}, default=None)

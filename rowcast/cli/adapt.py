@@ -32,6 +32,8 @@ def adapt(
     batch: learning.Batch = 48,
     steps: learning.Steps = 4000,
     learning_rate: learning.LearningRate = 2e-4,
+    optimizer: learning.Optimizer = "adamw",
+    muon_rate: learning.MuonRate = 5e-4,
     warmup: learning.Warmup = 100,
     accumulate: Annotated[
         int,
@@ -83,9 +85,10 @@ def adapt(
     from rowcast.calibration.learning.job import How
 
     settings = Settings(
-        density=density, choice=choice, bits=bits, window=window, batch=batch, steps=steps, learning_rate=learning_rate, warmup=warmup,
-        accumulate=accumulate, dense_weight=dense_weight, stream_weight=stream_weight, written_tokens=written,
-        prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged, looks=looks, seed=seed,
+        density=density, choice=choice, bits=bits, window=window, batch=batch, steps=steps, learning_rate=learning_rate,
+        optimizer=optimizer, muon_rate=muon_rate, warmup=warmup, accumulate=accumulate, dense_weight=dense_weight,
+        stream_weight=stream_weight, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged,
+        looks=looks, seed=seed,
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(

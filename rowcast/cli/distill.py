@@ -40,6 +40,8 @@ def distill(
     batch: learning.Batch = 64,
     steps: learning.Steps = 4000,
     learning_rate: learning.LearningRate = 2e-3,
+    optimizer: learning.Optimizer = "muon",
+    muon_rate: learning.MuonRate = 4e-3,
     warmup: learning.Warmup = 100,
     accumulate: learning.Accumulate = 1,
     variation: Annotated[
@@ -76,9 +78,10 @@ def distill(
 
     settings = Settings(
         hidden=hidden, layers=layers, heads=heads, neurons=neurons, most_bytes=parse_bytes(size, "--size"), streaming=streaming,
-        start=start, window=window, batch=batch, steps=steps, learning_rate=learning_rate, warmup=warmup, accumulate=accumulate,
-        variation=variation, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share, bits=bits,
-        judged_tokens=judged, contexts=tuple(context or CONTEXTS), seed=seed,
+        start=start, window=window, batch=batch, steps=steps, learning_rate=learning_rate, optimizer=optimizer,
+        muon_rate=muon_rate, warmup=warmup, accumulate=accumulate, variation=variation, written_tokens=written,
+        prompt_tokens=prompt_tokens, text_share=text_share, bits=bits, judged_tokens=judged, contexts=tuple(context or CONTEXTS),
+        seed=seed,
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart)
     learning.report(

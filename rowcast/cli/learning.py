@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,11 @@ Steps = Annotated[int, typer.Option("--steps", help="Steps of the optimiser; 0: 
 LearningRate = Annotated[
     float, typer.Option("--learning-rate", help="After the warm-up; it falls to 0.", rich_help_panel=TRAINING)
 ]
+Optimizer = Annotated[
+    Literal["adamw", "muon"],
+    typer.Option("--optimizer", help="muon: of hidden layers' matrices, AdamW moves the rest.", rich_help_panel=TRAINING),
+]
+MuonRate = Annotated[float, typer.Option("--muon-rate", help="Of Muon, in place of --learning-rate.", rich_help_panel=TRAINING)]
 Warmup = Annotated[int, typer.Option("--warmup", help="Steps of the warm-up.", rich_help_panel=TRAINING)]
 Accumulate = Annotated[
     int, typer.Option("--accumulate", help="Parts of a batch, where memory is short.", rich_help_panel=TRAINING)

@@ -46,6 +46,8 @@ def prune(
     ] = None,
     steps: learning.Steps = 500,
     learning_rate: learning.LearningRate = 3e-4,
+    optimizer: learning.Optimizer = "adamw",
+    muon_rate: learning.MuonRate = 5e-4,
     warmup: learning.Warmup = 50,
     accumulate: learning.Accumulate = 1,
     written: learning.Written = 0,
@@ -71,9 +73,9 @@ def prune(
 
     settings = Settings(
         keep=keep, neurons=neurons, heads=heads, tp=tp, by=by, tokens=tokens, refit_tokens=refit_tokens, window=window,
-        batch=default_batch(device) if batch is None else batch, steps=steps, learning_rate=learning_rate, warmup=warmup,
-        accumulate=accumulate, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged,
-        seed=seed,
+        batch=default_batch(device) if batch is None else batch, steps=steps, learning_rate=learning_rate, optimizer=optimizer,
+        muon_rate=muon_rate, warmup=warmup, accumulate=accumulate, written_tokens=written, prompt_tokens=prompt_tokens,
+        text_share=text_share, judged_tokens=judged, seed=seed,
     )  # fmt: skip
     how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +52,7 @@ def quantize(
             f"{quality['perplexity']:.2f}, the original's {quality['original_perplexity']:.2f}; acceptance as a draft "
             f"{quality['acceptance']['1']['maximal']:.3f} at temperature 1, {quality['acceptance']['0']:.3f} at 0"
         )
+        print(f"wrote {output}; try: rowcast generate -m {shlex.quote(str(output))} --weights packed ...")
     print_json(
         {"finished": True, "output": str(output), **{name: found[name] for name in ("bits_per_weight", "tokens", "quality")}}
     )

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class _Adapting:
             compile_layers(student, spec)
         head, kl = teacher.get_output_embeddings().weight, mixed_term(0.0)
         rounded_head = None if rounding is None else rounding.head.to(head.dtype)
-        every = max(1, settings.steps // settings.looks) if settings.looks and job.world.leads else 0
+        every = max(1, ceil(settings.steps / settings.looks)) if settings.looks and job.world.leads else 0
         held = job.corpus.held(settings.window, max(1, LOOK_TOKENS[device.type] // settings.window))
         looks = Looks(job.folder.path, held, mix.shown(settings.density), every, show=job.show is not False)
 

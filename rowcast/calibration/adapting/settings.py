@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from rowcast.calibration.learning.settings import LearningSettings, TrainSettings, check_least
+from rowcast.calibration.learning.settings import LearningSettings, check_least
 from rowcast.errors import UserError
 from rowcast.runtime.lowbit_sizes import HEAD_BITS
 from rowcast.runtime.spec import ModelSpec
@@ -26,6 +26,8 @@ ACTIVATION_KEYS = {
 class Settings(LearningSettings):
     """What a model is adapted with."""
 
+    weight_decay: ClassVar[float] = 0.0
+    """Weights are where they should be but for what is learnt."""
     density: float = 0.15
     """Share of the neurons that the model is to hold up at; its sparse rungs use it by default."""
     choice: Choice = "top"
@@ -60,11 +62,6 @@ class Settings(LearningSettings):
         if not 0 <= self.stream_weight < 1e6:
             raise UserError(f"--stream-weight {self.stream_weight:g} is no weight: give 0 or more")
         self.check_learning(spec)
-
-    @property
-    def training(self) -> TrainSettings:
-        """Of the optimiser. Weights are where they should be but for what is learnt: they do not decay."""
-        return TrainSettings(self.steps, self.learning_rate, self.warmup, weight_decay=0.0, accumulate=self.accumulate)
 
     def config(self, spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the model that is trained."""

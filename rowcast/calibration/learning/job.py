@@ -96,12 +96,14 @@ def learn(
     *,
     held_out: Sequence[Path] = (),
     begun_with: Mapping[str, Any] | None = None,
+    reads: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Let `work` put the result at `output` and return its description, in the folder where the same command left it.
 
-    `begun_with`: plain JSON values that have to be the same beside the settings, the model, the texts and the number of processes. A
-    result that is there is described again and nothing else is done. Precondition: the settings are checked. Raises UserError for bad
-    input, Unfinished where `how.part_minutes` are over or a signal came, with everything saved.
+    `begun_with`: plain JSON values that have to be the same beside the settings, the model, the texts and the number of processes.
+    `reads`: what else is read, so that `output` must not take its place. A result that is there is described again and nothing else
+    is done. Precondition: the settings are checked. Raises UserError for bad input, Unfinished where `how.part_minutes` are over or a
+    signal came, with everything saved.
     """
     how, checkpoint = how or How(), opened.checkpoint
     read = [{"name": path.name, "sha256": read_text(path)[1]} for path in (*texts, *held_out)]
@@ -115,7 +117,8 @@ def learn(
         "processes": world.size, **asdict(settings), **(begun_with or {}),
     }  # fmt: skip
     with Part(how.part_minutes) as part:
-        folder = WorkFolder(output, begun, restart=how.restart, leads=world.leads)
+        inputs = (checkpoint.path, *texts, *held_out, *reads)
+        folder = WorkFolder(output, begun, restart=how.restart, leads=world.leads, reads=inputs)
         world.wait()
         if folder.finished:
             return folder.description()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 from rowcast.errors import UserError
 from rowcast.runtime.spec import ModelSpec
+
+Optimizer = Literal["adamw", "muon"]
+"""muon: of matrices of hidden layers; AdamW moves the rest."""
 
 
 def check_least(*options: tuple[str, int | None, int]) -> None:
@@ -28,9 +32,10 @@ class TrainSettings:
 
     steps: int
     learning_rate: float = 1e-3
+    """Of AdamW."""
     warmup_steps: int = 100
     final_share: float = 0.0
-    """Of the learning rate, at the last step."""
+    """Of the rates, at the last step."""
     weight_decay: float = 0.01
     """Of matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -38,19 +43,26 @@ class TrainSettings:
     """Most length of the gradient."""
     accumulate: int = 1
     """Parts that a batch is cut into on each process, where memory is short."""
+    optimizer: Optimizer = "adamw"
+    muon_rate: float = 4e-3
+    """Of Muon, in place of the learning rate; in the same unit (`muon.SCALE`)."""
 
     def check(self) -> None:
         """Raise UserError for what cannot be."""
         check_least(("steps", self.steps, 0), ("accumulate", self.accumulate, 1), ("warmup", self.warmup_steps, 0))
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning-rate {self.learning_rate:g} moves nothing: give a number above 0")
+        if not 0 < self.muon_rate < math.inf:
+            raise UserError(f"--muon-rate {self.muon_rate:g} moves nothing: give a number above 0")
+        if self.optimizer not in get_args(Optimizer):
+            raise UserError(f"--optimizer {self.optimizer!r:.60} is none: use {' or '.join(get_args(Optimizer))}")
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: up to the whole one, then down in a straight line."""
+    def share(self, step: int) -> float:
+        """Of the rates, at a step: up to the whole, then down in a straight line."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
+        return self.final_share + (1 - self.final_share) * left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,8 @@ class LearningSettings:
     """What distilling, adapting and pruning are told alike, each with defaults of its own. The same settings and texts make the same
     model, bit for bit on a CPU."""
 
+    weight_decay: ClassVar[float] = 0.01
+    """Of matrices; no option."""
     window: int
     """Tokens of a training window: those that see each other."""
     batch: int
@@ -66,6 +80,9 @@ class LearningSettings:
     """Of the optimiser; 0: none."""
     learning_rate: float
     """After the warm-up; it falls to 0."""
+    optimizer: Optimizer = "adamw"
+    muon_rate: float = 5e-4
+    """As the learning rate, of the matrices of hidden layers where Muon moves them."""
     warmup: int = 100
     """Steps of the warm-up."""
     accumulate: int = 1
@@ -98,4 +115,7 @@ class LearningSettings:
     @property
     def training(self) -> TrainSettings:
         """Of the optimiser."""
-        return TrainSettings(self.steps, self.learning_rate, self.warmup, accumulate=self.accumulate)
+        return TrainSettings(
+            self.steps, self.learning_rate, self.warmup, weight_decay=self.weight_decay, accumulate=self.accumulate,
+            optimizer=self.optimizer, muon_rate=self.muon_rate,
+        )  # fmt: skip

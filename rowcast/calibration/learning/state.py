@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rowcast.calibration.learning.part import Unfinished
-from rowcast.calibration.owner import DESCRIPTION, SETTINGS, check_owner, made_by, state_of, worked_in_by
+from rowcast.calibration.owner import DESCRIPTION, REMOVED, SETTINGS, check_owner, made_by, remove_work, state_of, worked_in_by
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.checkpoint.safetensors_header import read_header, read_metadata
 
-RESULT = "result"
+RESULT, REPLACED = "result", "replaced"
 CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json"}
 """Files of a state that took seconds: where there is nothing else, other settings just begin anew."""
 REMADE = {RESULT, "stored"}
@@ -37,12 +37,15 @@ OPTIONS = {
 class WorkFolder:
     """Settings, text, training state and unfinished result of one command, at `path`."""
 
-    def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool, leads: bool = True) -> None:
+    def __init__(
+        self, output: Path, settings: Mapping[str, Any], *, restart: bool, leads: bool = True, reads: Sequence[Path] = ()
+    ) -> None:
         """Go on where the same settings (plain JSON values, `command` among them) were left, or begin. Only the process that `leads`
-        writes.
+        writes. `reads`: what the result is made of.
 
-        Raises UserError where `output` or the folder beside it is another command's or holds other things, cannot be written, or was
-        left or finished with other settings without `restart`, which removes what the command wrote.
+        Raises UserError where `output` or the folder beside it is another command's or holds other things or what is read, cannot be
+        written, or was left or finished with other settings without `restart`. That removes what the command left half done, and
+        its result when the new one takes its place.
         """
         self.path = state_of(output)
         self.output = output = self.path.with_name(self.path.name.removesuffix(".state"))
@@ -51,8 +54,16 @@ class WorkFolder:
         self.finished = False
         """Whether `output` is the result of these settings."""
         self._made = False
-        """Whether the state was not there before."""
+        """Whether the state was not there before, or held nothing of worth."""
+        for path in reads:
+            if any(path.resolve().is_relative_to(folder.resolve()) for folder in (output, self.path)):
+                raise UserError(f"{output} would take the place of {path}, which is read: give another folder with -o")
+        replaced = self.path / REPLACED
         try:
+            own = worked_in_by(self.path) == command
+            killed = own and (self.path / SETTINGS).exists() and replaced.exists() and not output.exists()
+            if leads and killed:  # in `publish`
+                os.replace(replaced, output)
             if output.exists() and not output.is_dir():
                 raise UserError(f"{output} is a file: give a folder of its own with -o")
             holds = (leads or not restart) and output.is_dir() and any(output.iterdir())
@@ -63,25 +74,22 @@ class WorkFolder:
             left = {path.name for path in self.path.iterdir()} if leads and self.path.is_dir() else set[str]()
             if left:
                 check_owner(self.path, command)
-            own = worked_in_by(self.path) == command
             if left - {f"{SETTINGS}.part"} and not own and (restart or not holds):
                 raise UserError(
                     f"{self.path} is what is worked in and holds other things: move it away or give another folder with -o"
                 )
-            if restart and leads:
-                shutil.rmtree(self.path, ignore_errors=True)
-                if holds:
-                    shutil.rmtree(output)
-                    holds = False
-            if holds and not restart:
+            if leads and (restart or (own and (self.path / REMOVED).exists())):
+                remove_work(self.path)
+            begun = own and (self.path / SETTINGS).exists() and not self._changed(self.path / SETTINGS, None)
+            self._replaces = holds and (restart or begun)
+            """Whether the result takes the place of one of this command's."""
+            if holds and not self._replaces:
                 self._check(output / DESCRIPTION, "settings")
                 self.finished = True
-                if left and own:  # killed before it was removed
-                    shutil.rmtree(self.path, ignore_errors=True)
             if leads and not self.finished:
-                if left <= CHEAP:
-                    shutil.rmtree(self.path, ignore_errors=True)
-                self._made = not self.path.exists()
+                if left <= CHEAP and not begun:
+                    remove_work(self.path)
+                self._made = left <= CHEAP or not self.path.exists()
                 self.path.mkdir(parents=True, exist_ok=True)
                 if (self.path / SETTINGS).exists():
                     self._check(self.path / SETTINGS, None)
@@ -104,7 +112,8 @@ class WorkFolder:
             yield
         except UserError:
             if self._made and not self.saved:
-                shutil.rmtree(self.path, ignore_errors=True)
+                with suppress(OSError):
+                    remove_work(self.path)
             raise
         except Unfinished as stopped:
             stopped.saved = self.saved
@@ -117,8 +126,8 @@ class WorkFolder:
 
     def publish(self, write: Callable[[Path], None], description: Mapping[str, Any]) -> None:
         """`write` the result's files into an empty folder, which then takes its place, with `description` and the settings beside them.
-        Removes the state."""
-        part = self.path / RESULT
+        Removes the state, and with it what the result takes the place of."""
+        part, replaced = self.path / RESULT, self.path / REPLACED
         shutil.rmtree(part, ignore_errors=True)
         whole = {**description, "settings": self.settings}
         try:
@@ -126,27 +135,34 @@ class WorkFolder:
             with _room(part):
                 write(part)
                 (part / DESCRIPTION).write_text(json.dumps(whole, indent=2) + "\n")
-            if self.output.exists():
+            if self.output.exists() and not self._replaces:
                 self.output.rmdir()  # an empty one
+            elif self.output.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(self.output, replaced)
             os.replace(part, self.output)
         except OSError as error:
             raise UserError(f"{self.output} cannot be written ({error.strerror}): give another folder with -o") from None
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            remove_work(self.path)
 
     def _check(self, path: Path, field: str | None) -> None:
         """Raise UserError where the settings in the JSON file `path`, or in a field of it, are others."""
-        try:
-            found = json.loads(path.read_bytes())
-            left = found if field is None else found[field]
-            fields = [name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name)]
-            changed = sorted({OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in fields})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            changed = [f"{path.name} is damaged"]
-        if changed:
+        if changed := self._changed(path, field):
             raise UserError(
                 f"{self.output} was begun with other settings ({', '.join(changed)}): add --restart to begin anew, or give the same "
                 "settings to go on"
             )
+
+    def _changed(self, path: Path, field: str | None) -> list[str]:
+        """The options that are others there."""
+        try:
+            found = json.loads(path.read_bytes())
+            left = found if field is None else found[field]
+            fields = [name for name in {*self.settings, *left} if left.get(name) != self.settings.get(name)]
+            return sorted({OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in fields})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"{path.name} is damaged"]
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Gradient descent that can be killed: AdamW with warm-up and linear decay in steps; weights, moments and step on disk.
+"""Gradient descent that can be killed: AdamW or Muon with warm-up and linear decay in steps; weights, moments and step on disk.
 
 What a step does is a function of its number, the settings and the weights: killed and started again, training gives the same bits on
 a CPU. Several processes (`part.World`) share each batch and average gradients.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rowcast.calibration.learning.muon import Muon, hidden_matrices
 from rowcast.calibration.learning.part import Part, World
 from rowcast.calibration.learning.progress import LearningProgress
 from rowcast.calibration.learning.settings import TrainSettings
@@ -85,11 +86,13 @@ class Trainer:
         self._name, self._show = name, show
         self._named = {key: value for key, value in module.named_parameters() if value.requires_grad}
         assert all(value.dtype == torch.float32 for value in self._named.values()), "weights that are trained have to be float32"
-        matrices = [value for value in self._named.values() if value.dim() > 1]
-        others = [value for value in self._named.values() if value.dim() <= 1]
+        self._muon = Muon(hidden_matrices(module) if settings.optimizer == "muon" else (), settings.weight_decay)
+        rest = [value for value in self._named.values() if value not in self._muon.momentum]
+        matrices = [value for value in rest if value.dim() > 1]
+        others = [value for value in rest if value.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+        self._adamw = torch.optim.AdamW(
+            groups,
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=1e-8,
@@ -146,8 +149,6 @@ class Trainer:
     def _move(self) -> Tensor:
         """One step; its loss, still on the device."""
         settings, world = self.settings, self.world
-        for group in self._optimiser.param_groups:
-            group["lr"] = settings.rate(self.step)
         parts = settings.accumulate * world.size
         total = torch.zeros((), device=self.device)
         mixed = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
@@ -162,8 +163,13 @@ class Trainer:
         world.average([value.grad for value in self._named.values() if value.grad is not None])
         world.average([total])
         nn.utils.clip_grad_norm_(self._named.values(), settings.clip)
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+        share = settings.share(self.step)
+        for group in self._adamw.param_groups:
+            group["lr"] = share * settings.learning_rate
+        self._adamw.step()
+        self._muon.step(share * settings.muon_rate)
+        for value in self._named.values():
+            value.grad = None
         return total
 
     def _read(self, pending: list[Tensor]) -> None:
@@ -185,15 +191,22 @@ class Trainer:
         if self.world.leads:
             tensors: dict[str, Tensor] = {}
             for key, value in self._named.items():
-                moments = self._optimiser.state[value]
-                tensors |= {f"weight.{key}": value, f"first.{key}": moments["exp_avg"], f"second.{key}": moments["exp_avg_sq"]}
+                tensors[f"weight.{key}"] = value
+                if value in self._muon.momentum:
+                    tensors[f"momentum.{key}"] = self._muon.momentum[value]
+                else:
+                    moments = self._adamw.state[value]
+                    tensors |= {f"first.{key}": moments["exp_avg"], f"second.{key}": moments["exp_avg_sq"]}
             told = {"step": self.step, "seconds": self._seconds, "losses": self._losses}
             save_tensors(self._path, tensors, {"training": json.dumps(told)})
         self.world.wait()
 
     def _load(self) -> None:
         tensors, metadata = load_tensors(self._path)
-        wanted = {f"{kind}.{key}": value.shape for key, value in self._named.items() for kind in ("weight", "first", "second")}
+        wanted: dict[str, torch.Size] = {}
+        for key, value in self._named.items():
+            kept = ("weight", "momentum") if value in self._muon.momentum else ("weight", "first", "second")
+            wanted |= {f"{kind}.{key}": value.shape for kind in kept}
         if {key: tensor.shape for key, tensor in tensors.items()} != wanted:
             raise UserError(f"{self._path} is the state of another training: add --restart to begin anew")
         told = json.loads(metadata["training"])
@@ -202,8 +215,10 @@ class Trainer:
         with torch.no_grad():
             for key, value in self._named.items():
                 value.copy_(tensors[f"weight.{key}"])
-        ordered = [numbers[id(value)] for group in self._optimiser.param_groups for value in group["params"]]
-        self._optimiser.load_state_dict(
+                if value in self._muon.momentum:
+                    self._muon.momentum[value].copy_(tensors[f"momentum.{key}"])
+        ordered = [numbers[id(value)] for group in self._adamw.param_groups for value in group["params"]]
+        self._adamw.load_state_dict(
             {
                 "state": {
                     place: {
@@ -213,6 +228,6 @@ class Trainer:
                     }
                     for place, key in enumerate(ordered)
                 },
-                "param_groups": self._optimiser.state_dict()["param_groups"],
+                "param_groups": self._adamw.state_dict()["param_groups"],
             }
         )

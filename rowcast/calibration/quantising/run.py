@@ -119,7 +119,8 @@ def quantise(
         "command": "quantize", "fingerprint": checkpoint.source.fingerprint(), "texts": names, "dtype": dtype_name,
         "device": chosen.type, "stored": stored, "held_out": bool(held_out), **windows.settings, **asdict(settings),
     }  # fmt: skip
-    work = WorkFolder(Path(output), begun_with, restart=restart)
+    inputs = (checkpoint.path, *map(Path, texts), *map(Path, held_out))
+    work = WorkFolder(Path(output), begun_with, restart=restart, reads=inputs)
     if work.finished:
         return work.description()
     with work.worked_in():
