@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rowcast.calibration.fitting import default_rank
-from rowcast.placement.groups import writes_late
+from rowcast.placement.workload import writes_late
 from rowcast.runtime.sparse.sizes import late_share
 from rowcast.runtime.spec import ModelSpec
 

@@ -21,7 +21,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast import LLM, SamplingParams
 from rowcast.kernels import gpu, lowbit
-from rowcast.placement import groups
+from rowcast.placement import workload
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
@@ -51,7 +51,7 @@ Make = Callable[[FfnBank], Selector]
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "interpreted", DEVICE.type == "cpu")
-    monkeypatch.setattr(groups, "LATE_BYTES", 0)
+    monkeypatch.setattr(workload, "LATE_BYTES", 0)
     if DEVICE.type == "cpu":  # which takes its time for each shard
         monkeypatch.setattr(selection, "SHARDS", 2)
 

@@ -91,12 +91,12 @@ def misbehave(fault: str) -> None:
         from triton_interpreting import remember_what_does_not_change, take_arrays_as_bounds
 
         from rowcast.kernels import gpu
-        from rowcast.placement import groups
+        from rowcast.placement import workload
 
         remember_what_does_not_change()
         take_arrays_as_bounds()
         gpu.interpreted = True
-        groups.LATE_BYTES = 0
+        workload.LATE_BYTES = 0
         rounds_of = _Assembly._rounds
 
         def by_itself(self: _Assembly, *arguments: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rowcast.placement.layout import Layout
-from rowcast.placement.workload import LadderUse, Workload, united
+from rowcast.placement.workload import LadderUse, Workload, united, writes_late
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ PIECES = {ATTENTION: 4, HEAD: 32, EMBEDDINGS: 1, KV: 8}
 
 NEURONS_TOGETHER = 16
 """Of one group, at least: what a kernel's block takes."""
-
-LATE_BYTES = 1 << 25
-"""Of a layer's rows of keys and values on a GPU: with fewer, leaving some out saves less time than its launches take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +55,6 @@ def _attention_bytes(spec: ModelSpec, width: int, tp: int) -> tuple[float, float
     kv_heads = max(1.0, spec.num_kv_heads / tp)
     queries = 2 * spec.hidden_size * spec.num_heads / tp * spec.head_dim * width
     return queries, 2 * spec.hidden_size * kv_heads * spec.head_dim * width
-
-
-def writes_late(spec: ModelSpec, batch: int, row_bytes: float) -> bool:
-    """Whether a GPU's rounds may leave keys and values to later passes: of a single sequence, if each query head has its own and they
-    are products of its inputs. `row_bytes`: of a layer's rows of them on one rank."""
-    products = spec.group_size == 1 and spec.rope is None and spec.qk_norm == "none"
-    return batch == 1 and products and row_bytes >= LATE_BYTES
 
 
 def unplaced_bytes(spec: ModelSpec, width: int, layers: int) -> int:

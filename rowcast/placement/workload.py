@@ -14,6 +14,8 @@ from rowcast.runtime.spec import ModelSpec
 
 PUBLISHED_RELU_HOT = 0.26
 """Share of an OPT-30B's neurons that take 80% of the activations (PowerInfer, arXiv 2312.12456, section 3.1, figure 5)."""
+LATE_BYTES = 1 << 25
+"""Of a layer's rows of keys and values on a GPU: with fewer, leaving some out saves less time than its launches take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,13 @@ def _scaled(weights: list[float], mean: float) -> tuple[float, ...]:
         else:
             high = middle
     return tuple(min(1.0, high * weight) for weight in weights)
+
+
+def writes_late(spec: ModelSpec, batch: int, row_bytes: float) -> bool:
+    """Whether a GPU's rounds may leave keys and values to later passes: of a single sequence, if each query head has its own and they
+    are products of its inputs. `row_bytes`: of a layer's rows of them on one rank."""
+    products = spec.group_size == 1 and spec.rope is None and spec.qk_norm == "none"
+    return batch == 1 and products and row_bytes >= LATE_BYTES
 
 
 def united(probability: float, tokens: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
-from rowcast.placement.groups import writes_late
+from rowcast.placement.workload import writes_late
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.kv.device import BoundStore
 from rowcast.runtime.protocols import ALL_HEADS, Heads, KVView, Reads
