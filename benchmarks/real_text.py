@@ -190,10 +190,8 @@ def transformers(
     for name, options in ways.items():
         try:
             most = min(PEER_TOKENS, args.max_tokens)
-            for tokens in (
-                most if "cache_implementation" in options else 16,
-                most,
-            ):  # the first compiles, for a cache of its length
+            # The first compiles, for a cache of its length.
+            for tokens in (most if "cache_implementation" in options else 16, most):
                 clock = Clock()
                 out = model.generate(
                     prompt,

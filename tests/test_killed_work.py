@@ -150,23 +150,62 @@ def test_a_training_begun_anew(tmp_path: Path) -> None:
         assert left in (set(), {"training.safetensors", "cut", "cut/figures.json", "cut/weights"})
 
 
-def test_a_training_published(tmp_path: Path) -> None:
+def begun_first(output: Path) -> WorkFolder:
+    """A training where there was no result."""
+    work = WorkFolder(output, NEW, restart=False)
+    (work.path / "training.safetensors").write_text("half trained")
+    return work
+
+
+@pytest.mark.parametrize("begin", [made_and_begun, begun_first])
+def test_a_training_published(begin: Callable[[Path], WorkFolder], tmp_path: Path) -> None:
+    """What is whole is finished, and what is left of its state goes."""
+
     def work(output: Path, begun: WorkFolder) -> None:
         begun.publish(weights("new"), {})
 
     seen = set()
-    for output in killed_everywhere(tmp_path, made_and_begun, work):
+    for output in killed_everywhere(tmp_path, begin, work):
         again = WorkFolder(output, NEW, restart=False)
-        seen.add(found := (output / "weights").read_text())
+        seen.add(found := (output / "weights").read_text() if output.exists() else "")
+        assert again.finished == (found == "new")
         if not again.finished:
             assert (again.path / "training.safetensors").read_text() == "half trained"
             again.publish(weights("new"), {})
-        else:
-            assert found == "new"
         assert (output / "weights").read_text() == "new" and made_by(output) == "prune"
         assert json.loads((output / "rowcast.json").read_bytes())["settings"] == NEW
         assert {path.name for path in output.parent.rglob("*") if path.is_file()} == {"weights", "rowcast.json"}
-    assert seen == {"old", "new"}
+    assert seen == {"old" if begin is made_and_begun else "", "new"}
+
+
+@pytest.mark.parametrize("begin", [made_and_begun, begun_first])
+def test_only_the_result_that_it_was_begun_to_replace_goes(begin: Callable[[Path], WorkFolder], tmp_path: Path) -> None:
+    """Put there since then: a result of other settings, one of the same, what is no work of ours, a file."""
+    output, kept = tmp_path / "out", tmp_path / "kept"
+    work = begin(output)
+    WorkFolder(tmp_path / "other", {**OLD, "steps": 9}, restart=False).publish(weights("other"), {})
+    WorkFolder(tmp_path / "same", NEW, restart=False).publish(weights("same"), {})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "weights").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    if output.exists():
+        output.rename(kept)
+    for name in ("other", "same", "mine", "file"):
+        before = (tmp_path / name).rename(output)
+        with pytest.raises(UserError, match=r"out holds something else than when .*out\.state was begun: move it away"):
+            work.publish(weights("new"), {})
+        if name == "other" or (name == "same" and kept.exists()):
+            with pytest.raises(UserError, match="move it away, and the same command goes on without --restart"):
+                WorkFolder(output, NEW, restart=False)
+        content = (before if name == "file" else before / "weights").read_text()
+        assert content == ("mine" if name == "file" else name)
+        assert (work.path / "training.safetensors").read_text() == "half trained"
+        output.rename(tmp_path / name)
+    if kept.exists():
+        kept.rename(output)
+    again = WorkFolder(output, NEW, restart=False)
+    again.publish(weights("new"), {})
+    assert (output / "weights").read_text() == "new" and not work.path.exists()
 
 
 def test_a_result_goes_when_the_next_one_is_whole(tmp_path: Path) -> None:

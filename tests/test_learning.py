@@ -219,12 +219,13 @@ def test_the_rate_rises_and_falls() -> None:
     settings = TrainSettings(100, 1e-3, 10, final_share=0.1)
     rates = [settings.share(step) for step in range(100)]
     assert rates[:2] == [0.1, 0.2] and max(rates) == rates[10] == rates[9] == 1.0
+    assert TrainSettings(1, optimizer="muon").rates == "--muon-rate and --learning-rate"
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.11)
 
 
 def test_what_training_refuses(tmp_path: Path) -> None:
     broken = make_trainer(tmp_path / "nan", loss_of=lambda step, part, parts: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(UserError, match="not a number any more at step 1"):
+    with pytest.raises(UserError, match="not a number any more at step 1: lower --learning-rate and"):
         broken.run()
     make_trainer(tmp_path / "done", steps=1).run()
     with pytest.raises(UserError, match="state of another training"):

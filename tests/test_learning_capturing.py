@@ -17,6 +17,7 @@ from rowcast.calibration.adapting.settings import Settings
 from rowcast.calibration.learning import capturing
 from rowcast.calibration.learning.capturing import WARM, Captured
 from rowcast.calibration.learning.job import How
+from rowcast.calibration.learning.settings import Optimizer
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -121,12 +122,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.gpu
-def test_adapting_is_the_same_replayed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adapting_is_the_same_replayed(tmp_path: Path, optimizer: Optimizer) -> None:
     model = model_with_words(tmp_path / "model", "llama-gqa")
     text = random_words(tmp_path / "text.txt", 3000)
     settings = Settings(
-        density=0.2, window=16, batch=16, steps=12, learning_rate=2e-3, warmup=2, written_tokens=0, judged_tokens=64, looks=2
-    )
+        density=0.2, window=16, batch=16, steps=12, learning_rate=2e-3, optimizer=optimizer, warmup=2, written_tokens=0,
+        judged_tokens=64, looks=2,
+    )  # fmt: skip
     found = [
         adapt(str(model), [text], tmp_path / str(on), settings, How(device="cuda", show=False, captured=on))
         for on in (False, True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from learning_runs import Ends
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from test_learning import make_trainer
 
 from rowcast.calibration.learning import state, trainer
-from rowcast.calibration.learning.part import Unfinished
+from rowcast.calibration.learning.part import Unfinished, World
 from rowcast.calibration.learning.state import WorkFolder
 from rowcast.calibration.owner import DESCRIPTION
 from rowcast.errors import UserError
@@ -90,3 +93,72 @@ def test_the_folder_one_is_in_can_be_the_output(tmp_path: Path, monkeypatch: pyt
     assert WorkFolder(Path(), BEGUN, restart=False).path == tmp_path / "here.state"
     with pytest.raises(UserError, match="no folder to write"):
         WorkFolder(Path("/"), BEGUN, restart=False)
+
+
+class Two:
+    """A world of two, of which the other one does what it does up to each wait."""
+
+    def __init__(self, leads: bool, *others: Callable[[], object]) -> None:
+        self.leads, self.others = leads, list(others)
+
+    def wait(self) -> None:
+        self.others.pop(0)()
+
+
+def together(world: Two, output: Path, restart: bool) -> WorkFolder:
+    return WorkFolder.together(cast(World, world), output, BEGUN, restart=restart)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("done", [False, True])
+def test_other_processes_look_at_what_the_leading_one_left(done: bool, restart: bool, tmp_path: Path) -> None:
+    for leads in (True, False):
+        output, found = tmp_path / str(leads), list[bool]()
+        if done:
+            WorkFolder(output, BEGUN, restart=False).publish(lambda folder: None, {})
+        else:
+            output.with_suffix(".state").mkdir()
+            (output.with_suffix(".state") / "removed.json").write_text(json.dumps(BEGUN))
+
+        def other(output: Path = output, leads: bool = not leads, found: list[bool] = found) -> None:
+            found.append(WorkFolder(output, BEGUN, restart=restart, leads=leads).finished)
+
+        world = Two(leads, *([lambda: None, other] if leads else [other, lambda: None]))
+        assert together(world, output, restart).finished == (done and not restart)
+        assert found == [done and not restart] and not world.others
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_the_leading_process_refuses_all_do(restart: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    (tmp_path / "none").write_text("")
+    for output in (tmp_path / "out", tmp_path / "none" / "out"):
+        leads = Two(True, lambda: None)
+        with pytest.raises(UserError):
+            together(leads, output, restart)
+        assert not leads.others, "the others wait for no one"
+        with pytest.raises(UserError):
+            together(Two(False, lambda: None), output, restart)
+    with pytest.raises(UserError, match=r"settings\.json is damaged"):  # as where the leading one could not write it
+        WorkFolder(tmp_path / "new", BEGUN, restart=restart, leads=False)
+
+
+def test_a_state_that_cannot_be_removed_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to another disk, or a mount."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.state").symlink_to(tmp_path / "disk")
+    (tmp_path / "mount.state").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount.state")
+    for name in ("link", "mount"):
+        for restart in (False, True, True):
+            folder = WorkFolder(tmp_path / name, BEGUN, restart=restart)
+            (folder.path / "training.safetensors").write_text("")
+            assert not WorkFolder(tmp_path / name, BEGUN, restart=True).saved
+            folder.publish(lambda folder: None, {})
+            assert (
+                folder.path.is_dir()
+                and not any(folder.path.iterdir())
+                and WorkFolder(tmp_path / name, BEGUN, restart=False).finished
+            )
+    assert (tmp_path / "link.state").is_symlink()

@@ -132,20 +132,20 @@ def test_what_is_read_is_not_replaced(
         shutil.copy(text, folder / "text.txt")
     link.symlink_to(made)
     before = files(tmp_path)
-    calls: list[tuple[Path, Path, Path, tuple[str, ...]]] = [
-        (made, text, made, ()),
-        (link, text, made, ()),
-        (made, text, link, ()),
-        (model, made / "text.txt", made, ()),
-        (model, tmp_path / "new.state" / "text.txt", tmp_path / "new", ()),
+    calls: list[tuple[Path, Path, Path, Path, tuple[str, ...]]] = [
+        (made, text, made, made, ()),
+        (link, text, made, made, ()),
+        (made, text, link, link, ()),
+        (model, made / "text.txt", made, made, ()),
+        (model, tmp_path / "new.state" / "text.txt", tmp_path / "new", tmp_path / "new.state", ()),
     ]
     if command == "distill":
-        calls.append((model, text, made, ("--start", str(link))))
-    for read, learnt, output, more in calls:
+        calls.append((model, text, made, made, ("--start", str(link))))
+    for read, learnt, output, replaced, more in calls:
         call = [command, str(read), "--text", str(learnt), "-o", str(output), *OPTIONS[command], *restart, *more]
         assert main(call) == 2
         path = learnt if learnt != text else more[1] if more else read
-        said = f"rowcast: {output} would take the place of {path}, which is read: give another folder with -o.\n"
+        said = f"rowcast: {replaced} would take the place of {path}, which is read: give another folder with -o.\n"
         assert capsys.readouterr().err == said
     assert files(tmp_path) == before
 

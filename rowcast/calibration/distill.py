@@ -55,7 +55,7 @@ class Settings(LearningSettings):
     """Several times what it sees, so that most of its tokens see a window that has moved on."""
     batch: int = 64
     steps: int = 4000
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     optimizer: Optimizer = "muon"
     muon_rate: float = 4e-3
     variation: float = 0.0

@@ -54,7 +54,8 @@ def check_owner(folder: Path, command: str) -> None:
 
 
 def remove_work(folder: Path) -> None:
-    """Remove what a command works in. Killed on the way, what is left is still its own, and `REMOVED`. Raises OSError."""
+    """Remove what a command works in. Killed on the way, what is left is still its own, and `REMOVED`. A link or a mount
+    stays, empty. Raises OSError."""
     if not folder.is_dir():
         return
     removed = folder / REMOVED
@@ -65,7 +66,8 @@ def remove_work(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    folder.rmdir()
+    if not folder.is_symlink() and not os.path.ismount(folder):
+        folder.rmdir()
 
 
 def _settings(folder: Path) -> dict[str, Any]:

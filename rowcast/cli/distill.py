@@ -39,7 +39,7 @@ def distill(
     window: learning.Window = 1024,
     batch: learning.Batch = 64,
     steps: learning.Steps = 4000,
-    learning_rate: learning.LearningRate = 2e-3,
+    learning_rate: learning.LearningRate = 5e-3,
     optimizer: learning.Optimizer = "muon",
     muon_rate: learning.MuonRate = 4e-3,
     warmup: learning.Warmup = 100,

@@ -26,13 +26,18 @@ Window = Annotated[int, typer.Option("--window", help="Tokens of a window.", ric
 Batch = Annotated[int, typer.Option("--batch", help="Windows of a step.", rich_help_panel=TRAINING)]
 Steps = Annotated[int, typer.Option("--steps", help="Steps of the optimiser; 0: none.", rich_help_panel=TRAINING)]
 LearningRate = Annotated[
-    float, typer.Option("--learning-rate", help="After the warm-up; it falls to 0.", rich_help_panel=TRAINING)
+    float,
+    typer.Option(
+        "--learning-rate", help="After the warm-up; it falls to 0. With Muon that of the rest.", rich_help_panel=TRAINING
+    ),
 ]
 Optimizer = Annotated[
     Literal["adamw", "muon"],
     typer.Option("--optimizer", help="muon: of hidden layers' matrices, AdamW moves the rest.", rich_help_panel=TRAINING),
 ]
-MuonRate = Annotated[float, typer.Option("--muon-rate", help="Of Muon, in place of --learning-rate.", rich_help_panel=TRAINING)]
+MuonRate = Annotated[
+    float, typer.Option("--muon-rate", help="With --optimizer muon, of hidden layers' matrices.", rich_help_panel=TRAINING)
+]
 Warmup = Annotated[int, typer.Option("--warmup", help="Steps of the warm-up.", rich_help_panel=TRAINING)]
 Accumulate = Annotated[
     int, typer.Option("--accumulate", help="Parts of a batch, where memory is short.", rich_help_panel=TRAINING)
@@ -111,7 +116,10 @@ def run_part(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = run()
     except Unfinished as stopped:
         if _leads():
-            saved, begun = "saved; go on with the same command, without --restart", "nothing is saved yet; the same command begins anew"
+            saved, begun = (
+                "saved; go on with the same command, without --restart",
+                "nothing is saved yet; the same command begins anew",
+            )
             print("rowcast:", saved if stopped.saved else begun, file=sys.stderr)
             print_json({"finished": False})
         raise typer.Exit(0 if stopped.by_signal is None else 128 + stopped.by_signal) from None

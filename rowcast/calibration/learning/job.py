@@ -28,8 +28,8 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 2
-"""Of a state: 2 since windows begin as a prompt does."""
+FORMAT = 3
+"""Of a state: 2 since windows begin as a prompt does, 3 since an optimiser is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,7 @@ def learn(
     }  # fmt: skip
     with Part(how.part_minutes) as part:
         inputs = (checkpoint.path, *texts, *held_out, *reads)
-        folder = WorkFolder(output, begun, restart=how.restart, leads=world.leads, reads=inputs)
-        world.wait()
+        folder = WorkFolder.together(world, output, begun, restart=how.restart, reads=inputs)
         if folder.finished:
             return folder.description()
         show = how.show if world.leads else False

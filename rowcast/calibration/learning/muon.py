@@ -82,6 +82,6 @@ class Muon:
             wanted = gradient.lerp_(group.momentum, MOMENTUM)
             if wanted.is_cuda:  # processors multiply 16 bits slowly, many of them
                 wanted = wanted.bfloat16()
-            steps = orthogonal(wanted).float().unbind()
+            steps = orthogonal(wanted).float().contiguous().unbind()  # foreach wants the weights' strides
             torch._foreach_mul_(group.matrices, 1 - rate * self._weight_decay)
             torch._foreach_add_(group.matrices, steps, alpha=-rate * SCALE * math.sqrt(max(group.momentum.shape[1:])))

@@ -47,6 +47,11 @@ class TrainSettings:
     muon_rate: float = 4e-3
     """Of Muon, in place of the learning rate; in the same unit (`muon.SCALE`)."""
 
+    @property
+    def rates(self) -> str:
+        """The options that say how far a step goes."""
+        return "--learning-rate" if self.optimizer == "adamw" else "--muon-rate and --learning-rate"
+
     def check(self) -> None:
         """Raise UserError for what cannot be."""
         check_least(("steps", self.steps, 0), ("accumulate", self.accumulate, 1), ("warmup", self.warmup_steps, 0))

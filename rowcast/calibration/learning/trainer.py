@@ -183,7 +183,7 @@ class Trainer:
             self._recent = (self.step - step) * self._batch_tokens / max(1e-9, self._look[1] - then)
         if not all(math.isfinite(loss) for loss in found):
             raise UserError(
-                f"the loss is not a number any more at step {self.step}: lower --learning-rate and begin anew with --restart"
+                f"the loss is not a number any more at step {self.step}: lower {self.settings.rates} and begin anew with --restart"
             )
         self._losses = (self._losses + found)[-READ_EVERY:]
 
