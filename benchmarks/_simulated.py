@@ -97,16 +97,12 @@ def _rank(task: Task[Result], wish: Any, rank: int, ranks: int, port: int) -> Re
     return task(wish, device, comm)
 
 
-def fill_kv(llm: LLM) -> None:
-    """Entries that look like those of a prompt that was run: normal numbers, no zeros."""
+def skip_prompts(llm: LLM) -> None:
+    """Run the last tokens of prompts only; the entries of the others are normal numbers, and zeros in host memory."""
     view = llm.engine._executor._top.view  # type: ignore[attr-defined]
-    if isinstance(view, PagedKV):
+    if type(view) is PagedKV:
         for layer in (*view._keys, *view._values):  # a call has indices of 32 bits for each
             layer.normal_()
-
-
-def skip_prompts(llm: LLM) -> None:
-    """Run the last tokens of prompts only; the entries of the others are what the memory held."""
     decoder, dtype = llm.engine._executor._top.decoder, DTYPES[llm.plan.dtype]  # type: ignore[attr-defined]
     real = decoder.run
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from _figures import Figure, Session, bandwidth, planned, release, variant
-from _simulated import SimulatedLLM, fill_kv, skip_prompts
+from _simulated import SimulatedLLM, skip_prompts
 
 from rowcast import SamplingParams
 from rowcast.bench.shapes import open_shape
@@ -149,7 +149,6 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
         open_shape(case.model, device=device), ladder=ladder, prefix_cache=False, progress=False, device=device.type, **common
     )
     llm.rates(args.outer, args.inner)
-    fill_kv(llm)
     skip_prompts(llm)
     draw = random.Random(0)
     prompts = [draw.choices(range(llm.spec.vocab_size), k=case.prompt) for _ in range(case.sequences)]
