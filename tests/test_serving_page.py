@@ -265,6 +265,7 @@ def listening(service: Served, port: int = 0) -> Iterator[int]:
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(("127.0.0.1", port))
+    bound.listen()  # who comes before the server is up waits
     app = make_app(service.service, AppSettings(log_requests=False))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=0))
     running = asyncio.run_coroutine_threadsafe(server.serve(sockets=[bound]), service._loop)
