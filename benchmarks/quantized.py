@@ -13,7 +13,10 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
+
 from rowcast.calibration.quantising.run import METHODS, Settings, quantise
+from rowcast.runtime.device import choose_device
 
 
 def main() -> None:
@@ -42,13 +45,22 @@ def main() -> None:
                         args.model, args.text, out, settings, held_out=args.held_out, device=args.device, progress=False
                     )
                 quality, accepted = made["quality"], made["quality"]["acceptance"]
-                found.append({"bits": bits, "group": group, "method": method, **made})
+                row = {"bits": bits, "group": group, "method": method, "bits a weight": made["bits_per_weight"]}
+                row |= {"perplexity": quality["perplexity"], "the original's": quality["original_perplexity"], "KL": quality["kl"]}
+                names = {"1": "acceptance, T = 1", "0.8": "T = 0.8", "0": "greedy"}
+                parts = {at: one["maximal"] if isinstance(one, dict) else one for at, one in accepted.items()}
+                found.append(row | {name: parts[at] for at, name in names.items()})
                 print(
                     f"{bits:4} {group:5} {method:>8} {made['bits_per_weight']:11.2f} {quality['perplexity']:10.2f} "
                     f"{quality['original_perplexity']:8.2f} {accepted['1']['maximal']:6.3f} {accepted['0']:6.3f} {quality['kl']:6.3f}",
                     flush=True,
                 )
-    print(json.dumps(found))
+    print(json.dumps({"benchmark": "quantized", "model": args.model, "device": device_name(args.device), "copies": found}))
+
+
+def device_name(asked: str) -> str:
+    device = choose_device(asked)[0]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _latencies(name: str, load: dict[str, Any]) -> Sequence[str]:
 
 
 def anything(result: Result) -> Iterator[str]:
-    """Of a benchmark without a table of its own: its figures, a line each."""
+    """Of a benchmark without a table of its own: its figures, a line each; of what lists things alike, a table."""
 
     def rows(found: Any, name: str = "") -> Iterator[Sequence[str]]:
         if isinstance(found, dict):
@@ -130,14 +130,31 @@ def anything(result: Result) -> Iterator[str]:
             for place, value in enumerate(found):
                 yield from rows(value, f"{name} {place}".strip())
         else:
-            yield name.replace("_", " "), f"{found:.4g}" if isinstance(found, float) else str(found)
+            yield name.replace("_", " "), _told(found)
 
     report = {
         name: value
         for name, value in result["report"].items()
         if name not in ("benchmark", "device", "model", "note", "versions")
     }
-    yield from table(("figure", ""), rows(report))
+    tables = {name: value for name, value in report.items() if _are_alike(value)}
+    if plain := list(rows({name: value for name, value in report.items() if name not in tables})):
+        yield from table(("figure", ""), iter(plain))
+    for number, alike in enumerate(tables.values()):
+        if plain or number:
+            yield ""
+        yield from table(list(alike[0]), ([_told(value) for value in one.values()] for one in alike))
+
+
+def _are_alike(value: object) -> bool:
+    """Whether it is a list of things that have one number or word for each of the same names."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return False
+    return all(list(one) == list(value[0]) and not any(isinstance(each, dict | list) for each in one.values()) for one in value)
+
+
+def _told(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def with_figures(result: Result) -> Iterator[str]:

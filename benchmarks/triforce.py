@@ -9,7 +9,7 @@ rungs below, under the rule coupled, all verification done. Of a prompt its last
 decoding reads as many as if they had been. Cases:
 
     on-chip        Llama-2-7B-128K, 124,928 tokens; the ladder of the paper (arXiv 2404.11912), then with a 4-bit or sparse middle rung
-    llama-3.1-8b   130,048 tokens, 8 KV heads; the draft is a 68M shape with its vocabulary
+    llama-3.1-8b   129,024 tokens, 8 KV heads; the draft is a 68M shape with its vocabulary
     batches        2 x 56K, 6 x 19K and 10 x 12K tokens of Llama-2-7B-128K
 
 A round's tokens vary by chance: a ladder's time is that of a round over the tokens that its acceptances give on average, so that few
@@ -96,7 +96,7 @@ def cases(args: argparse.Namespace, folder: Path) -> list[Case]:
     if "llama-3.1-8b" in args.case:
         other = args.model or OTHER
         small = variant(DRAFT, folder, "draft-for-8b", vocab_size=_vocabulary(other))
-        prompt = scaled(130_048)
+        prompt = scaled(129_024)
         chosen = ladders(min(BUDGET, prompt // 2), args.gammas, {"triforce": "", "middle bits=4": "bits=4"})
         found.append(Case("llama-3.1-8b", other, small, 1, prompt, chosen, {"triforce": 1.9}))
     if "batches" in args.case:

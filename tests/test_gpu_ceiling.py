@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ class Gpu:
         self.card: dict[str, Any] = {"name": GEFORCE, "uuid": f"GPU-{UUID}", "memory": 80 * GIB}
         monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml([self.card]))
         monkeypatch.setattr(process_memory, "_before", {})
+        monkeypatch.setattr(gpu_ceiling, "_models", WeakSet())  # other tests' models may be there still
         for name, answer in {
             "is_available": lambda: True,
             "is_initialized": lambda: False,

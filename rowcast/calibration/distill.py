@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rowcast.calibration.learning.gguf_export import GROUP, check_exportable, q8_bytes, write_gguf
 from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
-from rowcast.calibration.learning.judge import Figures, ModuleSubject, hidden_states, judge, read_by_head
+from rowcast.calibration.learning.judge import Figures, ModuleSubject, hidden_states, judge
 from rowcast.calibration.learning.losses import head_divergence, mixed_term
 from rowcast.calibration.learning.module import load_module, make_module, write_module
 from rowcast.calibration.learning.settings import LearningSettings, Optimizer, check_least, check_share
@@ -197,7 +197,7 @@ class _Distilling:
             return head_divergence(ours.flatten(0, 1), head, lesson.known.flatten(0, 1), teacher_head, term=term)
 
         # The teacher alone: it has most of the time, and inductor does not take the student's attention.
-        hidden = _Compiled(read_by_head) if self.compiled else None
+        hidden = _Compiled(hidden_states) if self.compiled else None
         trained = job.train(student, teacher, loss_of, "distilling", hidden)
         job.pause()
         description: dict[str, Any] = {

@@ -69,7 +69,8 @@ class Captured:
             try:
                 self._recorded[key] = self._record(form, ids)
             except Exception as error:  # of the driver, of memory, or of code that waits for the GPU
-                log.warning("steps are not replayed (%s: %s)", type(error).__name__, str(error).split("\n")[0][:200])
+                first = _first(error)
+                log.warning("steps are not replayed (%s: %s)", type(first).__name__, str(first).split("\n")[0][:200])
                 self.on = False
                 self._recorded.clear()
                 return self.loss_of(form, ids)
@@ -91,7 +92,11 @@ class Captured:
             torch.clear_autocast_cache()
         torch.cuda.current_stream(ids.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        # To compile waits for the GPU. What fails at it here would run uncompiled ever after.
+        with (
+            torch.compiler.set_stance("fail_on_recompile"),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             loss, grads = self._gradients(form, held)
         torch.clear_autocast_cache()
         self._pool = graph.pool()
@@ -101,6 +106,13 @@ class Captured:
         loss = self.loss_of(form, ids)
         with torch.autocast("cuda", enabled=False):  # whose number formats backward has from forward
             return loss.detach(), torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: a recording that was broken off fails once more as it ends."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 @dataclass(frozen=True, slots=True)

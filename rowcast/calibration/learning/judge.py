@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,28 +43,8 @@ class ModuleSubject:
 
 
 def hidden_states(module: Any, ids: Tensor) -> Tensor:
-    """What a Transformers module's LM head reads: ids [B, T] -> [B, T, D]. No K/V is kept. Waits for no GPU."""
-    with _whole_rows():
-        return read_by_head(module, ids)
-
-
-def read_by_head(module: Any, ids: Tensor) -> Tensor:
-    """The same, in what Transformers does alone: for compilers."""
+    """What a Transformers module's LM head reads: ids [B, T] -> [B, T, D]. No K/V is kept."""
     return module.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _whole_rows() -> Iterator[None]:
-    """Transformers does not ask whether rows are several packed sequences: the answer makes it wait for the GPU in each pass, and
-    within a CUDA graph, where it cannot wait, it takes a mask of all pairs in place of causal attention's own kernel."""
-    from transformers import masking_utils
-
-    asks = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asks
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rowcast.calibration.learning.attention import without_masks
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE
@@ -29,7 +30,8 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 
 
 def make_module(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A Transformers model (`PreTrainedModel`) of a config.json, with the library's own initial weights, for evaluation.
+    """A Transformers model (`PreTrainedModel`) of a config.json, with the library's own initial weights, for evaluation
+    over whole windows (`attention`).
 
     Without what the config says of a checkpoint's own weights: how they are quantised, what adapting measured.
     Draws from torch's global generator. Raises UserError where Transformers does not know the config.
@@ -39,9 +41,11 @@ def make_module(config: Mapping[str, Any], dtype: torch.dtype, device: torch.dev
     try:
         known = AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _OF_A_CHECKPOINT})
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False).eval()
+            module = AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False).eval()
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"Transformers makes no model of this config ({str(error).splitlines()[0]:.200})") from error
+    without_masks(module)
+    return module
 
 
 def load_module(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> Any:
