@@ -1,4 +1,4 @@
-# make demo      install, then generate text with SmolLM2-135M-Instruct
+# make demo      install, then generate text with SmolLM2-135M-Instruct, plain and by a ladder of three rungs
 # make test      the tests that this machine can run; without a GPU every sixth case of the kernels' tests, which its interpreter is slow at
 # make test-all  all of them
 # make test-gpu  the tests that need a GPU
@@ -20,6 +20,8 @@ READY := $(if $(filter .venv/bin/python,$(RUN)),.venv/.ready)
 
 demo: $(READY)
 	$(RUN) -m rowcast generate --chat --max-tokens 96 "Explain in three sentences why the sky is blue."
+	@echo
+	$(RUN) examples/ladder.py
 
 # Workers steal from each other, since few tests take most of the time. Without pytest-xdist one process runs all.
 test: $(READY)

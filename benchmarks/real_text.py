@@ -1,13 +1,13 @@
 """Real text on one device: plain decoding and ladders, their acceptance, whether the greedy output is the same, Transformers.
 
     python benchmarks/real_text.py --text tests/data/news-from-nowhere.txt
-    python benchmarks/real_text.py --text FILE --draft DIR --prompt-tokens 4000
+    python benchmarks/real_text.py --text tests/data/jack-sheppard.txt --draft smollm2-draft --prompt-tokens 4000
 
 SmolLM2-135M-Instruct, unless --model names another. Every ladder is loaded anew and decodes the same pieces of the text, all sides one
-at a time and in turn (`rowcast bench speculation`). Transformers decodes the first piece eagerly, and by its own prompt lookup, from
-weights that are read once by us. Where an output leaves plain's, it is told by how much plain prefers its own token there: near 0 two
-ways of summing in 16 bits break a tie differently. A text that the draft or the model was trained on is told as such. A table on
-standard error, one line of JSON on standard output.
+at a time and in turn (`rowcast bench speculation`). Transformers decodes the first piece eagerly, by its own prompt lookup and, with a
+draft, by assisted generation, from weights that are read once by us. Where an output leaves plain's, it is told by how much plain
+prefers its own token there: near 0 two ways of summing in 16 bits break a tie differently. A text that the draft or the model was
+trained on is told as such. A table on standard error, one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from _figures import Figure, Session, bandwidth, planned, release
 
 from rowcast.bench import speculation
 from rowcast.bench.latency import random_peer
-from rowcast.runtime.checkpoint import DEFAULT_MODEL, open_checkpoint
+from rowcast.runtime.checkpoint import DEFAULT_MODEL, Checkpoint, open_checkpoint
+from rowcast.runtime.checkpoint.shipped import place_of
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
 from rowcast.runtime.tokenizer import load_tokenizer
 
@@ -39,7 +41,8 @@ LADDERS = (
     "self:bits=4,gamma=4 / plain",
     "auto",
 )
-WITH_DRAFT = ("draft / plain", "triforce")
+WITH_DRAFT = ("draft / plain", "draft:gamma=2 / self:kv=512,gamma=6 / plain", "triforce")
+EAGER, ASSISTED = "Transformers, eager", "Transformers, assisted"
 TOGETHER = 3
 PEER_TOKENS = 128
 
@@ -49,7 +52,7 @@ def main() -> int:
     parser.add_argument("--text", required=True, help="plain text")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--ladder", nargs="+", default=list(LADDERS))
-    parser.add_argument("--draft", help="a smaller model with the same vocabulary: two ladders more")
+    parser.add_argument("--draft", help="a smaller model with the same vocabulary: three ladders more")
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=1)
@@ -79,11 +82,12 @@ def main() -> int:
         for name, found in report["ladders"].items():
             if any(figure.name == name for figure in session.figures):  # plain, again
                 continue
-            session.add(told(args, name, found, rate, peers if name == "plain" else {}))
-            if name == "plain":
-                for peer, took in peers.items():
-                    session.claim(f"plain over {peer}", took / found["s_per_token"], 1.0)
-            else:
+            drafted = "draft" in found["ladder"]
+            beside = {peer: took for peer, took in peers.items() if name == "plain" or (drafted and peer == ASSISTED)}
+            session.add(told(args, name, found, rate, beside))
+            for peer, took in beside.items():
+                session.claim(f"{name} over {peer}", took / found["s_per_token"], 1.0)
+            if name != "plain":
                 gaps = [abs(each["gap"]) for each in found["differences"]]
                 session.claim(f"{name}: largest gap where the output leaves plain's", max(gaps, default=0.0), 0.25, at_most=True)
     session.head["transformers_first_tokens"] = {name: ids[:16] for name, ids in reference.items()}
@@ -92,7 +96,7 @@ def main() -> int:
 
 def learnt(model: str, text: Path) -> bool:
     """Whether a model that `distill`, `adapt` or `prune` made learnt from this text, or from one of its name."""
-    place = Path(model)
+    place = place_of(model)
     told = (place if place.is_dir() else place.parent) / "rowcast.json"
     if not told.is_file():
         return False
@@ -121,8 +125,7 @@ def reports(session: Session, args: argparse.Namespace, ladders: Sequence[str]) 
 
 
 def settings(args: argparse.Namespace, *ladders: str) -> speculation.Settings:
-    wish: dict[str, Any] = {"draft": args.draft} if args.draft and set(ladders) & set(WITH_DRAFT) else {}
-    return speculation.Settings(
+    found = speculation.Settings(
         model=args.model,
         dtype=args.dtype,
         device=args.device,
@@ -131,8 +134,8 @@ def settings(args: argparse.Namespace, *ladders: str) -> speculation.Settings:
         ladder=ladders,
         max_tokens=args.max_tokens,
         repeat=args.repeat,
-        **wish,
     )
+    return replace(found, draft=args.draft) if args.draft and any(found.places(ladder)[0] for ladder in ladders) else found
 
 
 def told(args: argparse.Namespace, name: str, found: Mapping[str, Any], rate: float, peers: Mapping[str, float]) -> Figure:
@@ -168,23 +171,19 @@ def told(args: argparse.Namespace, name: str, found: Mapping[str, Any], rate: fl
 def transformers(
     session: Session, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Seconds a token of its eager decoding and of its prompt lookup, and what they wrote."""
+    """Seconds a token of its eager decoding, its prompt lookup and its assisted generation, and what they wrote."""
     checkpoint = open_checkpoint(args.model)
     dtype = DTYPES[choose_dtype(args.dtype, checkpoint.stored_dtype, device)[0]]
-    model = random_peer(checkpoint.config, dtype, device.type)
-    source = checkpoint.source
-    missing = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
-    if any("lm_head" not in name for name in missing.missing_keys) or missing.unexpected_keys:
-        raise ValueError(f"weights do not fit: {missing}")
-    model.tie_weights()
+    model = load(checkpoint, dtype, device)
     ids = load_tokenizer(checkpoint).encode(Path(args.text).read_text(encoding="utf-8"))[: args.prompt_tokens]
     prompt = torch.tensor([ids], device=device)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    found, wrote = {}, {}
+    found, wrote, rounds = {}, {}, {}
     ways: dict[str, dict[str, Any]] = {
-        "Transformers, eager": {},
+        EAGER: {},
         "Transformers, prompt lookup": {"prompt_lookup_num_tokens": 5},
     }
+    if args.draft:
+        ways[ASSISTED] = {"assistant_model": load(open_checkpoint(args.draft), dtype, device)}
     if args.compiled:  # a static cache has `generate` compile its passes
         ways["Transformers, compiled"] = {"cache_implementation": "static"}
     for name, options in ways.items():
@@ -206,9 +205,23 @@ def transformers(
             continue
         (begun, few), (ended, many) = clock.marks[1], clock.marks[-1]
         found[name], wrote[name] = (ended - begun) / (many - few), [int(token) for token in out[0, len(ids) :]]
-    del model
+        rounds[name] = (many - few) / (len(clock.marks) - 2)
+    session.head["transformers_tokens_per_round"] = rounds
+    session.head["transformers_identical"] = {name: written == wrote.get(EAGER) for name, written in wrote.items()}
+    del model, ways
     release()
     return found, wrote
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The checkpoint as a Transformers model that writes all tokens that were asked for."""
+    model, source = random_peer(checkpoint.config, dtype, device.type), checkpoint.source
+    missing = model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    if any("lm_head" not in name for name in missing.missing_keys) or missing.unexpected_keys:
+        raise ValueError(f"weights do not fit: {missing}")
+    model.tie_weights()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
 
 
 class Clock:

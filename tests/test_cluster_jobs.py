@@ -90,7 +90,7 @@ def test_a_job_over_two_ranks_is_followed(
 
 
 def test_what_is_shipped(cluster: jobs.Cluster, checkout: Path) -> None:
-    """From the checkout, nothing but the code, although the package is installed here, too."""
+    """From the checkout, nothing but the package with its draft, although it is installed here, too."""
     listing = (
         "import os, rowcast; print('{' + rowcast.__file__); [print('+', os.path.relpath(os.path.join(d, f)))"
         " for d, _, fs in os.walk('.') for f in fs if '__pycache__' not in d]"
@@ -105,7 +105,7 @@ def test_what_is_shipped(cluster: jobs.Cluster, checkout: Path) -> None:
     )
     assert job.wait() == 0
     files = [line[2:] for line in job.logs().splitlines() if line.startswith("+ ")]
-    assert "rowcast/cluster/jobs.py" in files
+    assert {"rowcast/cluster/jobs.py", "rowcast/assets/smollm2-draft/model.gguf"} <= set(files)
     assert [name for name in files if not name.startswith("rowcast/") and "ignore" not in name] == []
     [where] = [line for line in job.logs().splitlines() if line.startswith("{")]
     assert "runtime_resources" in where

@@ -38,7 +38,11 @@ Ladder = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option("--draft", help="A small model with the same vocabulary that drafts, or ngram.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--draft",
+        help="A small model with the same vocabulary that drafts, such as smollm2-draft, or ngram.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 DraftDevice = Annotated[
     str | None,

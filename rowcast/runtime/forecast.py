@@ -18,6 +18,7 @@ from rowcast.placement.resident import BLOCK_SIZE
 from rowcast.placement.workload import Input, LadderUse, Workload
 from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.checkpoint.packing import packing_of
+from rowcast.runtime.checkpoint.shipped import place_of
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.hotness import hotness
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
@@ -67,11 +68,11 @@ def open_spec(model: str) -> tuple[ModelSpec, str]:
 def open_model(model: str) -> tuple[ModelSpec, str, PackedForms | None]:
     """The same, and how its weights are packed, if they are: as a config says it, or as a GGUF file has them.
 
-    `model`: a directory with a config.json, a config.json, a GGUF file, or the hub id or short name of a well-known model, also with
-    "random:" before it, as `LLM` takes it. Reads no weights and no network. Raises UserError in one sentence.
+    `model`: a directory with a config.json, a config.json, a GGUF file, DEFAULT_DRAFT, or the hub id or short name of a well-known
+    model, also with "random:" before it, as `LLM` takes it. Reads no weights and no network. Raises UserError in one sentence.
     """
     model = model.removeprefix(RANDOM)
-    path = Path(model).expanduser() if model.startswith("~/") else Path(model)
+    path = place_of(model)
     try:
         if model and path.is_dir():
             ggufs = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))

@@ -156,7 +156,14 @@ class Writer:
         """By how much of the K/V is read, for one temperature."""
 
     def write(
-        self, ids: Tensor, prompts: Tensor, temperature: float, seed: int, part: Part, *, whole: bool = False,
+        self,
+        ids: Tensor,
+        prompts: Tensor,
+        temperature: float,
+        seed: int,
+        part: Part,
+        *,
+        whole: bool = False,
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> Tensor | None:
         """Go on from ids [S, P], the first prompts[i] of row i: [S, L], on the CPU.

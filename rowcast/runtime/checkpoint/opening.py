@@ -21,6 +21,7 @@ from rowcast.runtime.checkpoint.packed_source import PackedSource
 from rowcast.runtime.checkpoint.packing import Packing, packing_of
 from rowcast.runtime.checkpoint.ranged_file import RangedFile
 from rowcast.runtime.checkpoint.safetensors_file import INDEX_FILE, SINGLE_FILE, SafetensorsSource
+from rowcast.runtime.checkpoint.shipped import place_of
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.protocols import Source
 
@@ -62,8 +63,8 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a directory, a GGUF file, a hub id (fetched unless cached), DEFAULT_MODEL, or "random:NAME": a model's shape with random
-    weights, for timing (`open_random`). Raises UserError in one sentence."""
+    """Open a directory, a GGUF file, a hub id (fetched unless cached), DEFAULT_MODEL, DEFAULT_DRAFT, or "random:NAME": a model's
+    shape with random weights, for timing (`open_random`). Raises UserError in one sentence."""
     if model.startswith(RANDOM):
         return open_random(model.removeprefix(RANDOM))
     try:
@@ -103,9 +104,7 @@ def _read_shape(shape: str) -> dict[str, Any]:
 
 
 def _open(model: str) -> Checkpoint:
-    path = Path(model)
-    if model.startswith("~/"):
-        path = path.expanduser()
+    path = place_of(model)
     if model and path.is_dir():
         return _open_directory(path)
     if path.is_file():
