@@ -6,8 +6,8 @@
 
 A shape's random weights are written to the folder, where they stay. With both memories capped, the layers that have no room anywhere
 are read from the files; what was foretold for that is the plan's. The files' own rates are those of plain reading. Emptying the page
-cache takes root. Where a token is not the one of a run without caps, the gap says by how much that run prefers its own: products are cut
-in other places there, and in 16 bits near-ties fall differently. A table on standard error, one line of JSON on standard output.
+cache takes root. Where a token is not the one of a run without caps, the gap says by how much that run prefers its own: products
+are cut in other places, and in 16 bits near-ties fall differently. A table on standard error, one line of JSON on standard output.
 """
 
 from __future__ import annotations

@@ -46,7 +46,11 @@ def main() -> None:
                     )
                 quality, accepted = made["quality"], made["quality"]["acceptance"]
                 row = {"bits": bits, "group": group, "method": method, "bits a weight": made["bits_per_weight"]}
-                row |= {"perplexity": quality["perplexity"], "the original's": quality["original_perplexity"], "KL": quality["kl"]}
+                row |= {
+                    "perplexity": quality["perplexity"],
+                    "the original's": quality["original_perplexity"],
+                    "KL": quality["kl"],
+                }
                 names = {"1": "acceptance, T = 1", "0.8": "T = 0.8", "0": "greedy"}
                 parts = {at: one["maximal"] if isinstance(one, dict) else one for at, one in accepted.items()}
                 found.append(row | {name: parts[at] for at, name in names.items()})

@@ -26,13 +26,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
 from suite_jobs import JOBS, MODEL, Job
 
 from rowcast.placement import nvml
+from rowcast.runtime.checkpoint.shipped import DEFAULT_DRAFT
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 15.0
@@ -234,7 +235,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="to use, the first so many; all")
     parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing runs")
     parser.add_argument("--model", default=MODEL, help="SmolLM2-135M-Instruct, or where it lies")
-    parser.add_argument("--draft", help="its draft, for jobs that want one; by default the one that the suite trains")
+    parser.add_argument(
+        "--draft", default=DEFAULT_DRAFT, help="its draft, for jobs that want one; by default the one that comes along"
+    )
     parser.add_argument("--text", action="append", default=[], help="to calibrate and train on; repeatable")
     parser.add_argument("--held-out", help="a text to judge by, which is none of those")
     parser.add_argument("--keep", action="store_true", help="take the results of -o into docs, and run nothing")
@@ -266,15 +269,13 @@ def main() -> int:
         for given in (args.model, args.draft, args.held_out, *args.text)
     )
     begin(folder, {"model": model, "draft": draft, "held_out": held_out, "text": texts})
-    if draft:
-        jobs = [replace(job, after=tuple(name for name in job.after if name != "distill")) for job in jobs]
     places = {
         "python": shlex.quote(sys.executable),
         "work": shlex.quote(str(folder)),
         "model": shlex.quote(model),
         "texts": " ".join(f"--text {shlex.quote(text)}" for text in texts),
         "held_out": shlex.quote(held_out or ""),
-        "draft": shlex.quote(draft or str(folder / "draft")),
+        "draft": shlex.quote(draft),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     suite = Suite(folder, jobs, list(gpus.values()), list(gpus), places, args.seconds)

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from rowcast.runtime.checkpoint.shipped import DEFAULT_DRAFT
+
 MODEL: Final = "SmolLM2-135M-Instruct"
 SHOWN: Final = {
     "python": "python",
     "model": MODEL,
     "texts": "--text A.txt --text B.txt",
     "held_out": "C.txt",
-    "draft": "DRAFT",
+    "draft": DEFAULT_DRAFT,
     "work": "RUN",
     "minutes": "9",
 }
@@ -188,16 +190,19 @@ JOBS: Final = (
     ),
     # Copies that are trained: 18 minutes of one GPU each.
     Job(
-        name="distill", command=f"{ROWCAST} distill {{model}} {LEARN} -o {{work}}/draft --json --steps 3600 --written 24000000",
+        name="distill",
+        command=f"{ROWCAST} distill {{model}} {LEARN} -o {{work}}/draft --json --steps 4400 --written 20000000 "
+        "--compile",
         seconds=540, in_parts=True, makes="draft/rowcast.json",
     ),
     Job(
-        name="adapt", command=f"{ROWCAST} adapt {{model}} {LEARN} -o {{work}}/adapted --json --written 16000000",
+        name="adapt", command=f"{ROWCAST} adapt {{model}} {LEARN} -o {{work}}/adapted --json --written 12000000 --compile",
         seconds=540, in_parts=True, makes="adapted/rowcast.json",
     ),
     Job(
-        name="real-text-draft", title="Real text with the draft that was distilled: three rungs", after=("distill",),
-        command="{python} benchmarks/real_text.py --model {model} --text {held_out} --draft {draft}", seconds=400,
+        name="real-text-draft", title="Real text with the draft that comes along: three rungs",
+        command="{python} benchmarks/real_text.py --model {model} --text {held_out} --draft {draft} --prompt-tokens 4000 "
+        '--ladder plain "ngram:gamma=5 / plain" auto', seconds=300,
     ),
     Job(
         name="adapted", title="SmolLM2 adapted to 15% of its neurons, by density", after=("adapt",),
