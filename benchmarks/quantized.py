@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
+from _figures import device_name
 
 from rowcast.calibration.quantising.run import METHODS, Settings, quantise
 from rowcast.runtime.device import choose_device
@@ -45,26 +45,30 @@ def main() -> None:
                         args.model, args.text, out, settings, held_out=args.held_out, device=args.device, progress=False
                     )
                 quality, accepted = made["quality"], made["quality"]["acceptance"]
-                row = {"bits": bits, "group": group, "method": method, "bits a weight": made["bits_per_weight"]}
-                row |= {
-                    "perplexity": quality["perplexity"],
-                    "the original's": quality["original_perplexity"],
-                    "KL": quality["kl"],
-                }
-                names = {"1": "acceptance, T = 1", "0.8": "T = 0.8", "0": "greedy"}
-                parts = {at: one["maximal"] if isinstance(one, dict) else one for at, one in accepted.items()}
-                found.append(row | {name: parts[at] for at, name in names.items()})
+                found.append(
+                    {
+                        "bits": bits,
+                        "group": group,
+                        "method": method,
+                        "bits a weight": made["bits_per_weight"],
+                        "perplexity": quality["perplexity"],
+                        "the original's": quality["original_perplexity"],
+                        "KL": quality["kl"],
+                        "acceptance, T = 1": accepted["1"]["maximal"],
+                        "T = 0.8": accepted["0.8"]["maximal"],
+                        "greedy": accepted["0"],
+                    }
+                )
                 print(
                     f"{bits:4} {group:5} {method:>8} {made['bits_per_weight']:11.2f} {quality['perplexity']:10.2f} "
                     f"{quality['original_perplexity']:8.2f} {accepted['1']['maximal']:6.3f} {accepted['0']:6.3f} {quality['kl']:6.3f}",
                     flush=True,
                 )
-    print(json.dumps({"benchmark": "quantized", "model": args.model, "device": device_name(args.device), "copies": found}))
-
-
-def device_name(asked: str) -> str:
-    device = choose_device(asked)[0]
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(
+        json.dumps(
+            {"benchmark": "quantized", "model": args.model, "device": device_name(choose_device(args.device)[0]), "copies": found}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from pathlib import Path
 from suite_jobs import JOBS, MODEL, Job
 
 from rowcast.placement import nvml
-from rowcast.runtime.checkpoint.shipped import DEFAULT_DRAFT
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 15.0
@@ -235,9 +234,6 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="to use, the first so many; all")
     parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing runs")
     parser.add_argument("--model", default=MODEL, help="SmolLM2-135M-Instruct, or where it lies")
-    parser.add_argument(
-        "--draft", default=DEFAULT_DRAFT, help="its draft, for jobs that want one; by default the one that comes along"
-    )
     parser.add_argument("--text", action="append", default=[], help="to calibrate and train on; repeatable")
     parser.add_argument("--held-out", help="a text to judge by, which is none of those")
     parser.add_argument("--keep", action="store_true", help="take the results of -o into docs, and run nothing")
@@ -264,18 +260,17 @@ def main() -> int:
     if not gpus:
         parser.error("there is no GPU here; the benchmarks' own pages say how to rehearse them without")
     folder = args.output.resolve()
-    model, draft, held_out, *texts = (
+    model, held_out, *texts = (
         str(Path(given).resolve()) if given and Path(given).exists() else given
-        for given in (args.model, args.draft, args.held_out, *args.text)
+        for given in (args.model, args.held_out, *args.text)
     )
-    begin(folder, {"model": model, "draft": draft, "held_out": held_out, "text": texts})
+    begin(folder, {"model": model, "held_out": held_out, "text": texts})
     places = {
         "python": shlex.quote(sys.executable),
         "work": shlex.quote(str(folder)),
         "model": shlex.quote(model),
         "texts": " ".join(f"--text {shlex.quote(text)}" for text in texts),
         "held_out": shlex.quote(held_out or ""),
-        "draft": shlex.quote(draft),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     suite = Suite(folder, jobs, list(gpus.values()), list(gpus), places, args.seconds)

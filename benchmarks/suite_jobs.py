@@ -14,7 +14,6 @@ SHOWN: Final = {
     "model": MODEL,
     "texts": "--text A.txt --text B.txt",
     "held_out": "C.txt",
-    "draft": DEFAULT_DRAFT,
     "work": "RUN",
     "minutes": "9",
 }
@@ -23,7 +22,7 @@ SHOWN: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`command`: a line for bash, with places: {python}, {model}, {texts}, {held_out}, {draft}, {work} (the run's folder) and {minutes}
+    """`command`: a line for bash, with places: {python}, {model}, {texts}, {held_out}, {work} (the run's folder) and {minutes}
     (of a part)."""
 
     name: str
@@ -201,8 +200,8 @@ JOBS: Final = (
     ),
     Job(
         name="real-text-draft", title="Real text with the draft that comes along: three rungs",
-        command="{python} benchmarks/real_text.py --model {model} --text {held_out} --draft {draft} --prompt-tokens 4000 "
-        '--ladder plain "ngram:gamma=5 / plain" auto', seconds=300,
+        command=f"{{python}} benchmarks/real_text.py --model {{model}} --text {{held_out}} --draft {DEFAULT_DRAFT} "
+        '--prompt-tokens 4000 --ladder plain "ngram:gamma=5 / plain" auto', seconds=300,
     ),
     Job(
         name="adapted", title="SmolLM2 adapted to 15% of its neurons, by density", after=("adapt",),
