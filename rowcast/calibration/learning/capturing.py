@@ -110,8 +110,8 @@ class Captured:
 
 def _first(error: BaseException) -> BaseException:
     """What went wrong first: a recording that was broken off fails once more as it ends."""
-    while error.__context__ is not None:
-        error = error.__context__
+    while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = before
     return error
 
 
