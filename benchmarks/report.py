@@ -140,9 +140,10 @@ def anything(result: Result) -> Iterator[str]:
     tables = {name: value for name, value in report.items() if _are_alike(value)}
     if plain := list(rows({name: value for name, value in report.items() if name not in tables})):
         yield from table(("figure", ""), iter(plain))
-    for number, alike in enumerate(tables.values()):
-        if plain or number:
+    for place, (name, alike) in enumerate(tables.items()):
+        if plain or place:
             yield ""
+        yield from (f"{name.replace('_', ' ').capitalize()}:", "")
         yield from table(list(alike[0]), ([_told(value) for value in one.values()] for one in alike))
 
 

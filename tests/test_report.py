@@ -23,13 +23,15 @@ def test_the_page_is_that_of_the_results_kept(tmp_path: Path) -> None:
     assert (tmp_path / "docs/benchmarks.md").read_text() == (ROOT / "docs/benchmarks.md").read_text()
 
     output = tmp_path / "output"
-    output.write_text(
-        "a table\n" + json.dumps({"benchmark": "tried", "tokens_per_s": 12.34567, "runs": [{"ms": 1}, {"ms": 2}]}) + "\n"
-    )
+    told = {"benchmark": "tried", "tokens_per_s": 12.34567, "runs": [{"ms": 1}, {"ms": 2, "cold": True}]}
+    told |= {"copies": [{"bits": 3, "share": 0.51234}, {"bits": 4, "share": 0.75}], "nested": [{"a": {"b": 1}}]}
+    output.write_text("a table\n" + json.dumps(told) + "\n")
     keep = ["--keep", str(output), "--as", "tried", "--title", "Tried", "--command", "try it", "--date", "2026-01-02"]
     subprocess.run([sys.executable, tmp_path / "benchmarks/report.py", *keep], check=True, capture_output=True)
     page = (tmp_path / "docs/benchmarks.md").read_text()
-    for words in ("## Tried", "    try it", "2026-01-02", "| tokens per s | 12.35 |", "| runs 1 ms | 2 |"):
+    alike = "Copies:\n\n| bits | share |\n|---|---|\n| 3 | 0.5123 |\n| 4 | 0.75 |\n"
+    lines = ("| tokens per s | 12.35 |", "| runs 0 ms | 1 |", "| runs 1 ms | 2 |", "| nested 0 a b | 1 |", alike)
+    for words in ("## Tried", "    try it", "2026-01-02", *lines):
         assert words in page
     figure = {"name": "plain", "ladder": "plain", "s_per_token": 0.02, "bytes": 8e10, "floor_s": 0.019, "planned_s": 0.021}
     figure |= {"peers": {"Transformers": 0.06}, "more": {"tokens_per_round": 4.2}}
