@@ -51,7 +51,7 @@ def head_inputs(weights: DenseWeights, ids: list[int], window: int) -> Tensor:
         kv = PagedKV(weights.spec, Shard(), num_blocks=len(blocks), block_size=BLOCK, dtype=torch.float32, device=CPU)
         hidden = decoder.run([SeqStep(0, part, 0, blocks, 1, sample=False)], kv)
         if weights.spec.final_norm:
-            hidden = weights.norm(0, "final", hidden)
+            hidden = weights.norm_of(0, "final")(hidden)
         found.append(weights.outer.head_input(hidden))
     return torch.cat(found)
 

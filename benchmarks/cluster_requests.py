@@ -2,6 +2,7 @@
 
     python benchmarks/cluster_requests.py                  # a tiny random model, which shows the overheads
     python benchmarks/cluster_requests.py --model SmolLM2-135M-Instruct --ranks 3 --requests 200
+    python benchmarks/cluster_requests.py --model random:opt-6.7b --dtype bfloat16        # a shape on two GPUs
 
 Ends with exit code 1 where a request got other tokens than it asked for, or where a process grew by more than --leak MiB after the
 first third of the requests. Throughput is told as ratios to one request at a time, in the same run. On a CPU oneDNN keeps a kernel for
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=("auto", "local", "ray"), default="auto")
     parser.add_argument("--ladder", default="ngram / plain")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--sweep", type=int, default=64, help="requests for each batch size")
     parser.add_argument("--batch", type=int, action="append", help="max_num_seqs; repeatable (1, 4, 16, 64)")
@@ -53,7 +55,7 @@ def main() -> None:
             "tensor_parallel_size": options.ranks,
             "launcher": options.launcher,
             "ladder": options.ladder,
-            "dtype": "float32",
+            "dtype": options.dtype,
             "max_model_len": 512,
             "progress": False,
         }
@@ -67,7 +69,9 @@ def main() -> None:
             print(f"max_num_seqs {batch}: {rates[batch] / rates[batches[0]]:.2f} times the tokens/s of {batches[0]}", flush=True)
     ratios = {batch: round(rate / rates[batches[0]], 3) for batch, rate in rates.items()}
     grown = max(found["grown_mib"].values())
-    print(json.dumps({"ranks": options.ranks, "model": options.model or "tiny", **found, "throughput_ratio": ratios}))
+    told = {"benchmark": "cluster_requests", "ranks": options.ranks, "model": options.model or "tiny", **found}
+    told["tokens_per_s"] = {f"max_num_seqs {batch}": round(rate, 1) for batch, rate in rates.items()}
+    print(json.dumps({**told, "throughput_ratio": ratios}))
     sys.exit(found["lost"] > 0 or grown > options.leak)
 
 

@@ -48,7 +48,8 @@ from rowcast.cluster.gang import Limits
 WHAT = ("dense", "sparse", "memory", "plan", "kill", "token", "batch", "transformers")
 CARDS = ("H200", "H100")
 POINTS = ((0.5, "dejavu-ahead"), (0.25, "dejavu-ahead"), (0.5, "dejavu"), (0.25, "dejavu"))
-"""Share of the heads, and what chooses neurons; the first that is asked for has all parts, the others batch 1 only."""
+"""Share of the heads, and what chooses neurons: where it looks ahead heads are chosen ahead, too. The first that is asked for has all
+parts, the others batch 1 only."""
 
 
 def write_predictors(args: argparse.Namespace, folder: Path) -> Path:
@@ -165,7 +166,7 @@ def sparse(session: Session, folder: Path, calibration: Path) -> None:
     args = session.args
     layers = kept_layers(args)
     for number, (heads, by) in enumerate(POINTS[point] for point in args.points):
-        ladder = f"self:mlp={mean_kept(layers)},by={by},heads={heads}"
+        ladder = f"self:mlp={mean_kept(layers)},by={by},heads={heads}{',heads_by=ahead' if by.endswith('-ahead') else ''}"
         name, first = f"sparse, {heads} of the heads, {by}", number == 0
         if not first and session.left_s < (45 if number == 1 else 70) * args.pace:
             session.say(f"{name} is left out: {session.left_s:.0f} s are left")

@@ -41,13 +41,17 @@ def main() -> int:
             found = {programs: _rate(bank.address, bank.tensor, row_bytes, programs) for programs in (24, 64, 128, 256)}
             best = max(found, key=lambda programs: found[programs])
             from_host = gpu_rates.row_rate(host, row_bytes, REPEAT).rate
-            rows.append({"row_bytes": row_bytes, "peer": found, "host": from_host})
+            told = {f"peer GB/s, {programs} programs": rate / 1e9 for programs, rate in found.items()}
+            rows.append(
+                {"row KiB": row_bytes / 1024, **told, "share of the copy": found[best] / copied, "host GB/s": from_host / 1e9}
+            )
             by_programs = ", ".join(f"{programs}: {rate / 1e9:.0f}" for programs, rate in found.items())
             print(
                 f"{row_bytes >> 10:4d} KiB: peer {found[best] / 1e9:.1f} GB/s, {found[best] / copied:.2f} of the copy "
                 f"(by programs {by_programs}); host {from_host / 1e9:.1f} GB/s; {found[best] / from_host:.1f}x"
             )
-    print(json.dumps({"benchmark": "peer_rows", "device": name, "copy": copied, "bus": to_device, "rows": rows}))
+    rates = {"copy_gb_s": copied / 1e9, "bus_gb_s": to_device / 1e9}
+    print(json.dumps({"benchmark": "peer_rows", "device": name, **rates, "rows": rows}))
     return 0
 
 

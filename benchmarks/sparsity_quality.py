@@ -89,7 +89,7 @@ def untrained(banks: BankWeights, layer: int) -> UntrainedLookahead:
     signs[1::2] = -1  # Mean 0 and variance 1: what a norm, RMS or layer norm, makes of it is its own weight and bias.
     affine = []
     for which in ("attn", "mlp"):
-        plus, minus = (banks.norm(layer, which, s * signs[None])[0] for s in (1, -1))
+        plus, minus = (banks.norm_of(layer, which)(s * signs[None])[0] for s in (1, -1))
         affine.append(((plus - minus) / 2 * signs, (plus + minus) / 2))
     (attn_weight, attn_bias), (mlp_weight, mlp_bias) = affine
     scale = mlp_weight / attn_weight

@@ -113,11 +113,11 @@ JOBS: Final = (
     # Tensor parallelism.
     Job(
         name="tp-opt-66b", title="Deja Vu's points: an OPT-66B shape on two GPUs",
-        command="{python} benchmarks/tensor_parallel.py --model opt-66b --transformers", gpus=2, seconds=330,
+        command="{python} benchmarks/tensor_parallel.py --model opt-66b --transformers", gpus=2, seconds=90,
     ),
     Job(
         name="tp-opt-30b", title="Deja Vu's points: an OPT-30B shape on two GPUs",
-        command="{python} benchmarks/tensor_parallel.py --model opt-30b", gpus=2, seconds=200,
+        command="{python} benchmarks/tensor_parallel.py --model opt-30b", gpus=2, seconds=75,
     ),
     Job(
         name="opt175b-half", title="Half of OPT-175B's layers",
@@ -130,19 +130,20 @@ JOBS: Final = (
         "RAY='{python} -m ray.scripts.scripts'; AT=http://127.0.0.1:8299; "
         "$RAY start --head --block --port=6399 --dashboard-port=8299 --disable-usage-stats >&2 & head=$!; "
         "until $RAY job list --address $AT >/dev/null 2>&1; do sleep 1; done; "
-        "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py; "
+        "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py --seconds 480 --points 1 0; "
         "ended=$?; kill $head; wait $head; exit $ended",
-        tells="ray start --head && ray job submit --working-dir . -- python benchmarks/opt_175b.py",
-        gpus=4, memory=130, seconds=520,
+        tells="ray start --head && ray job submit --working-dir . -- python benchmarks/opt_175b.py --seconds 480 --points 1 0",
+        gpus=4, memory=130, seconds=300,
     ),
-    Job(name="all-reduce", title="Sums over two GPUs", command="{python} benchmarks/all_reduce.py", gpus=2, seconds=60),
+    Job(name="all-reduce", title="Sums over two GPUs", command="{python} benchmarks/all_reduce.py", gpus=2, seconds=25),
     Job(
         name="loading", title="Loading 26 GB by two ranks",
-        command="{python} benchmarks/loading.py --folder {work}/loading", gpus=2, seconds=200,
+        command="{python} benchmarks/loading.py --folder {work}/loading", gpus=2, seconds=150,
     ),
     Job(
         name="requests-1000", title="1,000 requests of mixed lengths over two ranks",
-        command="{python} benchmarks/cluster_requests.py --model {model} --launcher local", gpus=2, seconds=280,
+        command="{python} benchmarks/cluster_requests.py --model random:opt-6.7b --dtype bfloat16 --launcher local",
+        gpus=2, seconds=120,
     ),
     # Two cards of 24 GiB, the rest in host memory.
     Job(

@@ -38,7 +38,7 @@ from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS
 
-LADDERS = ["plain", "self:mlp=0.1,by=dejavu,heads=0.5", "self:mlp=0.1,by=dejavu-ahead,heads=0.5"]
+LADDERS = ["plain", "self:mlp=0.1,by=dejavu,heads=0.5", "self:mlp=0.1,by=dejavu-ahead,heads=0.5,heads_by=ahead"]
 GRID = [0.05, 1.0]
 """Densities of the written calibration, at all of which layers are alike."""
 
@@ -46,7 +46,8 @@ GRID = [0.05, 1.0]
 def write_calibration(
     folder: Path, model: str, *by: str, densities: Mapping[float, Sequence[float]] | None = None, rank: int | None = None
 ) -> Path:
-    """A calibration of random predictors: those of each of `by` for neurons, and those for heads. One layer's stand for all.
+    """A calibration of random predictors: those of each of `by` for neurons, and those for heads, which layer 0 has none ahead of. One
+    layer's stand for all.
 
     `densities`: by mean density, ascending, the last 1, what each layer keeps; None: layers are alike. `rank`: of the predictors of
     neurons; None: what `rowcast calibrate` takes.
@@ -56,7 +57,9 @@ def write_calibration(
     rank = rank or default_rank(spec.hidden_size, spec.activation == "relu")
     rows, grid = spec.intermediate_size * (1 + spec.gated), {share: [share] * spec.num_layers for share in GRID}
     grid = grid if densities is None else {mean: list(shares) for mean, shares in densities.items()}
-    shapes = {"heads.own.weight": (spec.num_heads, spec.hidden_size), "heads.own.bias": (spec.num_heads,)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for reads in ("own", "ahead"):
+        shapes |= {f"heads.{reads}.weight": (spec.num_heads, spec.hidden_size), f"heads.{reads}.bias": (spec.num_heads,)}
     for each in by:
         shapes |= {f"{each}.a": (rank, spec.hidden_size), f"{each}.b": (rows, rank), f"{each}.bias": (rows,)}
     data = {name: (torch.randn(shape) * shape[-1] ** -0.5).half().numpy().tobytes() for name, shape in shapes.items()}
@@ -64,17 +67,18 @@ def write_calibration(
     header: dict[str, Any] = {"__metadata__": {"fingerprint": checkpoint.source.fingerprint()}}
     header["densities"] = {"dtype": "F32", "shape": [len(grid), spec.num_layers], "data_offsets": [0, len(table)]}
     end = len(table)
-    for layer in range(spec.num_layers):
-        for name, shape in shapes.items():
+    layers = [[name for name in shapes if layer or not name.startswith("heads.ahead")] for layer in range(spec.num_layers)]
+    for layer, names in enumerate(layers):
+        for name in names:
             span = [end, end + len(data[name])]
-            header[f"layers.{layer}.{name}"] = {"dtype": "F16", "shape": list(shape), "data_offsets": span}
+            header[f"layers.{layer}.{name}"] = {"dtype": "F16", "shape": list(shapes[name]), "data_offsets": span}
             end = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / TENSORS).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text + table)
-        for _ in range(spec.num_layers):
-            file.writelines(data.values())
+        for names in layers:
+            file.writelines(data[name] for name in names)
     fields = {"format": FORMAT, "fingerprint": checkpoint.source.fingerprint(), "densities": list(grid), "density": 0.1}
     (folder / DESCRIPTION).write_text(json.dumps({**fields, "quality": {}, "scorers": {}}))
     return folder

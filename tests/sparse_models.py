@@ -17,9 +17,10 @@ from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.spec import HeadReads
 from rowcast.runtime.protocols import Comm, KVView, Tokens, WeightView
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.heads import HeadReads, HeadSelector, top_heads
+from rowcast.runtime.sparse.heads import HeadSelector, top_heads
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.step import SeqStep
 
@@ -105,7 +106,7 @@ class _Wrapped:
 
     def __init__(self, banks: BankWeights) -> None:
         self.spec, self._banks = banks.spec, banks
-        self.embed, self.norm, self.head, self.heads = banks.embed, banks.norm, banks.head, banks.heads
+        self.embed, self.norm_of, self.head, self.heads = banks.embed, banks.norm_of, banks.head, banks.heads
         self.reads = banks.reads
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:

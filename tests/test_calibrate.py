@@ -594,3 +594,16 @@ def test_the_command_ends_in_one_json_object(model: Path, text: Path, tmp_path: 
     [line] = capsys.readouterr().out.splitlines()
     told = json.loads(line)
     assert told["tokens"] == 320 and told["density"] != 0.5 and told["quality"]["dense"]["acceptance"] == pytest.approx(1.0)
+
+
+def test_heads_chosen_ahead_are_evaluated(
+    calibrated: Calibration, text: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside those chosen by their own input, in a model whose output they change."""
+    ladder = "self:heads=0.5 / self:heads=0.5,heads_by=ahead / plain"
+    arguments = ("--text", str(text), "--calibration", str(calibrated.path), "--tokens", "128", "--window", "64", "--json")
+    assert main(["eval", str(model), "--ladder", ladder, *arguments]) == 0
+    [found] = json.loads(capsys.readouterr().out)["texts"].values()
+    own, ahead = found["views"]["heads=0.5"], found["views"]["heads=0.5,heads_by=ahead"]
+    assert own["heads"]["density"] == ahead["heads"]["density"] == 0.5
+    assert own["perplexity"] != ahead["perplexity"] and own["heads_by_layer"][0] == ahead["heads_by_layer"][0]

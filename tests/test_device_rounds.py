@@ -19,6 +19,7 @@ from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.kernels import gpu
 from rowcast.placement import resident
 from rowcast.runtime.device_round.state import RoundState
+from rowcast.runtime.step import SeqStep
 
 take_arrays_as_bounds()
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -145,6 +146,33 @@ def test_sequences_without_a_place_in_a_draft_s_cache_are_not_drafted_for(
     outputs = llm.generate(SOME, [GREEDY, SEEDED])
     assert ids(outputs) == [plain["greedy"][0], plain["seeded"][1]]
     assert acceptance(outputs, "draft")[0]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_draft_s_cache_evicts_what_it_caught_up_with(models: dict[str, Path]) -> None:
+    """It holds 83 entries, 48 of which a token sees: after a prompt that leaves no room for proposals, after one that was run in
+    pieces, and after a pause. A round's first token sees what the definition in `kv.streaming` says."""
+    llm = make_llm(models, "draft:kv=48,sinks=4,gamma=2 / plain", max_num_batched_tokens=90)
+    store: Any = llm.engine._executor._lower[0].view  # type: ignore[attr-defined]
+    assert store.block_size == 83
+    begun: list[tuple[int, int]] = []
+    real = store.reserve
+
+    def reserve(step: SeqStep) -> tuple[list[int], int]:
+        blocks, offset = real(step)
+        begun.append((step.start, offset))
+        return blocks, offset
+
+    with patch.object(store, "reserve", side_effect=reserve):
+        for tokens, more, pause in ((82, 3, range(0)), (120, 3, range(0)), (44, 8, range(46, 50))):
+            [sequence] = llm.engine.add((SOME[1] * 4)[:tokens], replace(GREEDY, max_tokens=more)).sequences
+            while llm.engine.has_work:
+                llm.engine.scheduler.lookahead = 0 if sequence.length in pause else 2
+                llm.engine.step()
+    starts = [start for start, _ in begun]
+    assert {82, 120, 44, 49} <= set(starts) and not set(starts) & {45, 46, 47, 48}
+    assert begun == [(start, -32 * -(-max(0, start - 47) // 32)) for start in starts]
+    llm.engine.check()
 
 
 @pytest.mark.usefixtures("interpreted")

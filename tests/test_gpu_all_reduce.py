@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from rowcast.kernels.gpu import norms
 from rowcast.kernels.gpu.all_reduce import FastAllReduce
-from rowcast.kernels.gpu.one_shot import CHUNK, Shared, sum_
+from rowcast.kernels.gpu.late import RING, Ring
+from rowcast.kernels.gpu.one_shot import CHUNK, Shared, sum_, sum_norm
 
 RANKS = 2
 HIDDEN = 12288
@@ -81,14 +83,23 @@ def test_without_gpus_the_group_adds(tmp_path: Path) -> None:
         assert found["unreachable"] == "all-reduce by gloo: no way to rank 1" and found["ones"] == [2.0] * 3
 
 
+def _ranks(most: int, world: int, dtype: torch.dtype) -> list[Shared]:
+    memory = [torch.zeros(Shared.size(most, world, dtype), dtype=torch.uint8) for _ in range(world)]
+    _kept.extend(memory)
+    return [Shared([each.data_ptr() for each in memory], rank, most, dtype, torch.device("cpu")) for rank in range(world)]
+
+
+_kept: list[Tensor] = []
+"""Memory that is known by its address alone."""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory of one device stands for several")
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernel_adds_in_the_order_of_ranks(world: int, dtype: torch.dtype) -> None:
     """Ranks one after another: each first puts its part and does not wait, then adds."""
     most = 2 * CHUNK + 40
-    memory = [torch.zeros(Shared.size(most, world, dtype), dtype=torch.uint8) for _ in range(world)]
-    shared = [Shared([each.data_ptr() for each in memory], rank, most, dtype, torch.device("cpu")) for rank in range(world)]
+    shared = _ranks(most, world, dtype)
     for call, count in enumerate((1, CHUNK, most, most, 7)):
         parts = [(_part(rank, 1, call, torch.float32)[0, :count] * 10.0**rank).to(dtype) for rank in range(world)]
         total = torch.zeros(count)
@@ -101,6 +112,31 @@ def test_the_kernel_adds_in_the_order_of_ranks(world: int, dtype: torch.dtype) -
             assert torch.equal(sum_(part, rank, looks=0), total.to(dtype))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory of one device stands for several")
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_kernel_norms_what_it_added(pieces: int, rms: bool) -> None:
+    """Without waiting: once for the parts, once for the chunks' statistics, once for the norm."""
+    world, tokens, size, dtype = 2, 3, pieces * CHUNK, torch.float32
+    shared = _ranks(4 * size, world, dtype)
+    draws = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(size, generator=draws) for _ in range(2))
+    rows = torch.zeros(RING, size)
+    keep = Ring(rows, torch.tensor([14], dtype=torch.int32), torch.tensor([tokens - 1], dtype=torch.int32))
+    for _ in range(2):
+        parts = [3 + torch.randn(tokens, size, generator=draws) for _ in range(world)]
+        for _ in range(2):
+            for part, rank in zip(parts, shared, strict=True):
+                sum_norm(part.clone(), rank, weight, bias, 1e-5, rms, looks=0)
+                rank.calls[: tokens * pieces] -= 1
+        wanted = norms.norm(parts[0] + parts[1], weight, bias, 1e-5, rms)
+        for part, rank in zip(parts, shared, strict=True):
+            total, normed = sum_norm(part, rank, weight, bias, 1e-5, rms, keep, looks=0)
+            assert torch.equal(total, parts[0] if rank is shared[1] else total) and normed.data_ptr() != total.data_ptr()
+            torch.testing.assert_close(normed, wanted, atol=2e-6, rtol=2e-6)
+            assert torch.equal(rows[[14, 15]], normed[:2]) and not rows[0].any()
+
+
 def _by_gpu(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
     device = torch.device("cuda", rank)
     found: dict[str, Any] = {}
@@ -109,22 +145,35 @@ def _by_gpu(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
         sums = [reduce(_part(rank, tokens, tokens, dtype).to(device)) for tokens in (1, 7, 16, 40)]
         some = _part(rank, 7, 7, dtype).to(device)
         alone = torch.cat([reduce(some[token : token + 1].clone()) for token in range(7)])
+        weight, bias = (_part(5 + which, 1, 0, dtype)[0].to(device) for which in range(2))
+        assert reduce.takes_norm(some) == reduce.one_shot
+        normed = {}
+        for rms in (False, True) if reduce.one_shot else ():
+            total, together = reduce.sum_norm(some.clone(), weight, bias, 1e-5, rms, None)
+            apart = [reduce.sum_norm(some[t : t + 1].clone(), weight, bias, 1e-5, rms, None)[1] for t in range(7)]
+            normed[rms] = together, torch.cat(apart), norms.norm(total, weight, bias, 1e-5, rms)
         x, y = torch.zeros(1, HIDDEN, dtype=dtype, device=device), torch.zeros(7, HIDDEN, dtype=dtype, device=device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             reduce(x)
             reduce(y)
+            if reduce.one_shot:
+                once = reduce.sum_norm(x.clone(), weight, bias, 1e-5, False, None)
         replayed = []
         for seed in range(50):
             x.copy_(_part(rank, 1, seed, dtype))
             y.copy_(_part(rank, 7, seed, dtype))
             graph.replay()
             replayed.append((x.clone(), y.clone()))
+            if reduce.one_shot:
+                doubled = norms.norm(once[0], weight, bias, 1e-5, False).float()
+                assert (once[0] == 2 * x).all() and (once[1].float() - doubled).norm() <= 0.01 * doubled.norm()
         found[str(dtype)] = {
             "one_shot": reduce.one_shot,
             "reason": reduce.reason,
             "sums": sums,
             "alone": alone,
+            "normed": normed,
             "odd": reduce(torch.full((3,), rank + 1.0, dtype=dtype, device=device)),
             "replayed": replayed,
         }
@@ -144,6 +193,9 @@ def test_two_gpus(tmp_path: Path) -> None:
             assert torch.equal(a, _part(0, tokens, tokens, dtype) + _part(1, tokens, tokens, dtype))
             assert torch.equal(a, b)
         assert torch.equal(ours["alone"], ours["sums"][1])
+        for rms, (together, apart, wanted) in ours["normed"].items():
+            assert torch.equal(together, apart) and torch.equal(together, theirs["normed"][rms][0])
+            torch.testing.assert_close(together, wanted)
         assert ours["odd"].tolist() == [3.0] * 3
         for seed, (a, b) in enumerate(zip(ours["replayed"], theirs["replayed"], strict=True)):
             for tokens, x, y in zip((1, 7), a, b, strict=True):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels.gpu import norms
+from rowcast.kernels.gpu.late import RING, Ring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -50,6 +51,19 @@ def test_add_norm(rms: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         found.double(), expected(total, weight, bias, 1e-6, rms), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
+
+
+@pytest.mark.parametrize(("start", "tokens", "count"), [(0, 1, 1), (30, 5, 3), (21, 16, 16), (7, 2, 0)])
+def test_what_is_kept_in_a_ring(start: int, tokens: int, count: int) -> None:
+    """Of the real tokens, each by its place; the rest of the ring stays as it is."""
+    x, weight, bias = torch.randn(tokens, 100, device=DEVICE), *torch.randn(2, 100, device=DEVICE)
+    rows, numbers = torch.full((RING, 100), 7.0, device=DEVICE), torch.tensor([start, count], dtype=torch.int32, device=DEVICE)
+    wanted = rows.clone()
+    found = norms.norm(x, weight, bias, 1e-5, False, Ring(rows, numbers[:1], numbers[1:]))
+    assert torch.equal(found, norms.norm(x, weight, bias, 1e-5, False))
+    for token in range(count):
+        wanted[(start + token) % RING] = found[token]
+    assert torch.equal(rows, wanted)
 
 
 def test_heads_inside_a_wider_row() -> None:

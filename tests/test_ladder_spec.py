@@ -29,6 +29,11 @@ from rowcast.runtime.ladder.spec import Ladder, Rung
         ("self:mlp=0.5,over=2,common=0.2", None),
         ("self:mlp=.5,common=0.20,cut=top,group=1", "self:mlp=0.5,common=0.2"),
         ("self:heads=1 / self:lm=hire,gamma=2 / plain", None),
+        (
+            "self:heads_by=ahead , heads=0.5,kv=512 / self:heads=0.5 / plain",
+            "self:heads=0.5,heads_by=ahead,kv=512 / self:heads=0.5 / plain",
+        ),
+        ("self:heads=0.5,heads_by=own", "self:heads=0.5"),
         ("ngram / self:mlp=1e-3,by=q4-ahead", "ngram / self:mlp=0.001,by=q4-ahead"),
         ("self:mlp=0.30000000000000004", None),
         ("self:bits=4,kv=4096 / plain", None),
@@ -70,6 +75,7 @@ def test_sparsity_is_what_weights_are_shared_by() -> None:
     for text in ("self:mlp=0.5,cut=threshold", "self:mlp=0.5,common=0.2", "self:mlp=0.5,group=8"):
         assert str(Rung.parse(f"{text},kv=512,gamma=3").weights) == text
     assert [Ladder.parse(text).approximate for text in ("self:mlp=0.5", "self:mlp=0.5 / plain")] == [True, False]
+    assert str(Rung.parse("self:heads=0.5,heads_by=ahead,gamma=3").weights) == "self:heads=0.5,heads_by=ahead"
 
 
 def test_bits_are_weights_of_their_own() -> None:
@@ -123,6 +129,9 @@ def test_names_tell_rungs_of_a_kind_apart() -> None:
         ("self:mlp=0.5,cut=threshold,common=0.1 / plain", "cut=threshold and common=0.1 .* leave one out"),
         ("self:heads=0.5,cut=threshold / plain", "cut=threshold .* add mlp"),
         ("self:heads=0.5,group=2 / plain", "group=2 .* add mlp"),
+        ("self:mlp=0.5,heads_by=ahead / plain", "heads_by=ahead .* add heads=0.5"),
+        ("self:heads=0.5,heads_by=behind / plain", "heads_by='behind' .* own, ahead"),
+        ("draft:heads_by=ahead / plain", "'heads_by' in 'draft:heads_by=ahead'"),
         ("self:mlp=0.5,view=streaming / plain", "view='streaming' .* add kv"),
         ("self:mlp=0.5,sinks=4 / plain", "sinks=4 .* add kv"),
         ("self:mlp=0.5,kv=512", "ends in self.* kv=full"),

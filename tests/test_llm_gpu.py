@@ -62,6 +62,9 @@ def test_half_precision_runs(dtype: str, tmp_path: Path) -> None:
 
 def test_the_budget_is_a_hard_limit(tmp_path: Path) -> None:
     tiny_model("llama-gqa", tmp_path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     before, outside = torch.cuda.memory_allocated(), outside_bytes(DEVICE, 1)
     llm = LLM(str(tmp_path), device="cuda", gpu_memory=outside + (512 << 20))
     llm.generate(prompts(), PARAMS)

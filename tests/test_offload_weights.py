@@ -38,6 +38,7 @@ from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import build, sizes
 from rowcast.runtime.sparse.build import build_neurons
+from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
@@ -294,6 +295,22 @@ def test_chosen_rows_anywhere(name: str, how: str, tmp_path: Path) -> None:
             banks.pool.rows.check()
         banks.streamer.check()
     assert overflows or how == "few"
+
+
+def test_heads_are_chosen_ahead_of_layers_that_fetch(llama: Model) -> None:
+    """The host tells them of the MLP's input, whatever that MLP is computed from."""
+    spec, generator = llama.spec, torch.Generator().manual_seed(4)
+    weights = torch.randn(2, spec.num_heads, spec.hidden_size, generator=generator).to(llama.device)
+    heads = [
+        HeadSelector(weight, weight[:, 0], keep=2, reads="ahead" if layer else "own") for layer, weight in enumerate(weights)
+    ]
+    views = [SparseWeights(llama.banks, build_neurons(llama.banks, mlp=0.4, by="q4"), heads=heads)]
+    tiers = replace(everything("rows", 2), attention=dict.fromkeys(range(2), Spans()), head=Spans(), embeddings=Spans())
+    banks = llama.placed(tiers, rows_bytes=90 * 3 * spec.hidden_size * 4)
+    views.append(OffloadedSparse(banks, build_neurons(banks, mlp=0.4, by="q4"), heads=heads))
+    expected, found = map(llama.logits, views)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=1e-5)
+    assert not torch.allclose(expected, llama.expected, atol=0.1)
 
 
 def test_only_wanted_rows_are_moved(llama: Model) -> None:

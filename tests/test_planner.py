@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +127,25 @@ def test_layers_that_keep_all_neurons_cost_no_choice() -> None:
     for mode, kept in ((Mode(), 32 << 20), (Mode(rows=True), 64 << 20)):
         assert models[1].fixed_bytes(site, mode)["rung weights"] - SPARSE.shared_bytes == kept - (32 << 20)
         assert models[1].fixed_reads(site, whole, mode)[0][0] == kept
+
+
+@pytest.mark.parametrize(
+    ("rung", "asked"),
+    [
+        ({"neurons": 0.1}, 1.0),
+        ({"neurons": 0.1, "ahead": True}, 0.0),
+        ({"neurons": 0.1, "asking": 0.5, "heads": 0.5}, 1.0),
+        ({"neurons": 0.1, "ahead": True, "heads": 0.5}, 1.0),
+        ({"neurons": 0.1, "asking": 0.5, "heads": 0.5, "heads_ahead": True}, 0.5),
+        ({"neurons": 0.1, "ahead": True, "heads": 0.5, "heads_ahead": True}, 0.0),
+    ],
+)
+def test_what_is_chosen_ahead_is_not_waited_for(rung: dict[str, Any], asked: float) -> None:
+    layout = layouts(machine("RTX4090"), SPEC, None)[0]
+    sparse = replace(PLAIN, rungs=(RungUse(name="self", passes=1, tokens=1, **rung),))
+    models = [CostModel(work(), ladder, layout, Constants(), 100) for ladder in (PLAIN, sparse)]
+    launches = [model._launch_seconds(model.ladder.rungs[0], Mode())[0] for model in models]
+    assert launches[1] - launches[0] == pytest.approx(asked * SPEC.num_layers * Constants().select_s)
 
 
 @pytest.mark.parametrize(("link", "asked"), [("nvlink", 1.0), ("host", 0.5)])

@@ -16,10 +16,11 @@ from rowcast.errors import UserError
 from rowcast.kernels.attention import attend, attend_entries
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.kv import PagedKV
+from rowcast.runtime.ladder.spec import HeadReads
 from rowcast.runtime.protocols import Comm
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.heads import HeadOracle, HeadReads, HeadSelector, top_heads
+from rowcast.runtime.sparse.heads import HeadOracle, HeadSelector, top_heads
 from rowcast.runtime.sparse.weights import SparseWeights
 
 FAMILIES = [

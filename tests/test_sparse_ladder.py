@@ -285,6 +285,10 @@ def calibrate(model: Path, path: Path, seed: int = 0) -> Path:
         shapes |= {"heads.own.weight": (spec.num_heads, spec.hidden_size), "heads.own.bias": (spec.num_heads,)}
         tensors |= {f"layers.{layer}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         tensors[f"layers.{layer}.q4.thresholds"] = torch.tensor([0.05, 0.0])
+    generator.manual_seed(seed + 100)
+    for layer in range(1, spec.num_layers):
+        shapes = {"heads.ahead.weight": (spec.num_heads, spec.hidden_size), "heads.ahead.bias": (spec.num_heads,)}
+        tensors |= {f"layers.{layer}.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     path.mkdir(exist_ok=True)
     save_file(tensors, path / TENSORS, metadata={"fingerprint": llm.plan.fingerprint})
     quality = {
@@ -399,6 +403,25 @@ def test_cuts_need_what_a_calibration_has(target: Path, calibration: Path) -> No
         assert "\n" not in str(error.value)
 
 
+def test_heads_chosen_ahead_need_predictors_of_their_own(target: Path, calibration: Path, tmp_path: Path) -> None:
+    """A calibration from before them serves other rungs."""
+    older = Path(shutil.copytree(calibration, tmp_path / "older"))
+    tables = {name: each for name, each in load_file(older / TENSORS).items() if "heads.ahead" not in name}
+    save_file(tables, older / TENSORS, {"fingerprint": json.loads((older / DESCRIPTION).read_text())["fingerprint"]})
+    for ladder, given, said in (
+        ("self:heads=0.5,heads_by=ahead / plain", None, "heads=0.5 needs a calibration"),
+        ("self:heads=0.5,heads_by=ahead / plain", older, "by the layer before; run rowcast calibrate again, or use heads_by=own"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            make(target, ladder, calibration=given)
+        assert "\n" not in str(error.value)
+    found = [
+        ids(approximate(target, f"self:heads=0.5{by}", calibration=folder).generate(prompts(2), GREEDY))
+        for by, folder in (("", older), ("", calibration), (",heads_by=ahead", calibration))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -460,7 +483,8 @@ def test_the_heads_share_is_the_measured_one(target: Path, calibration: Path, tm
 
 
 @pytest.mark.parametrize(
-    "ladder", ["dejavu", "self:heads=0.5,gamma=3 / self:mlp=0.5,by=q4,heads=0.5,kv=24,recent=8,sinks=4,gamma=5"]
+    "ladder",
+    ["dejavu", "self:heads=0.5,heads_by=ahead,gamma=3 / self:mlp=0.5,by=q4,heads=0.5,kv=24,recent=8,sinks=4,gamma=5"],
 )
 def test_skipped_heads_of_ungrouped_attention(tmp_path: Path, ladder: str) -> None:
     """Their K/V are late; as a last rung they depend on the request alone, as drafts they change nothing."""

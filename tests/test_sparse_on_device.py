@@ -30,7 +30,7 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.kv.device import BoundStore, Placement
 from rowcast.runtime.ladder.memory import kv_heads
-from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.ladder.spec import HeadReads, Ladder
 from rowcast.runtime.protocols import KVView, Reads, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import selection
@@ -89,6 +89,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model("opt", tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The second one's heads can be chosen ahead."""
+    return Model("opt", tmp_path_factory.mktemp("two-layers"), layers=2)
 
 
 def few_bits(bank: FfnBank, bits: int = 4) -> FewBits:
@@ -215,12 +221,15 @@ def test_the_certified_head_on_the_device(opt: Model, random: bool) -> None:
         assert dense == 1 if tokens == 17 else random or dense < 1
 
 
-def head_view(model: Model, keep: int, cut: str | None = "bits") -> SparseWeights:
-    """`cut`: of neurons; None: all of them."""
+def head_view(model: Model, keep: int, cut: str | None = "bits", reads: HeadReads = "own") -> SparseWeights:
+    """`cut`: of neurons; None: all of them. `reads`: of heads, behind layer 0."""
     generator = torch.Generator().manual_seed(8)
     spec, layers = model.spec, range(model.spec.num_layers)
     shapes = (spec.num_heads, spec.hidden_size), (spec.num_heads,)
-    heads = [HeadSelector(*(torch.randn(s, generator=generator).to(DEVICE) for s in shapes), keep=keep) for _ in layers]
+    heads = [
+        HeadSelector(*(torch.randn(s, generator=generator).to(DEVICE) for s in shapes), keep=keep, reads=reads if i else "own")
+        for i in layers
+    ]
     neurons = [None if cut is None else CUTS[cut](bank) for bank in model.banks.ffn]
     return SparseWeights(model.banks, neurons, heads=heads)
 
@@ -238,6 +247,11 @@ class Passes:
         self.by_host([t % VOCAB for t in range(self.PROMPT)], 0)
         self.kv.commit(0, self.PROMPT)
         assert view.on_device
+
+    @property
+    def entries(self) -> list[Tensor]:
+        """Keys and values of each layer in turn."""
+        return [each for layer in range(self.kv.spec.num_layers) for each in self.kv.entries(layer)]
 
     def by_host(self, ids: list[int], start: int = PROMPT) -> Tensor:
         return self.decoder.run([SeqStep(0, ids, start, self.blocks, self.PROMPT, sample=True)], self.kv)
@@ -260,12 +274,23 @@ class Passes:
 @pytest.mark.parametrize(("family", "tokens"), [("opt", 1), ("opt", 9), ("llama-gqa", 3)])
 def test_chosen_heads_are_the_hosts(tmp_path: Path, family: str, tokens: int) -> None:
     """And what they read; K and V are those of all heads, on the host's passes, too."""
-    model = Model(family, tmp_path)
-    passes = Passes(model, head_view(model, model.spec.num_heads // 4))
+    as_by_the_host(Model(family, tmp_path), tokens, "bits", "own")
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "cut"), [("opt", 1, "ahead"), ("falcon-7b", 1, "bits"), ("llama-gqa", 3, "ahead"), ("opt", 9, "bits")]
+)
+def test_heads_chosen_ahead_are_the_hosts(tmp_path: Path, family: str, tokens: int, cut: str) -> None:
+    """Beside neurons that are, and others."""
+    as_by_the_host(Model(family, tmp_path, layers=2), tokens, cut, "ahead")
+
+
+def as_by_the_host(model: Model, tokens: int, cut: str, reads: HeadReads) -> None:
+    passes = Passes(model, head_view(model, model.spec.num_heads // 4, cut, reads))
     ids = [(7 * t + tokens) % VOCAB for t in range(tokens)]
     passes.view.reads(), device_reads(passes.view)
     expected, by_host = passes.by_host(ids), passes.view.reads()
-    for entries in passes.kv.entries(0):
+    for entries in passes.entries:
         entries[passes.blocks[3:]] = entries[passes.blocks[2], 1:] = torch.nan  # of the pass's own tokens
     found = passes.on_device(*passes.inputs(ids))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -273,15 +298,15 @@ def test_chosen_heads_are_the_hosts(tmp_path: Path, family: str, tokens: int) ->
 
 
 class LatePasses:
-    """A sequence whose K/V are late beside the same with complete ones."""
+    """A sequence whose K/V are late beside the same with complete ones. Behind layer 0 heads are chosen ahead."""
 
     def __init__(self, model: Model, late: bool | int) -> None:
-        self.passes, self.complete = (Passes(model, head_view(model, 1, None)) for _ in range(2))
+        self.passes, self.complete = (Passes(model, head_view(model, 1, None, "ahead")) for _ in range(2))
         self._late, self.end = late, Passes.PROMPT
         for one in (self.passes, self.complete):
             device_reads(one.view)
             one.view.begin_round(one.kv, [0], late=type(late) is int, random=False)
-            for entries in one.kv.entries(0):
+            for entries in one.entries:
                 entries[one.blocks[3:]] = entries[one.blocks[2], 1:] = torch.nan  # behind the prompt
 
     def run(self, count: int) -> int:
@@ -294,20 +319,36 @@ class LatePasses:
         return self.lacking()
 
     def lacking(self) -> int:
+        """Entries of the layer that lacks most."""
         missing = []
-        for store, whole in zip(self.passes.kv.entries(0), self.complete.kv.entries(0), strict=True):
+        for store, whole in zip(self.passes.entries, self.complete.entries, strict=True):
             found, expected = (e[self.passes.blocks].flatten(0, 1)[: self.end] for e in (store, whole))
             there = ~found.isnan()
             torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=1e-5)
             missing.append(int((~there).any(-1).sum()))
-        assert missing[0] == missing[1]
-        return missing[0]
+        assert missing[::2] == missing[1::2]
+        return max(missing)
 
 
 @pytest.mark.parametrize("tokens", [[1, 1, 3], [2, 9, 1]])
 def test_entries_are_written_when_a_head_is_used(opt: Model, tokens: list[int]) -> None:
     """Those that nobody has used yet are not there, and the numbers are those of complete ones."""
-    both = LatePasses(opt, True)
+    written_when_used(opt, tokens)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("opt", [1, 1, 3, 1]), ("opt", [1, 9, 1])])
+def test_entries_of_heads_chosen_ahead(tmp_path: Path, family: str, tokens: list[int]) -> None:
+    """Their inputs are kept by the norm before attention."""
+    written_when_used(Model(family, tmp_path, layers=2), tokens)
+
+
+def test_entries_of_heads_chosen_ahead_behind_a_norm(tmp_path: Path) -> None:
+    """Which is that of the MLP before."""
+    written_when_used(Model("opt-350m", tmp_path, layers=2), [1, 2, 1])
+
+
+def written_when_used(model: Model, tokens: list[int]) -> None:
+    both = LatePasses(model, True)
     lacking = [both.run(count) for count in tokens]
     assert max(lacking) > 0
     assert all(n == 0 for n, count in zip(lacking, tokens, strict=True) if count > SPARSE_TOKENS)
@@ -318,7 +359,18 @@ def test_entries_are_written_when_a_head_is_used(opt: Model, tokens: list[int]) 
 @pytest.mark.parametrize(("most", "count", "full"), [(8, 1, 9), (5, 3, 4)])
 def test_entries_are_complete_before_the_ring_is_full(opt: Model, most: int, count: int, full: int) -> None:
     """Rounds go on with a sequence; others join it, or the host."""
-    both = LatePasses(opt, most)
+    complete_before_full(opt, most, count, full)
+
+
+@pytest.mark.parametrize(("most", "count", "full"), [(8, 3, 3), (8, 1, 9)])
+def test_entries_of_heads_chosen_ahead_are_complete_before_the_ring_is_full(
+    two_layers: Model, most: int, count: int, full: int
+) -> None:
+    complete_before_full(two_layers, most, count, full)
+
+
+def complete_before_full(model: Model, most: int, count: int, full: int) -> None:
+    both = LatePasses(model, most)
     lacking = [both.run(count) for _ in range(full)]
     assert 0 not in lacking[:-1] and lacking[-1] == 0
     while both.lacking() == 0:
@@ -340,9 +392,10 @@ def test_entries_are_complete_before_the_ring_is_full(opt: Model, most: int, cou
 @pytest.mark.parametrize("family", ["opt", "llama-gqa"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_replays_follow_the_scores(tmp_path: Path, family: str, cut: str, dtype: torch.dtype) -> None:
-    """A captured pass chooses anew with each replay, on its side stream, too, and counts what it read."""
+    """A captured pass chooses anew with each replay, on its side stream, too, and counts what it read. Heads of layer 0 by their own
+    input, others ahead."""
     model = Model(family, tmp_path, dtype, layers=3)
-    passes = Passes(model, head_view(model, model.spec.num_heads // 2, cut), dtype)
+    passes = Passes(model, head_view(model, model.spec.num_heads // 2, cut, "ahead"), dtype)
     for count in (1, 5, 12):
         tokens, bound = passes.inputs([0] * count)
         passes.on_device(tokens, bound)
@@ -389,12 +442,25 @@ def calibrated(opt: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibrate(opt.path, tmp_path_factory.mktemp("calibration"))
 
 
+@pytest.fixture(scope="module")
+def calibrated_two(two_layers: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(two_layers.path, tmp_path_factory.mktemp("calibration-of-two"))
+
+
 def test_drafts_change_no_token(opt: Model, calibrated: Path) -> None:
     """Of neurons and of heads, whose K/V are late."""
-    llm = make_llm(opt, "self:mlp=0.6,heads=0.5,gamma=2 / plain", calibration=calibrated)
+    changes_no_token(opt, calibrated, "self:mlp=0.6,heads=0.5,gamma=2 / plain")
+
+
+def test_drafts_that_look_ahead_change_no_token(two_layers: Model, calibrated_two: Path) -> None:
+    changes_no_token(two_layers, calibrated_two, "self:mlp=0.6,heads=0.5,heads_by=ahead,gamma=2 / plain")
+
+
+def changes_no_token(model: Model, calibration: Path, ladder: str) -> None:
+    llm = make_llm(model, ladder, calibration=calibration)
     assert by_itself(llm)
     output = llm.generate(ASKED[0], SEEDED)[0]
-    assert ids([output]) == ids(make_llm(opt, "plain").generate(ASKED[0], SEEDED))
+    assert ids([output]) == ids(make_llm(model, "plain").generate(ASKED[0], SEEDED))
     assert sum(output.metrics.rungs["self"].judged) > 0
     assert output.metrics.density["self"] == pytest.approx(0.6, abs=0.02)
     assert output.metrics.head_density["self"] == 0.5
@@ -460,16 +526,24 @@ def test_captured_rounds_give_what_eager_ones_give(llama: Model, ladder: str, dt
         assert one.metrics.density == other.metrics.density
 
 
+def test_a_last_rung_that_looks_ahead_is_what_the_host_drives(two_layers: Model, calibrated_two: Path) -> None:
+    llm = make_llm(two_layers, "self:mlp=0.6,heads=0.5,heads_by=ahead", calibration=calibrated_two, mode="approximate")
+    assert by_itself(llm)
+    found = ids(llm.generate(ASKED[:1], SEEDED))
+    assert ids(driven(llm).generate(ASKED[:1], SEEDED)) == found
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("by", ["", ",heads_by=ahead"])
 @pytest.mark.parametrize("ladder", ["self:mlp=0.6,heads=0.5", "ngram:gamma=3 / self:mlp=0.6,heads=0.5"])
-def test_late_entries_of_a_last_rung(opt: Model, calibrated: Path, ladder: str) -> None:
+def test_late_entries_of_a_last_rung(two_layers: Model, calibrated_two: Path, ladder: str, by: str) -> None:
     """Sequences that run alone, that others join and that others leave give what the host's rounds give."""
-    how = {"calibration": calibrated, "mode": "approximate", "max_num_batched_tokens": 16}
+    how = {"calibration": calibrated_two, "mode": "approximate", "max_num_batched_tokens": 16}
     params = [replace(p, max_tokens=n) for p, n in ((GREEDY, 36), (SEEDED, 24), (SEEDED, 12))]
     asked = [ASKED[0][:3], ASKED[1], ASKED[0]]
     expected = None
     for drive, eager in ((driven, True), (lambda llm: llm, True), (lambda llm: llm, False)):
-        llm = drive(make_llm(opt, ladder, eager=eager, **how))
+        llm = drive(make_llm(two_layers, f"{ladder}{by}", eager=eager, **how))
         found = [ids(llm.generate(asked, params)), *(ids(llm.generate(one, p)) for one, p in zip(asked, params, strict=True))]
         assert expected is None or found == expected
         assert found[0] == [one[0] for one in found[1:]]

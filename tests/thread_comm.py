@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rowcast.runtime.norm import Norm
+
 T = TypeVar("T")
 
 TIMEOUT_S = 60.0
@@ -27,6 +29,11 @@ class ThreadComm:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum in rank order, so the same bits on every rank."""
         return self.exchange(x).sum(0)
+
+    def all_reduce_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        x = self.all_reduce(x)
+        return x, norm(x)
 
     def exchange(self, x: Tensor) -> Tensor:
         """[...] -> [world, ...]."""

@@ -33,7 +33,7 @@ from rowcast.runtime.sparse.checks import check_rung
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import load_tokenizer
 
-WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "lm", "bits")
+WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "heads_by", "lm", "bits")
 """Of a rung self: what it reads of the weights."""
 LEAST_WINDOW, WINDOW = 16, 1024
 

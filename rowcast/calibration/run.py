@@ -222,7 +222,7 @@ class _Job:
     def _head_input(self, rows: Tensor) -> Tensor:
         """What the LM head reads where the last layer leaves `rows`: [T, D] -> [T, E]."""
         x = rows.to(self.device)
-        return self.weights.outer.head_input(self.weights.norm(0, "final", x) if self.spec.final_norm else x)
+        return self.weights.outer.head_input(self.weights.norm_of(0, "final")(x) if self.spec.final_norm else x)
 
     @torch.inference_mode()
     def _head_share(self, stream: Stream, along: Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rowcast.kernels.gpu.all_reduce import FastAllReduce
+from rowcast.runtime.norm import Norm
 
 _GATHER_BYTES = 1 << 18
 """Up to so many bytes all parts go to all ranks; above, each rank sums a piece, which halves the traffic of many ranks and more."""
@@ -57,6 +58,12 @@ class DistributedComm:
         dist.all_to_all_single(parts, flat)
         _all_gather(flat, _sum(parts.view(self.world, piece)))
         return flat[: x.numel()].view(x.shape)
+
+    def all_reduce_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        if self._fast is not None and self._fast.takes_norm(x):
+            return self._fast.sum_norm(x, norm.weight, norm.bias, norm.eps, norm.rms, norm.keep)
+        x = self.all_reduce(x)
+        return x, norm(x)
 
     def exchange(self, x: Tensor) -> Tensor:  # [...] -> [world, ...]
         gathered = x.new_empty((self.world, *x.shape))

@@ -398,9 +398,10 @@ class CostModel:
         if rung.model is not None:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
             return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
-        if rung.neurons < 1 or rung.heads < 1:
-            everywhere = rung.heads < 1 or any(self._fetches(site, mode) for site in self.layout.sites)
-            each += constants.select_s * (1.0 if everywhere else rung.asking)
+        if rung.heads < 1 and not rung.heads_ahead:
+            each += constants.select_s
+        elif rung.neurons < 1 and not rung.ahead:
+            each += constants.select_s * (1.0 if any(self._fetches(site, mode) for site in self.layout.sites) else rung.asking)
         if mode.rows and rung.neurons < 1 and not rung.ahead:
             each += constants.fetch_layer_s
         if mode.cpu:

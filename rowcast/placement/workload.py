@@ -86,7 +86,9 @@ class RungUse:
     asking: float = 1.0
     """Share of the layers whose neurons are chosen; others keep all."""
     ahead: bool = False
-    """Neurons are known one sub-layer before they are needed, so that fetching them hides under attention."""
+    """Neurons are known one sub-layer before they are needed, so that choosing and fetching them hides under attention."""
+    heads_ahead: bool = False
+    """Likewise heads, so that choosing them hides under the MLP of the layer before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -196,7 +196,9 @@ def _line(x: float, points: tuple[tuple[float, float], ...]) -> float:
 
 def _weights_text(rung: Rung) -> str:
     """A calibration's key: the rung over all of the KV."""
-    chosen = {key: getattr(rung, key) for key in ("mlp", "by", "over", "cut", "common", "group", "heads", "lm", "bits")}
+    chosen = {
+        key: getattr(rung, key) for key in ("mlp", "by", "over", "cut", "common", "group", "heads", "heads_by", "lm", "bits")
+    }
     return str(Rung(kind="self", **chosen))
 
 
@@ -236,5 +238,5 @@ def _speaks_of(key: str, rung: Rung) -> bool:
     kind, _, rest = key.partition(":")
     if not rest:
         return rung.kind == kind
-    named, settings = Rung.parse(key), re.findall(r"(?:^|,)\s*([a-z]+)\s*=", rest)
+    named, settings = Rung.parse(key), re.findall(r"(?:^|,)\s*([a-z_]+)\s*=", rest)
     return rung.kind == kind and all(getattr(rung, setting) == getattr(named, setting) for setting in settings)

@@ -188,7 +188,7 @@ class BankWeights:
         self.bytes = self.outer_bytes + (load.elements - inside) * dtype.itemsize
         """Bytes of weights that a pass over all rows reads."""
         self._passes = 0
-        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+        self.embed, self.norm_of, self.head = self.outer.embed, self.outer.norm_of, self.outer.head
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         self._passes += 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowcast.runtime.norm import Norm
 from rowcast.runtime.protocols import Comm, DeviceKV, KeepsLayer, KVView, Late, Rotation, RunsByLayer, Tokens, WeightView
 from rowcast.runtime.rope import Rope, apply_rope
 from rowcast.runtime.sharded_logits import Logits, ShardedLogits, whole
@@ -54,8 +55,11 @@ class Decoder:
         x, rotation = self.embed(tokens, kv)
         if isinstance(kv, KeepsLayer) and isinstance(self.weights, RunsByLayer) and len(parts := kv.parts()) > 1:
             return self._by_layer(x, rotation, kv, [sum(len(step.tokens) for step in part) for part in parts])
+        normed = None
         for layer in range(self.spec.num_layers):
-            x = self.layer(layer, x, rotation, kv)
+            last = layer == self.spec.num_layers - 1 or not self.spec.pre_norm
+            behind = None if last else self.weights.norm_of(layer + 1, "attn")
+            x, normed = self._layer(layer, x, normed, rotation, kv, behind)
         return x
 
     @torch.inference_mode()
@@ -64,7 +68,7 @@ class Decoder:
         self.weights.begin(tokens, kv)
         x = self.weights.embed(tokens.ids, tokens.positions)
         if self.spec.embed_norm:
-            x = self.weights.norm(0, "embed", x)
+            x = self.weights.norm_of(0, "embed")(x)
         if self._rope is None:
             return x, None
         cos, sin = self._rope.cos_sin(tokens.positions, tokens.prompt_lengths)
@@ -79,7 +83,7 @@ class Decoder:
     def own_logits(self, hidden: Tensor) -> Logits:
         """Hidden states [T, D] -> logits [T, V], of which each of several ranks has its own columns."""
         if self.spec.final_norm:
-            hidden = self.weights.norm(0, "final", hidden)
+            hidden = self.weights.norm_of(0, "final")(hidden)
         local = self.weights.head(hidden)
         if self._comm.world == 1:
             return local
@@ -87,18 +91,27 @@ class Decoder:
 
     def layer(self, layer: int, x: Tensor, rotation: Rotation, kv: KVView) -> Tensor:
         """One layer of the pass that `embed` began: [T, D] -> [T, D]."""
-        spec, weights, reduce = self.spec, self.weights, self._comm.all_reduce
-        if spec.parallel_norms:
-            normed = weights.norm(layer, "attn", x)
-            mlp_in = normed if spec.parallel_norms == 1 else weights.norm(layer, "mlp", x)
-            return reduce(weights.mlp(layer, mlp_in, self._attention(layer, normed, rotation, kv, self._own(x))))
+        return self._layer(layer, x, None, rotation, kv, None)[0]
+
+    def _layer(
+        self, layer: int, x: Tensor, normed: Tensor | None, rotation: Rotation, kv: KVView, behind: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`layer`, and `behind` of what it gives, where there is one. `normed`: what the layer's first norm makes of x, if known."""
+        spec, weights, comm = self.spec, self.weights, self._comm
         if not spec.pre_norm:
-            x = weights.norm(layer, "attn", reduce(self._attention(layer, x, rotation, kv, self._own(x))))
-            return weights.norm(layer, "mlp", reduce(weights.mlp(layer, x, self._own(x))))
-        normed = weights.norm(layer, "attn", x)
-        x = reduce(self._attention(layer, normed, rotation, kv, self._own(normed if spec.residual_from_norm else x)))
-        normed = weights.norm(layer, "mlp", x)
-        return reduce(weights.mlp(layer, normed, self._own(normed if spec.residual_from_norm else x)))
+            attended = self._attention(layer, x, rotation, kv, self._own(x))
+            x = comm.all_reduce_norm(attended, weights.norm_of(layer, "attn"))[1]
+            return comm.all_reduce_norm(weights.mlp(layer, x, self._own(x)), weights.norm_of(layer, "mlp"))[1], None
+        if normed is None:
+            normed = weights.norm_of(layer, "attn")(x)
+        if spec.parallel_norms:
+            mlp_in = normed if spec.parallel_norms == 1 else weights.norm_of(layer, "mlp")(x)
+            part = weights.mlp(layer, mlp_in, self._attention(layer, normed, rotation, kv, self._own(x)))
+        else:
+            attended = self._attention(layer, normed, rotation, kv, self._own(normed if spec.residual_from_norm else x))
+            x, normed = comm.all_reduce_norm(attended, weights.norm_of(layer, "mlp"))
+            part = weights.mlp(layer, normed, self._own(normed if spec.residual_from_norm else x))
+        return (comm.all_reduce(part), None) if behind is None else comm.all_reduce_norm(part, behind)
 
     def _by_layer(self, x: Tensor, rotation: Rotation, kv: Any, sizes: Sequence[int]) -> Tensor:
         """`forward` over parts of so many tokens: each layer over all of them, before the next one. Overwrites x [T, D]."""

@@ -6,16 +6,14 @@ Host memory never holds more than the shard and one tensor's worth of staging on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.errors import UserError
-from rowcast.kernels import gpu
 from rowcast.kernels.linear import Linear, make_linear
 from rowcast.kernels.packed import Packed
+from rowcast.runtime.norm import Norm
 from rowcast.runtime.protocols import PackedTensors, Source
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -26,25 +24,6 @@ Progress = Callable[[int], None]
 
 STAGING_ELEMENTS = 1 << 22
 """Most elements on their way into rows of another order."""
-
-
-@dataclass(slots=True)
-class Norm:
-    """An RMS or layer norm over the last dimension; weight and bias [D] or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    rms: bool
-
-    def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if gpu.takes(x):
-            from rowcast.kernels.gpu import norms
-
-            return norms.norm(x, self.weight, self.bias, self.eps, self.rms)
-        if self.rms:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class Loader:

@@ -70,7 +70,7 @@ class LowBitWeights:
         self.bytes = others * width + head.bytes + sum(layer.bytes for layer in layers)
         """Bytes of weights that a pass reads."""
         self._passes = 0
-        self.embed, self.norm = outer.embed, outer.norm
+        self.embed, self.norm_of = outer.embed, outer.norm_of
 
     @classmethod
     def of_banks(cls, banks: BankWeights, bits: int) -> LowBitWeights:

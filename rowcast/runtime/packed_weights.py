@@ -153,7 +153,7 @@ class PackedWeights:
         if self._head is not None:
             self.bytes += self._head.bytes
         self._passes = 0
-        self.embed, self.norm = self.outer.embed, self.outer.norm
+        self.embed, self.norm_of = self.outer.embed, self.outer.norm_of
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         self._passes += 1

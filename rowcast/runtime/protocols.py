@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rowcast.kernels.packed import Packed
 from rowcast.kernels.packed_sizes import Form
+from rowcast.runtime.norm import Norm
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.step import SeqStep
 
@@ -140,6 +141,10 @@ class Comm(Protocol):
         """Sum `x` over all ranks. May overwrite `x`; the result is the same on every rank."""
         ...
 
+    def all_reduce_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The sum of x [T, D] as `all_reduce` gives it, and its norm."""
+        ...
+
     def exchange(self, x: Tensor) -> Tensor:
         """Gather equal shapes from all ranks: [...] -> [world, ...], rank order, the same on every rank. Does not modify `x`."""
         ...
@@ -226,8 +231,8 @@ class WeightView(Protocol):
         """ids [T], positions [T] (int64) -> [T, D], complete on every rank."""
         ...
 
-    def norm(self, layer: int, which: str, x: Tensor) -> Tensor:
-        """`which` is attn, mlp, embed or final (layer 0 for the last two); [T, D] -> [T, D]. Does not modify `x`."""
+    def norm_of(self, layer: int, which: str) -> Norm:
+        """A map [T, D] -> [T, D]. `which` is attn, mlp, embed or final (layer 0 for the last two)."""
         ...
 
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rowcast.kernels.linear import Linear, make_linear
 from rowcast.kernels.rows import ACTIVATIONS
-from rowcast.runtime.loader import Loader, Norm, Progress
+from rowcast.runtime.loader import Loader, Progress
+from rowcast.runtime.norm import Norm
 from rowcast.runtime.protocols import ALL_HEADS, Comm, Heads, KVView, Reads, Source, Tokens
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
@@ -112,8 +113,9 @@ class Outer:
             x = x + F.embedding(positions + self.spec.position_offset, self._positions)
         return x
 
-    def norm(self, layer: int, which: str, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
-        return self._norms[layer, which](x)
+    def norm_of(self, layer: int, which: str) -> Norm:
+        """As `WeightView`."""
+        return self._norms[layer, which]
 
     def head_input(self, x: Tensor) -> Tensor:
         """Hidden states after the final norm as the LM head's rows take them: [T, D] -> [T, E]."""
@@ -166,7 +168,7 @@ class DenseWeights:
         self.bytes = (self.outer.elements + load.elements - inside) * dtype.itemsize
         """Bytes of weights that one pass over all layers and the head reads."""
         self._passes = 0
-        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+        self.embed, self.norm_of, self.head = self.outer.embed, self.outer.norm_of, self.outer.head
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         self._passes += 1

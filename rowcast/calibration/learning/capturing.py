@@ -58,9 +58,24 @@ class Captured:
     _seen: dict[Hashable, int] = field(default_factory=dict)
     _recorded: dict[Hashable, Recorded] = field(default_factory=dict)
     _pool: Any = None
+    _stream: Any = None
 
     def __call__(self, form: Hashable, ids: Tensor) -> Tensor:
         """The loss; `backward` of it reaches the parameters. A form that cannot be recorded turns all recording off, with a warning."""
+        if not self.on or not ids.is_cuda:
+            return self._of(form, ids)
+        # All on one stream, which records: where a gradient is accumulated is settled by the first use of its parameter that is still
+        # known, and a recording must not wait for another stream.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]
+        outer = torch.cuda.current_stream(ids.device)
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            loss = self._of(form, ids)
+        outer.wait_stream(self._stream)
+        return loss
+
+    def _of(self, form: Hashable, ids: Tensor) -> Tensor:
         key = (form, ids.shape)
         count = self._seen[key] = self._seen.get(key, 0) + 1
         if not self.on or count <= WARM or (key not in self._recorded and len(self._recorded) == MOST_FORMS):
@@ -84,18 +99,12 @@ class Captured:
     def _record(self, form: Hashable, ids: Tensor) -> Recorded:
         held = ids.clone()
         torch.clear_autocast_cache()  # weights that were cast outside are not the graph's
-        torch.cuda.empty_cache()  # what is kept for one stream is not another's
-        stream = torch.cuda.Stream(ids.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(ids.device))
-        with torch.cuda.stream(stream):  # libraries get their workspaces
-            self._gradients(form, held)
-            torch.clear_autocast_cache()
-        torch.cuda.current_stream(ids.device).wait_stream(stream)
+        torch.cuda.empty_cache()  # what is kept outside is not the graph's
         graph = torch.cuda.CUDAGraph()
         # To compile waits for the GPU. What fails at it here would run uncompiled ever after.
         with (
             torch.compiler.set_stance("fail_on_recompile"),
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             loss, grads = self._gradients(form, held)
         torch.clear_autocast_cache()

@@ -46,7 +46,7 @@ class OpenLayers:
         self._fused: dict[str, Tensor] = {}
         self.collect = False
         """Whether passes add to the layer's moments."""
-        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+        self.embed, self.norm_of, self.head = self.outer.embed, self.outer.norm_of, self.outer.head
 
     def stems(self, layer: int) -> dict[str, list[str]]:
         """Of a layer's matrices, by product."""

@@ -2,7 +2,7 @@
 
 A library's all-reduce of the few KiB of a decode step is bound by its protocol, not by bytes. One shot is a single kernel (`one_shot`)
 over memory that torch shares between the processes (its symmetric memory), without NVLink multicast. Where it cannot be used the
-process group's own all-reduce does the work.
+process group's own all-reduce does the work, and a norm that follows is a launch of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rowcast.kernels.gpu import MOST_TOKENS
 from rowcast.settings import settings
 
 if TYPE_CHECKING:
+    from rowcast.kernels.gpu.late import Ring
     from rowcast.kernels.gpu.one_shot import Shared
 
 log = logging.getLogger("rowcast")
@@ -73,6 +75,24 @@ class FastAllReduce:
         assert self._shared is not None
         return sum_(x, self._shared)
 
+    def takes_norm(self, x: Tensor) -> bool:
+        """Whether `sum_norm` takes x [T, D]. Of one D it takes any number of tokens up to 16, or none."""
+        from rowcast.kernels.gpu.one_shot import CHUNK, MOST_PIECES
+
+        if not self.takes(x) or x.dim() != 2:
+            return False
+        tokens, size = x.shape
+        return tokens <= MOST_TOKENS and size % CHUNK == 0 and size <= MOST_PIECES * CHUNK
+
+    def sum_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: Ring | None
+    ) -> tuple[Tensor, Tensor]:
+        """`x`, contiguous, now the sum over all ranks, and its norm (`norms.norm`), in one launch. Precondition: `takes_norm`."""
+        from rowcast.kernels.gpu.one_shot import sum_norm
+
+        assert self._shared is not None
+        return sum_norm(x, self._shared, weight, bias, eps, rms, keep)
+
     def _obstacle(self) -> str | None:
         """Why this rank cannot take part, as far as it knows without the others."""
         if self.device.type != "cuda":
@@ -109,8 +129,8 @@ class FastAllReduce:
         return None
 
     def _try(self) -> str | None:
-        """Add, in one shot, what has a known sum."""
-        from rowcast.kernels.gpu.one_shot import sum_
+        """Add, in one shot, what has a known sum, and norm what has a known norm."""
+        from rowcast.kernels.gpu.one_shot import CHUNK, sum_, sum_norm
 
         assert self._shared is not None
         rank, ranks = self.group.rank(), self.group.size()
@@ -123,6 +143,11 @@ class FastAllReduce:
                 for x in trials:
                     sum_(x, self._shared, _TRIAL_LOOKS)
                 right = [bool((x == ranks * (ranks - 1) // 2 + ranks * trial).all()) for trial, x in enumerate(trials)]
+                if (tokens := min(MOST_TOKENS, self.most_elements // (2 * CHUNK))) > 0:
+                    signs = torch.ones(tokens, 2 * CHUNK, dtype=self.dtype, device=self.device)
+                    signs[:, ::2] = -1.0
+                    normed = sum_norm(signs.clone(), self._shared, None, None, 0.0, False, None, _TRIAL_LOOKS)[1]
+                    right.append(bool((normed == signs).all()))
         except RuntimeError as error:
             return f"one shot does not run ({_first_line(error)})"
         return None if all(right) else "a trial in one shot gave a wrong sum"

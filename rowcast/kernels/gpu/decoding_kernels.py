@@ -138,7 +138,6 @@ def partial(
     """One split of one sequence, one KV head and one tile of query rows. Entries are counted as the sequence shows them."""
     if overlap:
         cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     # Neighbours run at a time: row tiles and KV heads of the same entries. The short splits come last and even out the end.
     pid = tl.program_id(0)
     tile = pid % row_tiles
@@ -174,13 +173,15 @@ def partial(
     limit = columns
     if head_count_ptr is not None:
         limit = tl.minimum(columns, tl.load(head_count_ptr))
-    if (real <= 0) | (first >= stop) | (tile * R >= real * G):
-        return
+    mine = True
     if heads_ptr is not None:
         column = tl.arange(0, C)
         wanted = tl.load(heads_ptr + column, mask=column < limit, other=-1).to(tl.int32)
-        if tl.max(tl.where((wanted >= 0) & (wanted // G == head), 1, 0), 0) == 0:
-            return
+        mine = tl.max(tl.where((wanted >= 0) & (wanted // G == head), 1, 0), 0) > 0
+    if overlap:  # where entries lie, and whose, was known before they were written
+        cuda.gdc_wait()
+    if (real <= 0) | (first >= stop) | (tile * R >= real * G) | (not mine):
+        return
 
     is_real = row < real * G
     at = start + token  # the entry that is the row's own
@@ -264,8 +265,6 @@ def combine(
     overlap: tl.constexpr,
 ):
     """D elements of one head of one token, from the parts of its splits: what `partial` left (arguments as there)."""
-    if overlap:  # Also where there is nothing to do: what follows knows by this kernel's end that `partial` has ended.
-        cuda.gdc_wait()
     row, column = tl.program_id(0), tl.program_id(1)
     sequence, token = row // tokens, row % tokens
     dim = tl.program_id(2) * D + tl.arange(0, D)
@@ -278,9 +277,6 @@ def combine(
             is_real &= column < tl.load(head_count_ptr)
     if counts_ptr is not None:
         is_real &= token < tl.load(counts_ptr + sequence)
-    if not is_real:
-        tl.store(out_at, tl.zeros([D], tl.float32).to(out_ptr.dtype.element_ty), mask=dim < d)
-        return
     at = tl.load(starts_ptr + sequence) + token
     oldest = _oldest_seen(at, window, has_window)
     if chunked:
@@ -289,6 +285,11 @@ def combine(
     low, high = _split_of(oldest, fine, knee, levels), _split_of(at, fine, knee, levels) + 1
     line = (row * H + head).to(tl.int64) * splits
     lines = tl.num_programs(0).to(tl.int64) * H * splits
+    if overlap:  # Also where there is nothing to do: what follows knows by this kernel's end that `partial` has ended.
+        cuda.gdc_wait()
+    if not is_real:
+        tl.store(out_at, tl.zeros([D], tl.float32).to(out_ptr.dtype.element_ty), mask=dim < d)
+        return
     some = tl.arange(0, _STATS)
     highest = tl.full([_STATS], float("-inf"), tl.float32)
     for base in tl.range(low, high, _STATS):

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rowcast.kernels.gpu.overlap import overlap
 from rowcast.kernels.gpu.select import Chosen
@@ -23,7 +23,7 @@ RING: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Where a pass's inputs are kept (`heads.head_scores`)."""
+    """Where a pass's inputs are kept: by `heads.head_scores` or, where it reads others, by `norms.norm`."""
 
     rows: Tensor
     """[16, D]."""
@@ -214,6 +214,8 @@ def _write_late(
     OVERLAP: tl.constexpr,  # see overlap.py
 ):
     """One head of one row of the ring."""
+    if OVERLAP:
+        gdc_launch_dependents()
     place, row = tl.program_id(0), tl.program_id(1)
     count = tl.load(row_count_ptr) // (2 * size)
     first, start = tl.load(first_ptr), tl.load(starts_ptr)

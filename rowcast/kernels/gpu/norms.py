@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from rowcast.kernels.gpu.late import RING, Ring
 from rowcast.kernels.gpu.overlap import overlap
 
 
@@ -23,6 +24,9 @@ def _norm_kernel(
     bias_ptr,  # [size] or None
     sum_ptr,  # [T, heads, size]; None without delta
     out_ptr,  # [T, heads, size]
+    ring_ptr,  # [16, size] or None
+    ring_starts_ptr,  # int32 [1]
+    ring_counts_ptr,  # int32 [1]
     heads,
     x_token,
     x_head,
@@ -34,14 +38,20 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,  # see overlap.py
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0)
     token = (row // heads).to(tl.int64)
     head = (row % heads).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
+    weight = column
+    bias = column
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + token * x_token + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
     at = row.to(tl.int64) * size + column
     if delta_ptr is not None:
@@ -53,15 +63,22 @@ def _norm_kernel(
         x = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / size + eps)
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y *= weight.to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y += bias.to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    if ring_ptr is not None:
+        place = (tl.load(ring_starts_ptr) + row) % 16
+        kept = inside & (row < tl.load(ring_counts_ptr))
+        tl.store(ring_ptr + place * size + column, y.to(out_ptr.dtype.element_ty), mask=kept)
 
 
-def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """x [T, D] or [T, H, d], rows contiguous at any stride; weight, bias [D] or [d] -> the same shape."""
-    return _run(x, None, weight, bias, eps, rms)[1]
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, keep: Ring | None = None) -> Tensor:
+    """x [T, D] or [T, H, d], rows contiguous at any stride; weight, bias [D] or [d] -> the same shape.
+
+    `keep`: where what comes of a single sequence's tokens is kept, too; x [T, D], T <= 16.
+    """
+    return _run(x, None, weight, bias, eps, rms, keep)[1]
 
 
 def add_norm(
@@ -74,10 +91,17 @@ def add_norm(
 
 
 def _run(
-    x: Tensor, delta: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    keep: Ring | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     assert x.dim() in (2, 3) and (delta is None or delta.shape == x.shape)
     size = x.shape[-1]
+    assert keep is None or (x.dim() == 2 and len(x) <= RING and keep.rows.shape == (RING, size) and keep.rows.is_contiguous())
     assert all(each is None or each.shape == (size,) for each in (weight, bias))
     x = _with_contiguous_rows(x)
     delta = None if delta is None else _with_contiguous_rows(delta)
@@ -92,6 +116,9 @@ def _run(
         bias,
         total,
         out,
+        None if keep is None else keep.rows,
+        None if keep is None else keep.starts,
+        None if keep is None else keep.counts,
         heads,
         *_strides(x),
         *(_strides(x) if delta is None else _strides(delta)),

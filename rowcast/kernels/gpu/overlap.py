@@ -6,8 +6,8 @@ the next kernel would take shared memory away from its own; one of few programs,
 product whose programs fill the GPU does so once it has waited: then the next one's take the places of those that end, and read weights.
 Kernels that know nothing of this may stand before and behind it.
 
-Before the wait a kernel reads weights, and ids and counts only where another kernel, which waited before it let this one start, stands
-between the one that wrote them and this one. So a kernel that writes weights must not call `gdc_launch_dependents`.
+Before the wait a kernel reads weights, and ids, counts and tables only where another kernel, which waited before it let the next one
+start, stands between the one that wrote them and this one. So a kernel that writes weights must not call `gdc_launch_dependents`.
 """
 
 from __future__ import annotations

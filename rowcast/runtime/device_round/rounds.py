@@ -199,11 +199,12 @@ class DeviceRounds:
             runner, mine = self._rungs[rung], [climber for climber in climbers if self._uses(climber, rung)]
             if not isinstance(runner, ModelRunner):
                 continue
-            # What a rung lacks beyond what its first pass takes it runs before the round.
+            # What a rung lacks beyond what its first pass takes it runs before the round. It is certain, so that older entries may go.
             lacks = lag(sum(rung < other < top for other in used)) if rung < top else 0
             for path in (climber.path for climber in mine):
                 if runner.view.end(path.seq_id) < path.committed - 1 - lacks:
                     runner.catch_up(path, path.committed - 1)
+                    runner.commit(path.seq_id, path.committed - 1)
             for view in self._choosing:
                 if view is runner.decoder.weights:
                     late = isinstance(self._late(rung, state), int)

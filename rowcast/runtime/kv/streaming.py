@@ -189,10 +189,10 @@ class StreamingKV:
         """The step's tokens are proposals now; the sequence's slot, and what is added to a position to find its place there.
 
         All of them see what the first one sees, also where a later one's recent entries would start further on: on the device a
-        round evicts nothing.
+        round evicts nothing. Precondition: all before the step is committed: there is room for the proposals of one round.
         """
         seq, slot = self._sequences[step.seq_id], self._slots[step.seq_id]
-        assert max(seq.length, seq.floor) <= step.start <= seq.end, f"sequence {step.seq_id} cannot go on at {step.start}"
+        assert step.start == seq.length, f"sequence {step.seq_id} cannot go on at {step.start}: {seq.length} tokens are committed"
         seq.end = step.start
         self._evict(seq, slot)
         seq.end = step.start + len(step.tokens)

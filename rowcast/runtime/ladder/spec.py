@@ -22,6 +22,9 @@ ScorerName = Literal[
     "q2-ahead", "q3-ahead", "q4-ahead", "q8-ahead", "lowrank-ahead", "dejavu-ahead",
 ]  # fmt: skip
 """How a rung predicts which neurons matter (`sparse.build`); -ahead: from the attention's input instead of the MLP's."""
+HeadReads = Literal["own", "ahead"]
+"""What heads are chosen by. own: the attention's input. ahead: the MLP's input of the layer before, so that the choice is made while
+that MLP runs (Deja Vu, arXiv 2310.17157, section 4.3)."""
 Cut = Literal["top", "threshold"]
 """Each token's best neurons, as many for every token; or those that score above a calibrated threshold, as many on average."""
 Head = Literal["full", "hire"]
@@ -50,7 +53,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
     "draft": ("model", "kv", "sinks", "at", "gamma"),
     "self": (
-        *("mlp", *_NEURON_KEYS, "heads", "lm", "bits"),
+        *("mlp", *_NEURON_KEYS, "heads", "heads_by", "lm", "bits"),
         *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
     ),
     "plain": (),
@@ -72,6 +75,7 @@ _NAMES = {
     "score": get_args(Score),
     "by": get_args(ScorerName),
     "cut": get_args(Cut),
+    "heads_by": get_args(HeadReads),
     "lm": get_args(Head),
     "at": get_args(Place),
 }
@@ -99,6 +103,8 @@ class Rung:
     """self: so many neighbouring neurons are chosen together, and their number is rounded to whole groups."""
     heads: float | None = None
     """self: share of the query heads that a token uses, on average over layers. None: all."""
+    heads_by: HeadReads = "own"
+    """self: what these are chosen by; layer 0, which has none before it, by its own input."""
     lm: Head = "full"
     """self: full: all rows of the LM head. hire: a few bits of them, and the rows that may be among the largest exactly."""
     bits: Bits | None = None
@@ -132,7 +138,7 @@ class Rung:
         kind = {"full": "plain"}.get(kind.strip(), kind.strip())
         _check_kind(kind)
         given: dict[str, Any] = {}
-        for item in re.split(r",(?=\s*[a-z]+\s*=)", rest) if colon else ():
+        for item in re.split(r",(?=\s*[a-z_]+\s*=)", rest) if colon else ():
             key, equals, value = (part.strip() for part in item.partition("="))
             if key not in _KEYS[kind]:
                 raise UserError(
@@ -289,6 +295,8 @@ class Rung:
         for key in _NEURON_KEYS:
             if self.mlp is None and getattr(self, key) != _DEFAULTS[key]:
                 raise UserError(f"{key}={getattr(self, key)} chooses neurons, and the rung {self.kind} uses all; add mlp=0.5")
+        if self.heads is None and self.heads_by != "own":
+            raise UserError(f"heads_by={self.heads_by} chooses heads, and the rung {self.kind} uses all; add heads=0.5")
         given = [key for key in ("cut", "group", "over", "common") if getattr(self, key) != _DEFAULTS[key]]
         if len(given) > 1 and given != ["over", "common"]:
             first, second = (f"{key}={getattr(self, key)}" for key in given[:2])
@@ -406,5 +414,5 @@ def _unwritable(model: str) -> bool:
     return (
         model != model.strip()
         or len(model.splitlines()) != 1
-        or bool(re.search(r",\s*[a-z]+\s*=", model) or _SEPARATOR.search(model))
+        or bool(re.search(r",\s*[a-z_]+\s*=", model) or _SEPARATOR.search(model))
     )

@@ -176,6 +176,7 @@ def _rung_use(
         whole_proxy_bytes=(spec.num_layers - asking) * layer_proxy_bytes(spec, rung, calibration),
         asking=asking / spec.num_layers,
         ahead=rung.by is not None and rung.by.endswith(AHEAD),
+        heads_ahead=rung.heads_by == "ahead",
     )
 
 

@@ -118,6 +118,7 @@ class OffloadedSparse(SparseWeights):
         bank, selector, generated = self._placed[layer], self._neurons[layer], sum(self._generated)
         if not isinstance(bank, PlacedFfn):
             return super().mlp(layer, x, residual)
+        self._attention.look_ahead(layer + 1, x)
         neurons, tokens = len(bank.order), len(x)
         self._reads.neurons_of += neurons * generated
         if self._directly and self._reachable[layer]:

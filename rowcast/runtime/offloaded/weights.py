@@ -136,7 +136,7 @@ class OffloadedBanks(BankWeights):
         self._passes = 0
         self._which = _Pieces.DEVICE
         """Of the pass that runs."""
-        self.embed, self.norm, self.head = self.outer.embed, self.outer.norm, self.outer.head
+        self.embed, self.norm_of, self.head = self.outer.embed, self.outer.norm_of, self.outer.head
 
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         super().begin(tokens, kv)

@@ -19,7 +19,8 @@ Tensors, for layer i, N neurons, H heads, D hidden (all float32 or float16, whol
     densities                       [G, L]    for each mean density of the grid, each layer's share of kept neurons
     head.directions                 [m, E]    orthonormal rows: mean and main directions of the LM head's input
 
-`heads.ahead` reads the MLP's input of the layer before, is missing in layer 0, and serves evaluation only: rungs read `heads.own`.
+`heads.ahead` reads the MLP's input of the layer before and is missing in layer 0. It serves rungs with heads_by=ahead, `heads.own`
+others and layer 0.
 The file's metadata has the weights' fingerprint, too.
 
 The description, beside format, fingerprint, model, texts, settings and tokens:

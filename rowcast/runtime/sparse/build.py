@@ -48,15 +48,15 @@ def build_view(
         if calibration is not None and DIRECTIONS in calibration:
             directions = calibration.tensor(DIRECTIONS, (None, banks.spec.embed_size))
         lm = CertifiedHead(banks.outer.head_rows, bits=head_bits(calibration), directions=directions)
-    return view(banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung.heads, calibration), lm=lm)
+    return view(banks, neurons, heads=None if rung.heads is None else _build_heads(banks, rung, calibration), lm=lm)
 
 
-def _build_heads(banks: BankWeights, share: float, calibration: Calibration | None) -> list[HeadSelector]:
-    assert calibration is not None
+def _build_heads(banks: BankWeights, rung: Rung, calibration: Calibration | None) -> list[HeadSelector]:
+    assert calibration is not None and rung.heads is not None
     spec, device = banks.spec, banks.ffn[0].up_down.device
-    keep = max(1, round(share * spec.num_heads))
+    keep = max(1, round(rung.heads * spec.num_heads))
     return [
-        HeadSelector.calibrated(calibration, layer, keep=keep, reads="own", spec=spec, shard=banks.shard, device=device)
+        HeadSelector.calibrated(calibration, layer, keep=keep, reads=rung.heads_by, spec=spec, shard=banks.shard, device=device)
         for layer in range(spec.num_layers)
     ]
 

@@ -58,6 +58,11 @@ def check_rung(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> 
         raise UserError(
             f"the calibration {calibration.path} does not tell heads apart; run rowcast calibrate again, or leave heads out"
         )
+    if rung.heads_by == "ahead" and spec.num_layers > 1 and "layers.1.heads.ahead.weight" not in calibration:
+        raise UserError(
+            f"the calibration {calibration.path} does not tell heads apart by the layer before; run rowcast calibrate again, or use "
+            "heads_by=own"
+        )
 
 
 def _check_cut(rung: Rung, calibration: Calibration | None) -> None:

@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowcast.kernels import select
+from rowcast.runtime.ladder.spec import HeadReads
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.selection import SHARDS
 from rowcast.runtime.spec import ModelSpec
-
-HeadReads = Literal["own", "ahead"]
-"""own: the attention's input. ahead: the MLP's input of the layer before, so that rows can be fetched while that MLP runs."""
-
 
 LEAST = 8
 """Heads of a shard: among fewer there is little to choose."""
@@ -76,8 +73,8 @@ class HeadSelector:
 
     @property
     def on_device(self) -> bool:
-        """Whether a GPU can choose without the host (`on_device_heads`): for the layer that runs."""
-        return self.reads == "own" and self.dealt() is not None
+        """Whether a GPU can choose without the host (`on_device_heads`)."""
+        return self.dealt() is not None
 
     def dealt(self) -> list[tuple[int, int]] | None:
         """This rank's virtual shards: heads of each, and how many of them it keeps; None unless every rank holds whole ones, and keeps

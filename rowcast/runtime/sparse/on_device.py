@@ -6,31 +6,38 @@ that a pass can be captured in a graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
+from rowcast.kernels.gpu.prefetch import prefetch_rows
 from rowcast.placement.workload import writes_late
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.kv.device import BoundStore
+from rowcast.runtime.norm import Norm
 from rowcast.runtime.protocols import ALL_HEADS, Heads, KVView, Reads
 from rowcast.runtime.sparse.device_counts import DeviceCounts
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead
 from rowcast.runtime.sparse.on_device_head import DeviceHead
-from rowcast.runtime.sparse.on_device_heads import DeviceHeads, top_mask
+from rowcast.runtime.sparse.on_device_heads import DeviceHeads, HeadsFound, top_mask
 from rowcast.runtime.sparse.on_device_late import DeviceLate, kv_rows
 from rowcast.runtime.sparse.scorers import FewBits, LowRank, Proxy
 from rowcast.runtime.sparse.selection import Places, Selector
 from rowcast.runtime.step import SeqStep
 
+T = TypeVar("T")
+
 
 class DevicePasses:
-    """The sub-layers of a pass. What a selector reads ahead is found on a stream of its own, while attention runs."""
+    """The sub-layers of a pass. What a selector reads ahead is found on a stream of its own: neurons while attention runs, heads while
+    the MLP of the layer before does (Deja Vu, arXiv 2310.17157, section 4.3)."""
 
     def __init__(
         self,
@@ -66,6 +73,8 @@ class DevicePasses:
         self._ahead: tuple[Tensor, Choice] | None = None
         """Of the layer that runs, where its selector reads the attention's input: this, which the side stream still reads, and what it
         chooses."""
+        self._heads_ahead: tuple[Tensor, HeadsFound] | None = None
+        """Of the next layer, where its selector reads the MLP's input before: likewise."""
 
     def _of_layer(self, layer: int, bank: FfnBank, selector: Selector, sparse_tokens: int) -> DeviceNeurons:
         return DeviceNeurons(layer, bank, selector, sparse_tokens, self._counts)
@@ -102,13 +111,26 @@ class DevicePasses:
         """Of all passes up to the last `send_reads`, since those of the last call, replays included. Precondition: they are over."""
         return self._counts.read()
 
+    def norm_of(self, layer: int, which: str) -> Norm:
+        """As `WeightView`. Where a layer's heads are chosen ahead, the norm before its attention keeps what late K/V are made of."""
+        norm, before = self._banks.norm_of(layer, which), self._banks.spec.pre_norm
+        if self._late is None or which != ("attn" if before else "mlp"):
+            return norm
+        reader = layer if before else layer + 1
+        heads = self._heads[reader] if reader < len(self._heads) else None
+        return norm if heads is None or not heads.reads_ahead else replace(norm, keep=self._late.ring(reader))
+
     def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, D] -> [T, H, d], [T, K, d], [T, K, d]
-        neurons = self._neurons[layer]
+        neurons, heads, bank = self._neurons[layer], self._heads[layer], self._banks.attention[layer]
+        found = None
+        if heads is not None and heads.reads_ahead:
+            assert self._heads_ahead is not None, f"nobody looked ahead for layer {layer}"
+            self._join()
+            (_, found), self._heads_ahead = self._heads_ahead, None
         if neurons is not None and neurons.reads_ahead:
-            self._look_ahead(neurons, x)
-        heads, bank = self._heads[layer], self._banks.attention[layer]
+            self._ahead = x, self._aside(partial(neurons.choose_ahead, x))
         if heads is not None:
-            return heads.qkv(x, self._late)
+            return heads.qkv(x, found or heads.choose(x, self._late), self._late)
         self._counts.pass_reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
         self._counts.pass_reads.bytes += bank.qkv.nbytes + bank.o.nbytes
         return self._banks.qkv(layer, x)
@@ -124,12 +146,16 @@ class DevicePasses:
 
     def mlp(self, layer: int, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [T, D] -> [T, D]
         neurons, bank = self._neurons[layer], self._banks.ffn[layer]
+        choice = self._seen_ahead() if neurons is not None and neurons.reads_ahead else None
+        heads = self._heads[layer + 1] if layer + 1 < len(self._heads) else None
+        if heads is not None and heads.reads_ahead:  # behind the join, which would wait for it
+            self._heads_ahead = x, self._aside(partial(heads.choose, x, self._late))
         if neurons is None:
             count_rows(self._counts.pass_reads, bank, len(bank.order), len(bank.order))
             self._counts.pass_reads.use("neurons", x.shape[0] * len(bank.order), layer if any(self._neurons) else None)
             y = self._banks.mlp(layer, x, residual)
         else:
-            y = neurons.mlp(x, self._seen_ahead() if neurons.reads_ahead else neurons.choose(x), residual)
+            y = neurons.mlp(x, neurons.choose(x) if choice is None else choice, residual)
         self._layer_is_done(layer)
         return y
 
@@ -146,21 +172,24 @@ class DevicePasses:
         self._counts.begin()  # for others of the pass
         return logits
 
-    def _look_ahead(self, neurons: DeviceNeurons, x: Tensor) -> None:
+    def _aside(self, choose: Callable[[], T]) -> T:
+        """What `choose` launches on the side stream, behind all that was launched so far."""
         if self._side is None:
-            self._ahead = x, neurons.choose(x)
-            return
+            return choose()
         # Its tensors are the side stream's, which is always behind this one when it takes their memory again.
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
-            self._ahead = x, neurons.choose(x)
+            return choose()
+
+    def _join(self) -> None:
+        """What is launched from here on comes behind all that the side stream does."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def _seen_ahead(self) -> Choice:
         assert self._ahead is not None
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
-        _, choice = self._ahead
-        self._ahead = None
+        self._join()
+        (_, choice), self._ahead = self._ahead, None
         return choice
 
 
@@ -207,6 +236,13 @@ class DeviceNeurons:
         own = scores > threshold
         self._counts.add_neurons(self._layer, own.sum())
         return select.above_ids(scores, threshold, capacity) if few else own
+
+    def choose_ahead(self, x: Tensor) -> Choice:
+        """`choose`, and begin to fetch the rows that the first product reads."""
+        choice = self.choose(x)
+        if isinstance(choice, select.Chosen):
+            prefetch_rows(self._bank.up, choice.ids, choice.count)
+        return choice
 
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
         """x [T, D] -> [T, D], plus a residual."""

@@ -71,7 +71,7 @@ class SparseWeights:
         if lm is not None:
             assert banks.outer.head_rows is not None
             self._outer_bytes -= banks.outer.head_rows.nbytes
-        self.embed, self.norm = banks.embed, banks.norm
+        self.embed, self.norm_of = banks.embed, banks.norm_of
         self.heads, self.out = self._attention.heads, self._attention.out
         self._device: DevicePasses | None = None
         """Made for the first of its passes."""
@@ -81,12 +81,12 @@ class SparseWeights:
     def begin(self, tokens: Tokens, kv: KVView) -> None:
         self._passes = None if tokens.steps else self._on_device()
         if self._passes is not None:
-            self.heads, self.out = self._passes.heads, self._passes.out
+            self.norm_of, self.heads, self.out = self._passes.norm_of, self._passes.heads, self._passes.out
             self._passes.begin(len(tokens.ids), kv)
             return
         if self._device is not None:
             self._device.host_pass(kv, tokens.steps)
-        self.heads, self.out = self._attention.heads, self._attention.out
+        self.norm_of, self.heads, self.out = self._banks.norm_of, self._attention.heads, self._attention.out
         self._generated = tokens.generated
         self._reads.bytes += self._outer_bytes
         self._attention.begin(tokens, kv, self._few, self._reads)
