@@ -130,9 +130,9 @@ JOBS: Final = (
         "RAY='{python} -m ray.scripts.scripts'; AT=http://127.0.0.1:8299; "
         "$RAY start --head --block --port=6399 --dashboard-port=8299 --disable-usage-stats >&2 & head=$!; "
         "until $RAY job list --address $AT >/dev/null 2>&1; do sleep 1; done; "
-        "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py --seconds 480 --points 1 0; "
+        "$RAY job submit --address $AT --working-dir . -- {python} benchmarks/opt_175b.py --seconds 480 --points 1; "
         "ended=$?; kill $head; wait $head; exit $ended",
-        tells="ray start --head && ray job submit --working-dir . -- python benchmarks/opt_175b.py --seconds 480 --points 1 0",
+        tells="ray start --head && ray job submit --working-dir . -- python benchmarks/opt_175b.py --seconds 480 --points 1",
         gpus=4, memory=130, seconds=300,
     ),
     Job(name="all-reduce", title="Sums over two GPUs", command="{python} benchmarks/all_reduce.py", gpus=2, seconds=25),

@@ -78,11 +78,6 @@ class Settings:
         True, _switch, "1: GPUs that reach each other's memory sum small messages in one kernel; 0: by NCCL."
     )
     gpu_overlap: bool = _setting(True, _switch, "1: a GPU starts a kernel while the one before it ends; 0: one after another.")
-    gpu_prefetch: bool = _setting(
-        True,
-        _switch,
-        "1: rows that are chosen ahead go to a GPU's second-level cache while it does something else; 0: they do not.",
-    )
     gpu_rounds: bool = _setting(
         True, _switch, "1: whole rounds of a ladder run on a GPU, where they can; 0: the host drives every pass."
     )

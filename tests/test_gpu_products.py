@@ -10,7 +10,6 @@ from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels.gpu import norms, products, scratch
-from rowcast.kernels.gpu.prefetch import prefetch_rows, room
 from rowcast.kernels.gpu.product_tiles import Tiles, tiles_in
 from rowcast.kernels.rows import ACTIVATIONS
 
@@ -290,28 +289,3 @@ def test_kernels_that_start_early_wait_for_what_they_read() -> None:
         graph.replay()
         assert torch.equal(found, expected)
         assert torch.equal(run(lambda: None), expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("count", [None, 0, 50, 1000])
-def test_rows_fetched_ahead_change_nothing(count: int | None) -> None:
-    """In a graph, from a bank of two tables, with ids behind the count that are no rows."""
-    bank, x = random(4096, 2, 1000, dtype=torch.bfloat16), random(1, 1000, dtype=torch.bfloat16)
-    ids = torch.randperm(4096, device=DEVICE)[:500].int()
-    if count is not None:
-        ids[count:] = 1 << 30
-    number = None if count is None else torch.tensor([count], dtype=torch.int32, device=DEVICE)
-    assert room(bank.device) > 500 * 2000
-    prefetch_rows(bank[:, 0], ids, number)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        prefetch_rows(bank[:, 0], ids, number)
-    before = bank.clone()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(bank, before)
-    some = ids[:count]
-    if len(some):
-        graph.replay()
-        assert torch.equal(products.rows_in(bank[:, 0], x, some), products.rows_in(before[:, 0], x, some))

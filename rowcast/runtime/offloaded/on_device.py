@@ -109,9 +109,6 @@ class PlacedNeurons(DeviceNeurons):
             self._found = self._cached.reach(choice.ids, self._count(choice))
         return choice
 
-    def choose_ahead(self, x: Tensor) -> Choice:
-        return self.choose(x)
-
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
         placed, neurons = self._placed, len(self._placed.order)
         if isinstance(choice, Tensor):

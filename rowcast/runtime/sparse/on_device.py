@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rowcast.kernels import gpu
 from rowcast.kernels.gpu import lowbit, products, select
-from rowcast.kernels.gpu.prefetch import prefetch_rows
 from rowcast.placement.workload import writes_late
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.kv.device import BoundStore
@@ -128,7 +127,7 @@ class DevicePasses:
             self._join()
             (_, found), self._heads_ahead = self._heads_ahead, None
         if neurons is not None and neurons.reads_ahead:
-            self._ahead = x, self._aside(partial(neurons.choose_ahead, x))
+            self._ahead = x, self._aside(partial(neurons.choose, x))
         if heads is not None:
             return heads.qkv(x, found or heads.choose(x, self._late), self._late)
         self._counts.pass_reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
@@ -236,13 +235,6 @@ class DeviceNeurons:
         own = scores > threshold
         self._counts.add_neurons(self._layer, own.sum())
         return select.above_ids(scores, threshold, capacity) if few else own
-
-    def choose_ahead(self, x: Tensor) -> Choice:
-        """`choose`, and begin to fetch the rows that the first product reads."""
-        choice = self.choose(x)
-        if isinstance(choice, select.Chosen):
-            prefetch_rows(self._bank.up, choice.ids, choice.count)
-        return choice
 
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
         """x [T, D] -> [T, D], plus a residual."""
