@@ -66,7 +66,7 @@ class DevicePasses:
         self._rings = DeviceLate(banks, counts) if lazy else None
         self._late: DeviceLate | None = None
         """In passes that may leave entries for later ones."""
-        # First in line for multiprocessors: products fill them all, and what follows attention waits for the choice.
+        # First in line for multiprocessors: what follows attention waits for the choice.
         on_gpu = self.device.type == "cuda"
         self._side: Any = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ahead: tuple[Tensor, Choice] | None = None
@@ -126,13 +126,16 @@ class DevicePasses:
             assert self._heads_ahead is not None, f"nobody looked ahead for layer {layer}"
             self._join()
             (_, found), self._heads_ahead = self._heads_ahead, None
-        if neurons is not None and neurons.reads_ahead:
-            self._ahead = x, self._aside(partial(neurons.choose, x))
         if heads is not None:
-            return heads.qkv(x, found or heads.choose(x, self._late), self._late)
-        self._counts.pass_reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
-        self._counts.pass_reads.bytes += bank.qkv.nbytes + bank.o.nbytes
-        return self._banks.qkv(layer, x)
+            projected = heads.qkv(x, found or heads.choose(x, self._late), self._late)
+        else:
+            reads = self._counts.pass_reads
+            reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
+            reads.bytes += bank.qkv.nbytes + bank.o.nbytes
+            projected = self._banks.qkv(layer, x)
+        if neurons is not None and neurons.reads_ahead:  # behind the products, which keep the memory busy, beside attention
+            self._ahead = x, self._aside(partial(neurons.choose, x))
+        return projected
 
     def heads(self, layer: int) -> Heads:
         """What the layer's `qkv` computed."""
