@@ -54,6 +54,11 @@ class Claim:
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
+def known_versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    return {name: each for name, each in versions().items() if each}
+
+
 class Session:
     """What was found in one run, told as it comes."""
 
@@ -62,7 +67,7 @@ class Session:
         figures; of it `note` is what a reader of them has to know first: what was simulated, what was not run."""
         name = device if isinstance(device, str) else device_name(device)
         self.head: dict[str, Any] = {"benchmark": benchmark, "model": model, "device": name}
-        self.head |= {"versions": {name: each for name, each in versions().items() if each}, **more}
+        self.head |= {"versions": known_versions(), **more}
         self.figures: list[Figure] = []
         self.claims: list[Claim] = []
         self.failed: list[str] = []

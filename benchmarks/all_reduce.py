@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _figures import known_versions
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -62,7 +63,18 @@ def _rank(rank: int, ranks: int, store: str) -> None:
     gather = _us(lambda: dist.all_gather_into_tensor(found, pair))
     if rank == 0:
         print(f"16 bytes of each rank gathered by NCCL: {gather:.2f} us")
-        print(json.dumps({"benchmark": "all_reduce", "device": name, "ranks": ranks, "us": rows, "gather_us": gather}))
+        print(
+            json.dumps(
+                {
+                    "benchmark": "all_reduce",
+                    "device": name,
+                    "versions": known_versions(),
+                    "ranks": ranks,
+                    "us": rows,
+                    "gather_us": gather,
+                }
+            )
+        )
     dist.destroy_process_group()
 
 

@@ -1,11 +1,13 @@
 """Many requests of mixed lengths through the driver API, over several ranks: none is lost, nothing leaks, and what a batch is worth.
 
+A third of them are drawn and run three times: the first time kernels are compiled and graphs captured for the batches that occur.
+
     python benchmarks/cluster_requests.py                  # a tiny random model, which shows the overheads
     python benchmarks/cluster_requests.py --model SmolLM2-135M-Instruct --ranks 3 --requests 200
     python benchmarks/cluster_requests.py --model random:opt-6.7b --dtype bfloat16        # a shape on two GPUs
 
 Ends with exit code 1 where a request got other tokens than it asked for, or where a process grew by more than --leak MiB after the
-first third of the requests. Throughput is told as ratios to one request at a time, in the same run. On a CPU oneDNN keeps a kernel for
+first time. Throughput is told as ratios to one request at a time, in the same run. On a CPU oneDNN keeps a kernel for
 each number of tokens that it meets, which looks like a leak: without ROWCAST_CPU_PACK=1 it is left out here.
 """
 
@@ -20,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from _figures import known_versions
 
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.cluster.executor import GangExecutor
@@ -69,7 +73,13 @@ def main() -> None:
             print(f"max_num_seqs {batch}: {rates[batch] / rates[batches[0]]:.2f} times the tokens/s of {batches[0]}", flush=True)
     ratios = {batch: round(rate / rates[batches[0]], 3) for batch, rate in rates.items()}
     grown = max(found["grown_mib"].values())
-    told = {"benchmark": "cluster_requests", "ranks": options.ranks, "model": options.model or "tiny", **found}
+    told = {
+        "benchmark": "cluster_requests",
+        "versions": known_versions(),
+        "ranks": options.ranks,
+        "model": options.model or "tiny",
+        **found,
+    }
     told["tokens_per_s"] = {f"max_num_seqs {batch}": round(rate, 1) for batch, rate in rates.items()}
     print(json.dumps({**told, "throughput_ratio": ratios}))
     sys.exit(found["lost"] > 0 or grown > options.leak)
@@ -77,18 +87,18 @@ def main() -> None:
 
 def _many(llm: LLM, count: int) -> dict[str, Any]:
     """Generate for `count` requests, in three parts; what was lost and how processes have grown since the first."""
-    prompts, params = _requests(llm, count)
-    part = -(-count // 3)
-    lost, tokens = 0, 0
+    prompts, params = _requests(llm, -(-count // 3))
+    done, lost, tokens = 0, 0, 0
     before: dict[str, float] = {}
     started = time.perf_counter()
-    for first in range(0, count, part):
-        some = slice(first, first + part)
+    while done < count:
+        some = slice(count - done)
         outputs = llm.generate(prompts[some], params[some])
         lost += sum(not _is_whole(*each) for each in zip(outputs, prompts[some], params[some], strict=True))
         tokens += sum(output.metrics.generated_tokens for output in outputs)
+        done += len(outputs)
         before = before or _resident_mib(llm)
-        print(f"{first + len(outputs)} of {count} requests, {lost} lost, {_resident_mib(llm)} MiB", file=sys.stderr, flush=True)
+        print(f"{done} of {count} requests, {lost} lost, {_resident_mib(llm)} MiB", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
     llm.engine.check()
     executor = llm.engine._executor

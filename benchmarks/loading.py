@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import known_versions
 from safetensors.torch import save_file
 
 from rowcast import LLM, SamplingParams
@@ -44,7 +45,13 @@ def main() -> int:
     folder, tiny = (write(name, options.folder) for name in (options.model, TINY))
     files = sorted(folder.glob("*.safetensors"))
     total = sum(file.stat().st_size for file in files)
-    found: dict[str, Any] = {"benchmark": "loading", "model": options.model, "bytes": total, "ranks": options.ranks}
+    found: dict[str, Any] = {
+        "benchmark": "loading",
+        "versions": known_versions(),
+        "model": options.model,
+        "bytes": total,
+        "ranks": options.ranks,
+    }
     if drop_caches():
         found["disk_bytes_per_s"] = total / read_all(files, options.readers)
     else:

@@ -35,7 +35,7 @@ from typing import Any
 import opt_175b_ranks
 import torch
 from _eager import eager_layers
-from _figures import Claim, variant
+from _figures import Claim, known_versions, variant
 from opt_175b_floors import Bytes, kept, mean_kept
 from opt_175b_parts import Session, batches, foretell, kill, memory, params, prompts, token
 from opt_175b_ranks import watched
@@ -237,7 +237,7 @@ def main() -> None:
         "planned_for": f"{args.ranks} x {args.card}",
         "device": name,
         "bandwidth": session.bandwidth,
-        "torch": torch.__version__,
+        "versions": known_versions(),
     }
     session.say(f"{args.model}, {args.ranks} x {name}, a copy reaches {session.bandwidth / 1e12:.2f} TB/s")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool_of_one:

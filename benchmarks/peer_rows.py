@@ -12,6 +12,7 @@ import sys
 from statistics import median
 
 import torch
+from _figures import known_versions
 
 from rowcast.kernels.gpu.host_rows import Fetch, gather
 from rowcast.offload import gpu_rates
@@ -51,7 +52,7 @@ def main() -> int:
                 f"(by programs {by_programs}); host {from_host / 1e9:.1f} GB/s; {found[best] / from_host:.1f}x"
             )
     rates = {"copy_gb_s": copied / 1e9, "bus_gb_s": to_device / 1e9}
-    print(json.dumps({"benchmark": "peer_rows", "device": name, **rates, "rows": rows}))
+    print(json.dumps({"benchmark": "peer_rows", "device": name, "versions": known_versions(), **rates, "rows": rows}))
     return 0
 
 

@@ -38,7 +38,8 @@ from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS
 
-LADDERS = ["plain", "self:mlp=0.1,by=dejavu,heads=0.5", "self:mlp=0.1,by=dejavu-ahead,heads=0.5,heads_by=ahead"]
+LADDERS = ["plain", *(f"self:mlp=0.1,by=dejavu-ahead,heads={share},heads_by=ahead" for share in (0.5, 0.25))]
+"""Deja Vu's points for OPT-175B (arXiv 2310.17157): a tenth of the neurons, 48 or 24 of 96 heads."""
 GRID = [0.05, 1.0]
 """Densities of the written calibration, at all of which layers are alike."""
 
