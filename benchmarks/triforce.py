@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -165,6 +165,7 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
         steps = counted.rounds / case.sequences
         passes = {f"ms_per_round {rung}": 1e3 * each.seconds / steps for rung, each in counted.rungs.items()}
         more |= passes | {"ms_per_round between": 1e3 * counted.step_s - sum(passes.values())}
+        more |= {"ms between, median": 1e3 * median(counted.between_s), "ms between, most": 1e3 * max(counted.between_s)}
     chances = {} if name == "plain" else {"acceptance": f"self={args.outer},draft={args.inner}"}
     wish: dict[str, Any] = {"context": case.prompt + most, "prompt": case.prompt, "batch": case.sequences, **chances}
     foretold = planned(f"random:{case.model}", ladder, dtype=args.dtype, **wish)
@@ -197,6 +198,8 @@ class Counted:
     """Before those."""
     new_graphs: int
     """Passes in them that were made for the first time, or captured."""
+    between_s: list[float]
+    """Of each step, less its passes."""
 
 
 def new_graphs(llm: SimulatedLLM) -> int:
@@ -224,18 +227,20 @@ def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: in
     for request in requests:  # what follows is counted
         request.stats.rungs = {}
         request.stats.rounds = request.stats.round_tokens = 0
-    steps = []
+    steps, between, passes_s = [], [], 0.0
     for _ in range(rounds):
         started = time.perf_counter()
         engine.step()
         steps.append(time.perf_counter() - started)
+        before_s, passes_s = passes_s, sum(each.seconds for request in requests for each in request.stats.rungs.values())
+        between.append(steps[-1] - (passes_s - before_s))
     rungs: dict[str, RungCounts] = {}
     for request in requests:
         for name, each in request.stats.rungs.items():
             rungs.setdefault(name, RungCounts()).add(each)
         engine.abort(request)
     done, written = (sum(getattr(request.stats, what) for request in requests) for what in ("rounds", "round_tokens"))
-    return Counted(fmean(steps), first_s, done, written, rungs, warm, new_graphs(llm) - before)
+    return Counted(fmean(steps), first_s, done, written, rungs, warm, new_graphs(llm) - before, between)
 
 
 def main() -> int:

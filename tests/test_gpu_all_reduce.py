@@ -129,10 +129,11 @@ def test_the_kernel_norms_what_it_added(pieces: int, rms: bool) -> None:
             for part, rank in zip(parts, shared, strict=True):
                 sum_norm(part.clone(), rank, weight, bias, 1e-5, rms, looks=0)
                 rank.calls[: tokens * pieces] -= 1
-        wanted = norms.norm(parts[0] + parts[1], weight, bias, 1e-5, rms)
+        added = parts[0] + parts[1]
+        wanted = norms.norm(added, weight, bias, 1e-5, rms)
         for part, rank in zip(parts, shared, strict=True):
             total, normed = sum_norm(part, rank, weight, bias, 1e-5, rms, keep, looks=0)
-            assert torch.equal(total, parts[0] if rank is shared[1] else total) and normed.data_ptr() != total.data_ptr()
+            assert torch.equal(total, added) and total.data_ptr() == part.data_ptr() != normed.data_ptr()
             torch.testing.assert_close(normed, wanted, atol=2e-6, rtol=2e-6)
             assert torch.equal(rows[[14, 15]], normed[:2]) and not rows[0].any()
 
@@ -147,10 +148,16 @@ def _by_gpu(group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
         alone = torch.cat([reduce(some[token : token + 1].clone()) for token in range(7)])
         weight, bias = (_part(5 + which, 1, 0, dtype)[0].to(device) for which in range(2))
         assert reduce.takes_norm(some) == reduce.one_shot
+        ring = Ring(torch.zeros(RING, HIDDEN, dtype=dtype, device=device), *torch.tensor([[14], [7]], device=device).int())
         normed = {}
         for rms in (False, True) if reduce.one_shot else ():
-            total, together = reduce.sum_norm(some.clone(), weight, bias, 1e-5, rms, None)
-            apart = [reduce.sum_norm(some[t : t + 1].clone(), weight, bias, 1e-5, rms, None)[1] for t in range(7)]
+            total, together = reduce.sum_norm(some.clone(), weight, bias, 1e-5, rms, ring)
+            assert torch.equal(ring.rows[(torch.arange(7) + 14) % RING], together)
+            apart = []
+            for t in range(7):  # with others in between, of another size and of more tokens
+                apart.append(reduce.sum_norm(some[t : t + 1].clone(), weight, bias, 1e-5, rms, None)[1])
+                reduce.sum_norm(some[:, : CHUNK * (1 + t % 2)].contiguous(), None, None, 1e-5, rms, None)
+                reduce.sum_norm(some[:1].expand(16, -1).contiguous(), weight, bias, 1e-5, rms, None)
             normed[rms] = together, torch.cat(apart), norms.norm(total, weight, bias, 1e-5, rms)
         x, y = torch.zeros(1, HIDDEN, dtype=dtype, device=device), torch.zeros(7, HIDDEN, dtype=dtype, device=device)
         graph = torch.cuda.CUDAGraph()

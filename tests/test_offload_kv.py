@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from triton_interpreting import take_arrays_as_bounds
 
 from rowcast.kernels import gpu
+from rowcast.kernels.gpu import decoding
 from rowcast.offload.host_store import HostStore
 from rowcast.offload.outbox import Outbox, _Posted
 from rowcast.runtime.kv import HeavyHitters, PagedKV, Policy, Retrieval, SharedKV, Streaming
@@ -159,6 +161,23 @@ def test_the_kernels_read_the_buffers(kind: str, monkeypatch: pytest.MonkeyPatch
             close(mine, other)
         for kv in full:
             kv.commit(0, count)
+
+
+def test_lists_that_are_written_just_before_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that overlaps what comes before it reads where entries lie before it waits."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(gpu, "interpreted", True)
+    asked: list[bool | None] = []
+    real = decoding.decode
+
+    def decode(*args: Any, **options: Any) -> Tensor:
+        asked.append(options.get("overlap"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(decoding, "decode", decode)
+    model, (_, away) = Model(SPECS["plain"]), stores(SPECS["plain"], {0, 1}, summaries=False)
+    model.run(away, [step([1] * 13, 0, list(range(30, 55)))])
+    assert asked and not any(each is None or each for each in asked)
 
 
 def test_a_view_of_all_entries_lends_the_store() -> None:

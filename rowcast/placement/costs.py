@@ -398,9 +398,10 @@ class CostModel:
         if rung.model is not None:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
             return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
-        if rung.heads < 1 and not rung.heads_ahead:
+        aside = not self.layout.on_cpu and not self._is_driven(rung, mode)  # what is chosen ahead has a stream of its own
+        if rung.heads < 1 and not (rung.heads_ahead and aside):
             each += constants.select_s
-        elif rung.neurons < 1 and not rung.ahead:
+        elif rung.neurons < 1 and not (rung.ahead and aside):
             each += constants.select_s * (1.0 if any(self._fetches(site, mode) for site in self.layout.sites) else rung.asking)
         if mode.rows and rung.neurons < 1 and not rung.ahead:
             each += constants.fetch_layer_s

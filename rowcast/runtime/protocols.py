@@ -142,7 +142,8 @@ class Comm(Protocol):
         ...
 
     def all_reduce_norm(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """The sum of x [T, D] as `all_reduce` gives it, and its norm."""
+        """The sum of x [T, D] as `all_reduce` gives it, and its norm, whose last bits may be others than `norm` alone gives. May
+        overwrite `x`; both are the same on every rank, and a token's do not depend on how many there are, up to 16."""
         ...
 
     def exchange(self, x: Tensor) -> Tensor:

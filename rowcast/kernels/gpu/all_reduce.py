@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("rowcast")
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_SENT: Final = 16 << 20
+"""Bytes that a rank writes to its peers for a sum; from there on a library, which sends each peer a piece, takes over. Assumed."""
 _TRIALS: Final = 3
 """Both places of a chunk, and the first one again."""
 _TRIAL_LOOKS: Final = 1 << 25
@@ -63,7 +65,9 @@ class FastAllReduce:
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x` is added in one shot. The same on all ranks, whose tensors have the same shape and strides."""
-        return self._shared is not None and x.dtype == self.dtype and x.is_contiguous() and 0 < x.numel() <= self.most_elements
+        if self._shared is None or x.dtype != self.dtype or not x.is_contiguous() or not 0 < x.numel() <= self.most_elements:
+            return False
+        return 2 * x.nbytes * (self.group.size() - 1) <= _MOST_SENT
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x`, contiguous, now the sum over all ranks."""
@@ -77,10 +81,10 @@ class FastAllReduce:
 
     def takes_norm(self, x: Tensor) -> bool:
         """Whether `sum_norm` takes x [T, D]. Of one D it takes any number of tokens up to 16, or none."""
-        from rowcast.kernels.gpu.one_shot import CHUNK, MOST_PIECES
-
         if not self.takes(x) or x.dim() != 2:
             return False
+        from rowcast.kernels.gpu.one_shot import CHUNK, MOST_PIECES
+
         tokens, size = x.shape
         return tokens <= MOST_TOKENS and size % CHUNK == 0 and size <= MOST_PIECES * CHUNK
 
@@ -147,10 +151,10 @@ class FastAllReduce:
                     signs = torch.ones(tokens, 2 * CHUNK, dtype=self.dtype, device=self.device)
                     signs[:, ::2] = -1.0
                     normed = sum_norm(signs.clone(), self._shared, None, None, 0.0, False, None, _TRIAL_LOOKS)[1]
-                    right.append(bool((normed == signs).all()))
-        except RuntimeError as error:
+                    right.append(torch.allclose(normed, signs, rtol=1e-2))
+        except Exception as error:  # of the driver, or of Triton's compiler, which has classes of its own
             return f"one shot does not run ({_first_line(error)})"
-        return None if all(right) else "a trial in one shot gave a wrong sum"
+        return None if all(right) else "a trial in one shot gave a wrong sum or norm"
 
 
 def _first_obstacle(group: dist.ProcessGroup, own: str | None) -> str | None:

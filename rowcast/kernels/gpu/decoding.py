@@ -114,7 +114,8 @@ def decode(
     list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.
 
     `tiles`: another cut than `tiles_for`'s. `overlap`: launch each step before what comes before it has ended, where it waits
-    (programmatic dependent launch); by default on a GPU.
+    (programmatic dependent launch); by default on a GPU. Precondition of it: a kernel that waited stands between this call and what
+    wrote tables, starts, counts, heads and chunks, which are read before the wait (see overlap.py).
     """
     rows, query_heads, size = q.shape
     kv_heads, block_size = keys.shape[2], keys.shape[1]

@@ -3,10 +3,11 @@
 Every rank writes its part into the memory of each peer and adds all parts in the order of ranks. Each element goes as one word that
 holds the number of the call beside it, so that a word tells by itself that it has arrived: nobody signals, and nobody waits for a write
 to be acknowledged (the idea of NCCL's low-latency protocol). A message is cut into chunks, which know nothing of each other. Two places
-take turns, so that nobody waits again at the end: who is in call n + 1 has heard of everybody in it, and so that call n - 1 has ended
-everywhere. Numbers of calls are counted on the device: captured in a graph, a call is replayed like any other.
+take turns, so that nobody waits again at the end: who begins call n + 1 has heard everybody in call n, where call n - 1 has ended, and
+its place is free. Numbers of calls are counted on the device: captured in a graph, a call is replayed like any other.
 
-With a norm, a token's chunks tell each other their mean and their sum of squares, once their parts are added.
+With a norm, a token's chunks tell each other their mean and their sum of squares, once their parts are added: programs begin in order,
+and those of a token are on the GPU together. A word is one access of 4 or 8 bytes, for which no order with others is asked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CHUNK: Final = 1024
 """Elements of a chunk."""
 MOST_PIECES: Final = 64
 """Chunks of a token that is normed."""
-FOREVER: Final = 1 << 60
+FOREVER: Final = (1 << 31) - 1
 """Looks at what a peer writes before a program gives up, and the sum is wrong: for calls that no peer may miss."""
 
 
@@ -49,8 +50,8 @@ class Shared:
 
     @staticmethod
     def size(most: int, world: int, dtype: torch.dtype) -> int:
-        """Bytes: two places for each rank's words."""
-        return 2 * world * -(-most // CHUNK) * CHUNK * 2 * dtype.itemsize
+        """Bytes: two places for each peer's words."""
+        return 2 * (world - 1) * -(-most // CHUNK) * CHUNK * 2 * dtype.itemsize
 
 
 def sum_(x: Tensor, shared: Shared, looks: int = FOREVER) -> Tensor:
@@ -196,17 +197,19 @@ def _sum_kernel(
     call = tl.load(calls_ptr + chunk) + 1
     x = tl.load(x_ptr + at, mask=at < count, other=0.0)
     word = _word(x, call)
-    place = call % 2 * WORLD * CHUNKS + chunk
+    place = call % 2 * (WORLD - 1) * CHUNKS + chunk
     for peer in tl.static_range(WORLD):
         if peer != RANK:
             theirs = tl.multiple_of(tl.load(addresses_ptr + peer).to(word_ptr), 16)
-            tl.store(theirs + (place + RANK * CHUNKS) * CHUNK + offset, word)
+            own = RANK if peer > RANK else RANK - 1  # among the peer's peers
+            tl.store(theirs + (place + own * CHUNKS) * CHUNK + offset, word)
     total = tl.zeros([CHUNK], tl.float32)
     for peer in tl.static_range(WORLD):
         if peer == RANK:
             total += x.to(tl.float32)
         else:
-            part = mine + (place + peer * CHUNKS) * CHUNK + offset
+            other = peer if peer < RANK else peer - 1
+            part = mine + (place + other * CHUNKS) * CHUNK + offset
             words = tl.load(part, volatile=True)
             left = looks
             while (_missing(words, call) > 0) & (left > 0):

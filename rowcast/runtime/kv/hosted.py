@@ -291,6 +291,7 @@ class HostedKV(PagedKV):
                     window=self.spec.windows[layer],
                     slopes=slopes,
                     absolute_bias_scale=self.absolute_bias_scale,
+                    overlap=False,  # where entries lie is written just before
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -94,6 +94,8 @@ class _Part:
 class PlacedNeurons(DeviceNeurons):
     """One layer's MLP by its selector. Up to 16 tokens the union of their rows is fetched, with more all of them pass through."""
 
+    fetches = True
+
     def __init__(self, layer: int, bank: PlacedFfn, selector: Selector, counts: DeviceCounts) -> None:
         """Precondition: `bank.on_device`."""
         assert bank.on_device and bank.cached is not None and bank.pool is not None

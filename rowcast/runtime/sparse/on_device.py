@@ -126,15 +126,18 @@ class DevicePasses:
             assert self._heads_ahead is not None, f"nobody looked ahead for layer {layer}"
             self._join()
             (_, found), self._heads_ahead = self._heads_ahead, None
+        ahead = neurons if neurons is not None and neurons.reads_ahead else None
+        if ahead is not None and ahead.fetches:  # over the bus, which takes longest
+            self._ahead = x, self._aside(partial(ahead.choose, x))
         if heads is not None:
-            projected = heads.qkv(x, found or heads.choose(x, self._late), self._late)
+            projected = heads.qkv(x, heads.choose(x, self._late) if found is None else found, self._late)
         else:
             reads = self._counts.pass_reads
             reads.use("heads", x.shape[0] * self._banks.split.heads, layer if any(self._heads) else None)
             reads.bytes += bank.qkv.nbytes + bank.o.nbytes
             projected = self._banks.qkv(layer, x)
-        if neurons is not None and neurons.reads_ahead:  # behind the products, which keep the memory busy, beside attention
-            self._ahead = x, self._aside(partial(neurons.choose, x))
+        if ahead is not None and not ahead.fetches:  # behind the products, which keep the memory busy, beside attention
+            self._ahead = x, self._aside(partial(ahead.choose, x))
         return projected
 
     def heads(self, layer: int) -> Heads:
@@ -201,6 +204,9 @@ Choice = select.Chosen | Tensor
 
 class DeviceNeurons:
     """One layer's MLP by its selector, as `SparseWeights.mlp` for generated tokens."""
+
+    fetches = False
+    """Whether `choose` begins to bring the rows from elsewhere."""
 
     def __init__(self, layer: int, bank: FfnBank, selector: Selector, sparse_tokens: int, counts: DeviceCounts) -> None:
         self._layer = layer
