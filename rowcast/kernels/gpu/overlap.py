@@ -2,8 +2,9 @@
 
 A kernel compiled with OVERLAP calls `gdc_wait` before it reads what kernels before it wrote, and every program of it does, since its
 own end tells the next kernel that these have ended, too. It calls `gdc_launch_dependents` when its loads are done: earlier, programs of
-the next kernel would take shared memory away from its own; one of few or short programs, a selection, a norm, does so at once. A product
-of few bits whose programs fill the GPU does so once it has waited: then the next one's take the places of those that end, and read weights.
+the next kernel would take shared memory away from its own. One of few or short programs, a selection or a norm, does so at once. A
+low-bit product whose programs fill the GPU does so once it has waited: then the next one's take the places of those that end, and read
+weights.
 Kernels that know nothing of this may stand before and behind it.
 
 Before the wait a kernel reads weights, and ids, counts and tables only where another kernel, which waited before it let the next one
