@@ -163,21 +163,30 @@ def test_the_kernels_read_the_buffers(kind: str, monkeypatch: pytest.MonkeyPatch
             kv.commit(0, count)
 
 
-def test_lists_that_are_written_just_before_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that overlaps what comes before it reads where entries lie before it waits."""
+def test_where_entries_lie_is_written_before_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that overlaps what comes before it reads that before it waits."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "interpreted", True)
-    asked: list[bool | None] = []
+    model, (_, away) = Model(SPECS["plain"]), stores(SPECS["plain"], {0, 1}, summaries=False)
+    written: list[Tensor] = []
     real = decoding.decode
 
-    def decode(*args: Any, **options: Any) -> Tensor:
-        asked.append(options.get("overlap"))
-        return real(*args, **options)
+    def decode(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, **options: Any) -> Tensor:
+        written.extend((tables, starts))
+        assert not options.get("overlap", True) or all(any(each is known for known in before) for each in (tables, starts))
+        return real(q, keys, values, tables, starts, **options)
+
+    bind = away.bind
+    before: list[Tensor] = []
+
+    def bound(steps: Any) -> None:
+        bind(steps)
+        before[:] = [each for parts in away._decoded for part in parts for each in (part.table, part.starts)]
 
     monkeypatch.setattr(decoding, "decode", decode)
-    model, (_, away) = Model(SPECS["plain"]), stores(SPECS["plain"], {0, 1}, summaries=False)
-    model.run(away, [step([1] * 13, 0, list(range(30, 55)))])
-    assert asked and not any(each is None or each for each in asked)
+    monkeypatch.setattr(away, "bind", bound)
+    model.run(away, [step([1] * 21, 0, list(range(30, 55)))])
+    assert len(before) == 4 and len(written) > 4
 
 
 def test_a_view_of_all_entries_lends_the_store() -> None:

@@ -7,7 +7,7 @@ through a ring of buffers, a layer ahead, some KV heads at a time; views that sh
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -41,6 +41,20 @@ kernel has a single program for each head."""
 
 OUTBOX_BYTES = 64 << 20
 """New entries on their way to the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """Up to 16 of a bound sequence's tokens, as flash-decoding takes them over a buffer."""
+
+    tokens: slice
+    """Of those that are bound."""
+    table: Tensor
+    """int32 [1, n]: the blocks of the buffer that hold its entries."""
+    starts: Tensor
+    """int32 [1]."""
+    length: int
+    """Entries, with the tokens' own."""
 
 
 class HostedKV(PagedKV):
@@ -100,6 +114,8 @@ class HostedKV(PagedKV):
         """By sequence, where its entries begin there."""
         self._seats: list[int] = []
         """The same, in the order of what is bound."""
+        self._decoded: list[list[_Decoded]] = []
+        """In the same order; empty for what does not go by kernel."""
         self._writes: Sequence[Run] = ()
         """Of the bound tokens, where their entries go in host memory."""
         self._new: tuple[Tensor, Tensor] | None = None
@@ -249,14 +265,30 @@ class HostedKV(PagedKV):
         self._own = torch.tensor(own, device=self.device)
         self._writes = together(slots)
         self._seats = [self._firsts[step.seq_id] for step in steps]
+        self._decoded = [
+            self._by_kernel(seq.length, len(step.tokens), self._firsts[step.seq_id])
+            for seq, step in zip(self._bound, steps, strict=True)
+        ]
+
+    def _by_kernel(self, length: int, tokens: int, first: int) -> list[_Decoded]:
+        """How flash-decoding takes the newest `tokens` of a sequence of `length` entries, which begin at `first` in a buffer. Made before
+        the pass: attention reads it before it waits for the kernel before."""
+        if tokens > MOST_KERNEL_TOKENS or not gpu.serves(self.device):
+            return []
+        found, first = [], first // self.block_size
+        for done in range(length - tokens, length, gpu.MOST_TOKENS):
+            end = min(done + gpu.MOST_TOKENS, length)
+            table = torch.arange(first, first + -(-end // self.block_size), dtype=torch.int32, device=self.device)
+            starts = torch.full((1,), done, dtype=torch.int32, device=self.device)
+            found.append(_Decoded(slice(done - length + tokens, end - length + tokens), table[None], starts, end))
+        return found
 
     def _over(self, layer: int, place: int, rows: Tensor, entries: Tensor, heads: slice) -> Tensor:
         """Of one bound sequence, the query heads `heads`, whose rows these are: attention over entries [2, Kg, n, d] of a buffer."""
         seq, first = self._bound[place], self._seats[place]
         slopes = None if self.slopes is None else self.slopes[heads]
         keys, values = entries[:, :, first : first + seq.length].transpose(1, 2)
-        tokens, start = len(rows), seq.length - len(rows)
-        if tokens > MOST_KERNEL_TOKENS or not gpu.serves(rows.device):
+        if len(rows) > MOST_KERNEL_TOKENS or not gpu.serves(rows.device):
             return attend(
                 rows,
                 keys,
@@ -271,29 +303,21 @@ class HostedKV(PagedKV):
         blocks = entries.view(2, entries.shape[1], -1, self.block_size, entries.shape[3]).permute(
             0, 2, 3, 1, 4
         )  # [2, blocks, block_size, Kg, d]
-        parts = []
-        for done in range(0, tokens, gpu.MOST_TOKENS):
-            some = rows[done : done + gpu.MOST_TOKENS]
-            length = start + done + len(some)
-            count = -(-length // self.block_size)
-            table = torch.arange(
-                first // self.block_size, first // self.block_size + count, dtype=torch.int32, device=rows.device
+        parts = [
+            decoding.decode(
+                rows[part.tokens].contiguous(),
+                blocks[0],
+                blocks[1],
+                part.table,
+                part.starts,
+                scale=self.spec.attention_scale,
+                most_entries=part.length,
+                window=self.spec.windows[layer],
+                slopes=slopes,
+                absolute_bias_scale=self.absolute_bias_scale,
             )
-            parts.append(
-                decoding.decode(
-                    some.contiguous(),
-                    blocks[0],
-                    blocks[1],
-                    table[None],
-                    torch.full((1,), start + done, dtype=torch.int32, device=rows.device),
-                    scale=self.spec.attention_scale,
-                    most_entries=length,
-                    window=self.spec.windows[layer],
-                    slopes=slopes,
-                    absolute_bias_scale=self.absolute_bias_scale,
-                    overlap=False,  # where entries lie is written just before
-                )
-            )
+            for part in self._decoded[place]
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _of(self, which: int, here: Tensor, entries: Tensor, heads: slice) -> Tensor:
