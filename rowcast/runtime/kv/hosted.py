@@ -271,7 +271,7 @@ class HostedKV(PagedKV):
         ]
 
     def _by_kernel(self, length: int, tokens: int, first: int) -> list[_Decoded]:
-        """How flash-decoding takes the newest `tokens` of a sequence of `length` entries, which begin at `first` in a buffer. Made before
+        """How flash-decoding takes the newest `tokens` of a sequence of `length` entries, from `first` on in a buffer. Made before
         the pass: attention reads it before it waits for the kernel before."""
         if tokens > MOST_KERNEL_TOKENS or not gpu.serves(self.device):
             return []
