@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from report_figures import PLANNED_HEAD, Result, claims, details, draw, figures, foretold, has_figures
+from report_figures import NONE, PLANNED_HEAD, Result, claims, details, draw, figures, foretold, has_figures, verdict
+from report_tables import anything, latency, planned, same_tokens, serving, sums, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
@@ -25,18 +26,42 @@ IMAGES = ROOT / "docs/images"
 HEAD = """# Benchmarks
 
 Written by `python benchmarks/report.py` from the JSON lines in [results](results), which the commands beside them printed. Times on a
-GPU are medians over warm runs with fresh random inputs. The floor of a time is the bytes that have to be read over the rate of a copy
-that was measured in the same run, counting bytes read and written. Shapes have random weights, unless a model is named: they show time
-and say nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows
-all of them but serving; without `--list` it runs them side by side on the GPUs of a machine.
+GPU are medians over warm runs with fresh random inputs. Shapes have random weights, unless a model is named: they show time and say
+nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows all of
+them but serving; without `--list` it runs them side by side on the GPUs of a machine.
+
+What stands in the commands:
+
+- `A.txt`, `B.txt`, `C.txt` are texts of your own, plain and in UTF-8: A and B to calibrate or train on, C to judge by, which nothing
+  was learnt from. In place of A and B ours were three: the novels *Katrine* and *News from Nowhere* and WikiText-2's validation split;
+  C is the whole of *Jack Sheppard* (Project Gutenberg's eBook 16215, of which tests/data has the first chapters).
+- `RUN` is the folder that `suite.py -o` was given: what one benchmark makes, as a trained copy, another one reads there.
+
+Words of the tables and lists:
+
+- **floor**: the time in which the bytes that have to be read come at the rate of a copy, measured in the same run; the copy's bytes
+  count as read and as written. **share**: floor over time. It may exceed 1, as that copy is no limit: it writes, too, and what only
+  reads can be a little faster.
+- **GB**: 1e9 bytes; beside a time a token, those that one GPU reads for it. **planned**: what `rowcast plan` foretells.
+- **peers**, **beside**: others that did the same work in the same run. **x**: their time over ours; above 1 ours is faster.
+- **wanted**: a bound that was set before it was measured; met or missed.
+- **round**: rungs of a ladder propose tokens, and the whole model judges them in one pass. **tokens per round** are those that stood,
+  with the model's own; **acceptance** is the share of a rung's proposals that stood. Where it is simulated, rounds vary by chance:
+  **on average** is what the given acceptances make of the tokens of a round, and a token's time is taken over that.
+- **ms per round**: of all of it, and by rung; **between**: the round's time less that of its passes. **first s**: until the first
+  token. **warm rounds**: those before the timed ones, in which kernels are compiled and CUDA graphs captured; **new graphs**: passes
+  among the timed ones that were captured all the same.
+- **speed up**: plain decoding's time over the ladder's, in turn on the same text, from the first token on. **later speed up**: the
+  same over the second half of the tokens, without what happens once, as a draft reading the prompt. **identical**: the greedy output
+  is plain decoding's; where it is not, **gap** is by how much plain prefers its own token there.
+- **density**, **head density**: shares of the neurons and of the heads that were computed. **fallbacks**: rows for which the
+  certified head read all of the vocabulary. **scheduling**: the time between steps over that on the GPU.
+- **peak of the memory**: what each side allocated. Rowcast reserves KV at its start, for 64 sequences of the model's full length or
+  for all that fits, whatever is then asked of it; Transformers' grows with the text.
+- **ms to the first token**, **between tokens**: as a client of the server sees them. **held**: all that a case of serving claims was
+  so; its section says what that is. **grown**: by how much a process is larger at the end than after a third of the requests, beside
+  what it keeps more of prompts' KV for others to come.
 """
-
-
-def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def kernels(result: Result) -> Iterator[str]:
@@ -51,12 +76,15 @@ def kernels(result: Result) -> Iterator[str]:
                 continue
             peers = [f"{name} {peer['time_s'] * 1e6:.1f} ({peer['ratio']:.2f}x)" for name, peer in case["peers"].items()]
             note = f". {case['note']}" if case["note"] else ""
+            floor, share = f"{case['floor_s'] * 1e6:.1f}", f"{case['share_of_floor']:.2f}"
+            if case["family"] == "host":  # whose floor is the bus, not the GPU's memory
+                floor, share = NONE, f"{case['peers']['dma']['ratio']:.2f} of dma" if "dma" in case["peers"] else NONE
             yield (
                 case["name"],
                 case["shape"] + note,
                 f"{case['time_s'] * 1e6:.1f}",
-                f"{case['floor_s'] * 1e6:.1f}",
-                f"{case['share_of_floor']:.2f}",
+                floor,
+                share,
                 ", ".join(peers),
             )
 
@@ -90,78 +118,12 @@ def _cases(result: Result) -> list[dict[str, Any]]:
     return next(value for value in result["report"].values() if isinstance(value, list))
 
 
-def serving(result: Result) -> Iterator[str]:
-    """A case of benchmarks/serving.py: what happened to the requests, then the latencies of each of its loads."""
-    report = result["report"]
-    judged = report.get("accepted", report)
-    if "equal" in judged:
-        counts = ", ".join(f"{judged[name]} {name}" for name in ("requests", "lost", "equal", "excused", "different"))
-        yield f"Against `LLM.generate` of the same requests: {counts} (excused: parted at a tie below 1e-4)."
-        yield ""
-    loads = {name: load for name, load in {"": report, **report}.items() if isinstance(load, dict) and "p99_ttft_ms" in load}
-    if loads:
-        head = ("", "requests/s", "tokens/s", "ms to the first token: median", "p99", "ms between tokens: median", "p99")
-        yield from table(head, (_latencies(name or "all", load) for name, load in loads.items()))
-        yield ""
-    known = {"case", "model", "seconds", "accepted", *_JUDGED, *loads}
-    if "" in loads:
-        known |= set(report) - _BESIDE_A_LOAD
-    yield from anything({"report": {name: value for name, value in report.items() if name not in known}})
-
-
-_JUDGED = ("requests", "lost", "equal", "excused", "different", "near_ties", "differences", "lost_as")
-_BESIDE_A_LOAD = {"resident_mib", "grown_mib", "exit_code", "streams", "share_of_offline"}
-
-
-def _latencies(name: str, load: dict[str, Any]) -> Sequence[str]:
-    rates = (f"{load[rate]:.2f}" if load.get(rate) else "" for rate in ("request_throughput", "output_throughput"))
-    times = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")
-    return name, *rates, *(f"{load[time]:,.0f}" for time in times)
-
-
-def anything(result: Result) -> Iterator[str]:
-    """Of a benchmark without a table of its own: its figures, a line each; of what lists things alike, a table."""
-
-    def rows(found: Any, name: str = "") -> Iterator[Sequence[str]]:
-        if isinstance(found, dict):
-            for key, value in found.items():
-                yield from rows(value, f"{name} {key}".strip())
-        elif isinstance(found, list) and any(isinstance(value, (dict, list)) for value in found):
-            for place, value in enumerate(found):
-                yield from rows(value, f"{name} {place}".strip())
-        else:
-            yield name.replace("_", " "), _told(found)
-
-    report = {
-        name: value
-        for name, value in result["report"].items()
-        if name not in ("benchmark", "device", "model", "note", "versions")
-    }
-    tables = {name: value for name, value in report.items() if _are_alike(value)}
-    if plain := list(rows({name: value for name, value in report.items() if name not in tables})):
-        yield from table(("figure", ""), iter(plain))
-    for place, (name, alike) in enumerate(tables.items()):
-        if plain or place:
-            yield ""
-        yield from (f"{name.replace('_', ' ').capitalize()}:", "")
-        yield from table(list(alike[0]), ([_told(value) for value in one.values()] for one in alike))
-
-
-def _are_alike(value: object) -> bool:
-    """Whether it is a list of things that have one number or word for each of the same names."""
-    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
-        return False
-    return all(list(one) == list(value[0]) and not any(isinstance(each, dict | list) for each in one.values()) for one in value)
-
-
-def _told(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def with_figures(result: Result) -> Iterator[str]:
     """Of a benchmark that prints figures and claims."""
     if rate := result["report"].get("bandwidth"):
         yield from (f"Floors are bytes at {rate / 1e9:.0f} GB/s, which was measured in the same run.", "")
+    if lines := list(verdict(result)):
+        yield from (*lines, "")
     head, *rows = figures(result)
     yield from table(head, iter(rows))
     if len(rows) > 1:
@@ -255,7 +217,15 @@ def opt_175b(result: Result) -> Iterator[str]:
         yield ""
 
 
-TABLES: dict[str, Callable[[Result], Iterator[str]]] = {"kernels": kernels, "opt175b": opt_175b, "serving": serving}
+TABLES: dict[str, Callable[[Result], Iterator[str]]] = {
+    "all": sums,
+    "exact": same_tokens,
+    "kernels": kernels,
+    "latency": latency,
+    "opt175b": opt_175b,
+    "planned": planned,
+    "serving": serving,
+}
 PICTURES: dict[str, Callable[[Result], None]] = {"kernels": draw_kernels}
 """By the first part of a result's name, before a dash."""
 
@@ -272,11 +242,13 @@ def page(results: Sequence[Result]) -> str:
     lines = [HEAD]
     for result in results:
         report = result["report"]
-        device = ", ".join(part for part in (report.get("model"), report.get("device"), result.get("where")) if part)
+        gpu = report.get("device_name") or report.get("device")
+        device = ", ".join(part for part in (report.get("model"), gpu, result.get("where")) if part)
+        source = f"[results/{result['name']}.json](results/{result['name']}.json)"
         versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
         lines += [f"## {result['title']}", ""]
         lines += [
-            ", ".join(part for part in (result["date"], device, versions) if part) + ":",
+            ", ".join(part for part in (result["date"], device, versions) if part) + f" ({source}):",
             "",
             f"    {result['command']}",
             "",
@@ -290,6 +262,14 @@ def page(results: Sequence[Result]) -> str:
 
 def kept() -> list[Result]:
     return [{**json.loads(path.read_text()), "name": path.stem} for path in sorted(RESULTS.glob("*.json"))]
+
+
+def without_places(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with a model that is a path of the machine put down as its name."""
+    model = report.get("model")
+    if not (isinstance(model, str) and Path(model).is_absolute()):
+        return report
+    return {**report, "model": Path(model).name.removesuffix(".gguf")}
 
 
 def main() -> None:
@@ -307,7 +287,7 @@ def main() -> None:
         ]
         if missing:
             parser.error(f"--keep needs {', '.join(missing)}, too")
-        report = json.loads(given.keep.read_text().strip().splitlines()[-1])
+        report = without_places(json.loads(given.keep.read_text().strip().splitlines()[-1]))
         result = {"title": given.title, "date": given.date, "where": given.where, "command": given.command, "report": report}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")

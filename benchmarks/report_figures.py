@@ -8,6 +8,8 @@ from typing import Any
 Result = dict[str, Any]
 Row = tuple[str, ...]
 
+NONE = "—"
+"""In a cell for which there is no number."""
 PLANNED_HEAD = ("result", "what", "planned, ms a token", "measured", "planned over measured")
 
 
@@ -33,7 +35,10 @@ def figures(result: Result) -> Iterator[Row]:
 
 
 def claims(result: Result) -> Iterator[str]:
-    """A line each, and what was not measured."""
+    """A line each, and what was not measured. Of real text, first how much faster than our own plain decoding each ladder is."""
+    for name, more in _ladders(result):
+        later = f"; {more['later_speed_up']:.2f} in the second half of the tokens" if "later_speed_up" in more else ""
+        yield f"- {name} over our plain decoding: {more['speed_up']:.2f}{later}"
     for one in result["report"].get("claims", []):
         limit = "at most" if one["at_most"] else "at least"
         yield f"- {one['what']}: {one['value']:.3g}, {limit} {one['bound']:g} wanted: {'met' if one['met'] else 'missed'}"
@@ -41,20 +46,55 @@ def claims(result: Result) -> Iterator[str]:
         yield f"- not measured: {why}"
 
 
+def verdict(result: Result) -> Iterator[str]:
+    """Of real text: which ladders beat our own plain decoding in that run, and which do not. A line, or none."""
+    found = list(_ladders(result))
+    if not found:
+        return
+    faster, slower = ([f"`{name}`" for name, more in found if (more["speed_up"] > 1) is wins] for wins in (True, False))
+    idle = [f"`{name}`" for name, more in found if not more.get("acceptance") and more.get("tokens_per_round") == 1]
+    parts = [
+        f"faster than our own plain decoding: {', '.join(faster) or 'none'}; not faster: {', '.join(slower) or 'none'}",
+        *([f"no token was proposed by {', '.join(idle)}"] if idle else []),
+    ]
+    yield f"**In this run {'; '.join(parts)}.**"
+
+
+def _ladders(result: Result) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ladders that ran in turn with our own plain decoding, and what they say of themselves."""
+    for one in result["report"].get("figures", []):
+        if one["ladder"] != "plain" and "speed_up" in one["more"]:
+            yield one["name"], one["more"]
+
+
 def details(result: Result) -> Iterator[str]:
     """What else a figure says of itself, a line each."""
     for one in result["report"]["figures"]:
-        told = ", ".join(f"{name.replace('_', ' ')} {_number(each)}" for name, each in one["more"].items() if _is_plain(each))
-        if told:
-            yield f"- {one['name']}: {told}"
+        shown = ", ".join(f"{name.replace('_', ' ')} {told(each)}" for name, each in one["more"].items() if is_plain(each))
+        if shown:
+            ladder = f" (`{one['ladder']}`)" if one["ladder"] not in ("", "plain", one["name"]) else ""
+            yield f"- {one['name']}{ladder}: {shown}"
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     return value is not None and value != {} and value != []
 
 
-def _number(value: object) -> str:
+def told(value: object) -> str:
+    """A value of the JSON as a cell or in a sentence; of a dict's shares two places."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_share(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(told, value))
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+
+def _share(value: object) -> str:
+    return f"{value:.2f}".removeprefix("0") if isinstance(value, float) and 0 <= value <= 1 else told(value)
 
 
 def draw(result: Result) -> Any:

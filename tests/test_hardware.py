@@ -50,8 +50,10 @@ def test_gpus_by_name(text: str, expected: list[list[str]]) -> None:
         ("0xH100", "asks for 0 cards: write a count from 1 to 4096"),
         ("99999999999999xH100", "write a count from 1 to 4096"),
         ("2x2xH100+L4", "not a list of cards"),
-        ("A100", "use one of A100-40GB, A100-80GB, A100-80GB-PCIe"),
+        ("A100", "did you mean A100-40GB, A100-80GB, A100-80GB-PCIe?"),
         ("2xRTX4080", "RTX4090"),
+        ("4xH201", f"(did you mean H200?): use one of {', '.join(CARDS)}, or"),
+        ("4xFOO", f"not in the table: use one of {', '.join(CARDS)}, or"),
         ("RTX 4090 Laptop GPU", "not in the table"),
     ],
 )

@@ -13,7 +13,8 @@ import pytest
 from plan_samples import FORECAST, memory
 
 from rowcast.errors import UserError
-from rowcast.placement.picture import draw
+from rowcast.placement.forecast import Stage
+from rowcast.placement.picture import _figure, draw
 
 
 def texts(path: Path) -> list[str]:
@@ -32,6 +33,19 @@ def test_it_names_devices_classes_stages_and_the_bottleneck(tmp_path: Path) -> N
     assert any("81% of 226 ms a token" in text for text in found)
     assert any("4.42 tokens/s (3.6 to 5.1)" in text for text in found)
     assert "rung weights" not in found  # nothing of that kind is in memory
+
+
+def test_figures_are_plain_and_beside_the_legend(tmp_path: Path) -> None:
+    stages = [Stage("plain", "neurons", {}, {"host memory": 138.0, "CPU": 138.0}), Stage("plain", "KV", {}, {"bus": 2e-7})]
+    slow = replace(FORECAST, stages=stages, seconds_per_token=123.4567, tokens_per_s=12345.6)
+    draw(slow, tmp_path / "a.svg")
+    found = texts(tmp_path / "a.svg")
+    assert {"138000", "276000", "<0.001"} <= set(found) and not any("e+" in text or "e-0" in text for text in found)
+    assert any("of 123457 ms a token" in text for text in found) and any("12346 tokens/s" in text for text in found)
+    figure = _figure(slow)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert all(text.get_window_extent().x1 <= axes.get_window_extent().x1 for text in axes.texts)
 
 
 def test_the_same_forecast_gives_the_same_bytes(tmp_path: Path) -> None:

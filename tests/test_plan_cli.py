@@ -268,6 +268,26 @@ def test_what_cannot_be_done_yet_is_named(directory: Path) -> None:
         assert "resident" not in str(caught.value)
 
 
+def test_a_pipeline_says_at_once_what_to_plan_for(run: Run, directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.plan"
+    asked = ("plan", directory, "--gpus", "2xRTX4090", "--ladder", "plain", "--groups", "50", "-o", file)
+    code, out, _ = run(*asked, "--tp", "1")
+    told = "no engine executes this plan yet: a pipeline of 2 stages; plan for these GPUs with --tp 2"
+    assert code == 0 and out.splitlines()[2] == told and out.count("no engine") == 1
+    for ranks in ("1", "2"):
+        code, out, err = run("generate", "hi", "--model", directory, "--plan", file, "--tp", ranks)
+        assert (code, out) == (2, "") and "a pipeline of 2 stages" in err and "plan for these GPUs with --tp 2, or" in err
+    assert run(*asked, "--tp", "2")[0] == 0
+    code, out, err = run("generate", "hi", "--model", directory, "--plan", file)
+    assert (code, out) == (2, "") and "the plan is for 2 ranks and --tp 1 is not: run it with --tp 2, or" in err
+
+
+def test_where_ranks_cannot_be_as_many_as_gpus() -> None:
+    """Twelve heads have no five equal parts: four GPUs could share them."""
+    plan = plan_for("facebook/opt-125m", MachineWish(gpus="5xRTX4090"), ladder="plain", groups=50)
+    assert plan.notes[-1] == "no engine executes this plan yet: a pipeline of 5 stages; plan for 4 GPUs with --tp 4"
+
+
 def test_a_plan_for_a_gpu_that_is_not_here(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_for(str(directory), MachineWish(gpus="RTX4090"), ladder="plain", groups=50)
     assert plan.device == "cuda"

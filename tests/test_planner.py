@@ -24,6 +24,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 GIB = 1 << 30
+OPT_66B = spec_from_config(known_config("facebook/opt-66b") or {})
 OPT_175B = spec_from_config(known_config("facebook/opt-175b") or {})
 SPEC = ModelSpec(
     family="opt",
@@ -357,6 +358,36 @@ def test_each_nodes_memory_feeds_its_own_cards() -> None:
     two = plan(big, machine("2x2xRTX4090", gpu="2GiB", inter_node="1000GB/s"), tensor_parallel=4).forecast
     assert one.bottleneck == "host memory"
     assert two.seconds_per_token < 0.7 * one.seconds_per_token
+
+
+def test_of_near_ties_the_one_that_can_be_executed_is_taken() -> None:
+    """Between GPUs of one node a pipeline would be .2% faster; over a slow network it is much faster, and taken."""
+    asked = work(spec=OPT_66B)
+    found = plan(asked, machine("2xRTX4090", host="128GiB")).forecast
+    assert (found.tensor_parallel, found.pipeline_stages) == (2, 1)
+    [other] = [each for each in found.alternatives if each.what == "a pipeline of 2 stages"]
+    assert other.seconds_per_token is not None and 0.98 < other.seconds_per_token / found.seconds_per_token < 1
+    assert "no engine executes it yet" in other.reason
+    assert plan(work(), machine("2x1xRTX4090", inter_node="0.01GB/s")).forecast.pipeline_stages == 2
+
+
+def test_the_bottlenecks_share_is_what_a_faster_one_would_halve() -> None:
+    """Also where placements make two links of a stage equally slow, now the one by a hair and now the other."""
+    found = plan(work(spec=OPT_66B), machine("2xRTX4090", host="128GiB"), tensor_parallel=1, explain=True, groups=10_000).forecast
+    [faster] = [each.seconds_per_token for each in found.what_if if each.change == "host memory twice as fast"]
+    assert found.bottleneck == "host memory" and faster is not None
+    assert 1 - found.bottleneck_share / 2 == pytest.approx(faster / found.seconds_per_token, abs=0.01)
+    assert sum(rung.passes_per_token * rung.pass_s for rung in found.rungs) < found.seconds_per_token
+
+
+def test_a_rung_with_weights_of_its_own_does_not_wait_for_the_cpu() -> None:
+    """Nothing that it reads lies there."""
+    [layout] = layouts(machine("RTX4090"), SPEC, None)
+    lower = RungUse(name="self:bits=4", passes=2, tokens=1, own_weights_bytes=1 << 30, own_bits=4)
+    ladder = replace(PLAIN, rungs=(lower, *PLAIN.rungs))
+    model = CostModel(work(ladder), ladder, layout, Constants(), 100)
+    added = [model._launch_seconds(rung, Mode(cpu=True))[0] - model._launch_seconds(rung, Mode())[0] for rung in ladder.rungs]
+    assert added == pytest.approx([0, SPEC.num_layers * Constants().cpu_layer_s])
 
 
 def test_the_prefill_takes_a_pass_at_least_and_grows_with_the_prompt() -> None:

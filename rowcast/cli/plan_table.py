@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import IO, TYPE_CHECKING
 
+from rowcast.placement.executable import NOT_YET
+from rowcast.placement.units import format_figure
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,7 +44,7 @@ def print_plan(plan: Plan, file: IO[str]) -> None:
     inputs = sorted(forecast.inputs, key=lambda each: order[each.origin])
     rows = [(each.origin, *_with_unit(each.name, each.value), each.source) for each in inputs]
     _table(console, "inputs, by origin", ("origin", "input", "value", "source"), rows, right=(2,))
-    for note in [*plan.notes, *forecast.notes]:
+    for note in [*(each for each in plan.notes if not each.startswith(NOT_YET)), *forecast.notes]:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
@@ -75,11 +78,12 @@ def _headline(plan: Plan, forecast: Forecast) -> Iterator[str]:
     low, high = forecast.tokens_per_s_range
     yield f"{forecast.model} on {forecast.machine}"
     yield f"{forecast.layout}, {plan.dtype}, ladder {forecast.ladder}, {forecast.tokens_per_round:.3g} tokens a round"
+    yield from (note for note in plan.notes if note.startswith(NOT_YET))
     yield (
-        f"{forecast.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), {_ms(forecast.seconds_per_token)} ms a token, with "
-        f"{forecast.context} tokens of context in a batch of {forecast.batch}"
+        f"{format_figure(forecast.tokens_per_s)} tokens/s ({format_figure(low)} to {format_figure(high)}), "
+        f"{_ms(forecast.seconds_per_token)} ms a token, with {forecast.context} tokens of context in a batch of {forecast.batch}"
     )
-    yield f"first token after {forecast.first_token_s:.3g} s, for a prompt of {forecast.prompt} tokens"
+    yield f"first token after {format_figure(forecast.first_token_s)} s, for a prompt of {forecast.prompt} tokens"
     yield f"bottleneck: {forecast.bottleneck}, {forecast.bottleneck_share:.0%} of a token's time"
     greedy = forecast.greedy_seconds_per_token
     told = "finds none" if greedy is None else f"{_ms(greedy)} ms a token"
@@ -178,15 +182,13 @@ def _gib(count: float) -> str:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.3g}" if count else ""
+    return format_figure(count / 1e9) if count else ""
 
 
 def _ms(seconds: float | None) -> str:
-    """Three digits, or all before the point."""
     if seconds is None:
         return "none"
-    told = 1e3 * seconds
-    return f"{told:.0f}" if told >= 999.5 else f"{told:.3g}" if told else ""
+    return format_figure(1e3 * seconds) if seconds else ""
 
 
 def _times_as_fast(now: float, then: float | None) -> str:

@@ -112,17 +112,18 @@ _ALIASES = {
 def find_card(name: str) -> Card:
     """The card of this name, in any case, with or without spaces, dashes and the maker's words.
 
-    Raises UserError for an unknown or an incomplete name ("A100"), with the nearest ones.
+    Raises UserError for an unknown or an incomplete name ("A100"), with the nearest ones and all.
     """
     card = known_card(name)
     if card is None:
         key = _normal(name)
         names = {_normal(known): known for known in CARDS} | _ALIASES
         near = [known for key_of, known in names.items() if key and key_of.startswith(key)]
-        near += [names[match] for match in get_close_matches(key, names, n=3, cutoff=0.5)]
-        shown = ", ".join(dict.fromkeys(near)) if near else ", ".join(CARDS)
+        near = near or [names[match] for match in get_close_matches(key, names, n=3, cutoff=0.5)]
+        meant = f" (did you mean {', '.join(dict.fromkeys(near))}?)" if near else ""
         raise UserError(
-            f"the card {name!r:.60} is not in the table: use one of {shown}, or measure the machine with rowcast probe"
+            f"the card {name!r:.60} is not in the table{meant}: use one of {', '.join(CARDS)}, or measure the machine with rowcast "
+            "probe"
         )
     return card
 

@@ -405,7 +405,7 @@ class CostModel:
             each += constants.select_s * (1.0 if any(self._fetches(site, mode) for site in self.layout.sites) else rung.asking)
         if mode.rows and rung.neurons < 1 and not rung.ahead:
             each += constants.fetch_layer_s
-        if mode.cpu:
+        if mode.cpu and self.ladder.reads_placed(rung):
             each += constants.cpu_layer_s
         hidden = spec.hidden_size * self.work.width * self.tokens(rung)
         sums = 0.0

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 
 from rowcast.placement.forecast import Forecast
+from rowcast.placement.layout import divides
 from rowcast.placement.plan import Plan
+from rowcast.runtime.spec import ModelSpec
+
+NOT_YET = "no engine executes this plan yet"
+"""Begins the note of a plan that is such."""
 
 _TIERS = {
     "streamed": "streamed from host memory",
@@ -43,6 +48,16 @@ def not_yet(plan: Plan, world: int = 1) -> list[str]:
         found.append("rows of one layer both in host memory and held by another GPU")
     parts = sorted({share.part for share in forecast.shares if share.tier == "disk" and share.count < share.of})
     return found + [f"a layer's {part} in part read from disk" for part in parts]
+
+
+def instead(plan: Plan, spec: ModelSpec) -> str:
+    """What to plan for where `not_yet` found something, in the words of the command line. `spec`: of the plan's model."""
+    forecast = plan.forecast
+    if forecast is None or forecast.pipeline_stages == 1:
+        return "plan for one GPU that holds it all"
+    gpus = forecast.tensor_parallel * forecast.pipeline_stages
+    width = max(n for n in range(1, gpus + 1) if divides(spec, n))
+    return f"plan for {'these' if width == gpus else width} GPUs with --tp {width}" if width > 1 else "plan for one GPU"
 
 
 _DONE = {

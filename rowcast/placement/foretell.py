@@ -25,6 +25,9 @@ from rowcast.placement.workload import Input, LadderUse, Workload
 TIER_NAMES = {RESIDENT: "resident", STREAMED: "streamed", ROWS: "rows", CPU: "cpu", HOST: "host"}
 assert set(TIER_NAMES.values()) | {"peer", "disk"} == set(TIERS)
 
+_TIED = 0.02
+"""A link that takes so much less of a stage than the slowest one is waited for as well: placements even them out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
@@ -69,7 +72,7 @@ def foretell(
         first_token_s=found.model.first_token_s(bus, kv_bus),
         tokens_per_round=ladder.tokens_per_round,
         bottleneck=bottleneck,
-        bottleneck_share=min(1.0, waited[bottleneck] / sum(waited.values())),
+        bottleneck_share=min(1.0, waited[bottleneck] / seconds),
         gap=found.solution.gap,
         solver_s=found.solver_s,
         greedy_seconds_per_token=found.greedy,
@@ -86,7 +89,8 @@ def foretell(
 
 
 def _rungs(found: Found) -> tuple[list[RungTime], dict[str, float]]:
-    """Each rung's passes, and the seconds of a committed token by what is waited for."""
+    """Each rung's passes, and the seconds of a committed token by what is waited for: where several links take a stage as long, by
+    each of them, so that together they may be more than all."""
     priced, tiers = found.priced, found.solution.tiers
     problem, count = priced.problem, len(found.model.layout.stages)
     ends = problem.base + problem.seconds[:, range(len(tiers)), tiers].sum(axis=1)
@@ -96,28 +100,30 @@ def _rungs(found: Found) -> tuple[list[RungTime], dict[str, float]]:
         per_token = rung.passes / found.ladder.tokens_per_round
         launches, sums = priced.launches[k]
         spent = {"launches": launches, "network" if len(found.model.layout.machine.nodes) > 1 else "peers": sums}
+        pass_s = sum(spent.values())
         for stage in range(count):
             mine = [i for i, chain in enumerate(priced.chains) if (chain.rung, chain.stage) == (k, stage)]
-            slowest = max(mine, key=lambda i: ends[i])
-            link = priced.chains[slowest].link
-            spent[link] = spent.get(link, 0.0) + float(ends[slowest])
+            longest = {priced.chains[i].link: float(ends[i]) for i in sorted(mine, key=lambda i: ends[i])}
+            slowest = max(longest.values())
+            pass_s += slowest
+            for link, seconds in longest.items():
+                if seconds >= slowest * (1 - _TIED):
+                    spent[link] = spent.get(link, 0.0) + seconds
         for link, seconds in spent.items():
             waited[link] = waited.get(link, 0.0) + per_token * seconds
         bound_by = max(spent, key=lambda link: spent[link])
-        told.append(RungTime(rung.name, per_token, sum(spent.values()), bound_by, _overlap(found.mode, rung.ahead)))
+        told.append(RungTime(rung.name, per_token, pass_s, bound_by, _overlap(found.mode, rung.ahead)))
     return told, waited
 
 
 def _overlap(mode: Mode, ahead: bool) -> str:
-    ways = ["calls and sums over ranks hide under nothing"]
+    ways = ["calls of kernels and sums over ranks add all their time"]
     if mode.streamed:
-        ways.insert(0, "copies of whole layers run ahead, under everything else")
+        ways.insert(0, "whole layers are copied ahead, while everything else runs")
     if mode.rows:
         ways.insert(
             0,
-            "rows are fetched under attention"
-            if ahead
-            else "rows are fetched after they are known, under nothing but other rows",
+            "rows are fetched while attention runs" if ahead else "rows are fetched once they are known, and waited for",
         )
     if mode.cpu:
         ways.insert(0, "the CPU computes its neurons while the GPU computes its own")

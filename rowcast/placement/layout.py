@@ -78,8 +78,8 @@ def layouts(machine: Machine, spec: ModelSpec, tensor_parallel: int | None = Non
                 f"tensor_parallel={tensor_parallel} on a machine without a GPU: leave it out, or name GPUs with --gpus"
             )
         return [_cpu_layout(machine, spec)]
-    if tensor_parallel is not None and (tensor_parallel < 1 or count % tensor_parallel or not _divides(spec, tensor_parallel)):
-        fits = ", ".join(str(tp) for tp in range(1, count + 1) if count % tp == 0 and _divides(spec, tp))
+    if tensor_parallel is not None and (tensor_parallel < 1 or count % tensor_parallel or not divides(spec, tensor_parallel)):
+        fits = ", ".join(str(tp) for tp in range(1, count + 1) if count % tp == 0 and divides(spec, tp))
         raise UserError(
             f"tensor_parallel={tensor_parallel} has to divide {count} GPUs and the model's {spec.num_heads} heads of "
             f"{spec.num_kv_heads} KV heads: use {fits}"
@@ -96,10 +96,10 @@ def layouts(machine: Machine, spec: ModelSpec, tensor_parallel: int | None = Non
 
 def _shares(spec: ModelSpec, count: int, tp: int) -> bool:
     """Whether so many GPUs, in tensor-parallel groups of `tp`, have equal shares and a layer each."""
-    return count % tp == 0 and _divides(spec, tp) and count // tp <= spec.num_layers
+    return count % tp == 0 and divides(spec, tp) and count // tp <= spec.num_layers
 
 
-def _divides(spec: ModelSpec, tp: int) -> bool:
+def divides(spec: ModelSpec, tp: int) -> bool:
     """Query heads in equal parts, KV heads in equal parts or whole copies, neurons in equal parts."""
     kv = spec.num_kv_heads
     return spec.num_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0) and spec.intermediate_size % tp == 0

@@ -7,7 +7,7 @@ told by a legend in the order of the bars.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rowcast.errors import UserError
 from rowcast.placement.forecast import LINKS, MEMORY_CLASSES, DeviceMemory, Forecast
+from rowcast.placement.units import format_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,23 +119,23 @@ def _memory(axes: Axes, bars: Sequence[_Bar], title: str) -> None:
         axes.plot([bar.limit, bar.limit], [row - 0.46, row + 0.46], color="black", linewidth=2.2, solid_capstyle="butt")
         axes.annotate(f"{bar.limit:.1f}", (bar.limit, row), xytext=(5, 0), textcoords="offset points", va="center")
     axes.plot([], [], color="black", linewidth=2.2, label="budget")
-    axes.set_xlim(0, 1.08 * max(bar.limit or 0 for bar in bars))
+    axes.set_xlim(0, max(bar.limit or 0 for bar in bars) * _room(f"{bar.limit:.1f}" for bar in bars))
     axes.set_xlabel("GiB")
     _framed(axes, title)
 
 
 def _stages(axes: Axes, bars: Sequence[_Bar], forecast: Forecast) -> None:
-    _stacked(axes, bars, _LINK_COLOURS, number=lambda amount: f"{amount:.3g}", marked=forecast.bottleneck)
-    whole = max(sum(bar.parts.values()) for bar in bars)
+    _stacked(axes, bars, _LINK_COLOURS, number=format_figure, marked=forecast.bottleneck)
+    sums = [sum(bar.parts.values()) for bar in bars]
     for row, bar in _placed(bars):
         axes.annotate(
-            f"{sum(bar.parts.values()):.3g}",
+            format_figure(sum(bar.parts.values())),
             (sum(bar.parts.values()), row),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
         )
-    axes.set_xlim(0, 1.08 * whole if whole else 1)
+    axes.set_xlim(0, max(sums) * _room(map(format_figure, sums)) or 1)
     axes.set_xlabel("ms for each committed token, as if nothing overlapped")
     _framed(
         axes,
@@ -179,6 +180,11 @@ def _stacked(axes: Axes, bars: Sequence[_Bar], colours: dict[str, str], *, numbe
         axes.annotate(rung, (0, row), xytext=(4, -1), textcoords="offset points", va="center", style="italic", color="#333333")
     axes.set_yticks(list(labels), labels=list(labels.values()))
     axes.set_ylim(_rows(bars) - 0.4, -0.6)
+
+
+def _room(labels: Iterable[str]) -> float:
+    """The width of an axis over that of its longest bar, with the longest of the labels behind it."""
+    return 1.03 + 0.018 * max(map(len, labels))
 
 
 def _framed(axes: Axes, title: str) -> None:
@@ -238,10 +244,11 @@ def _stage_bars(forecast: Forecast) -> list[_Bar]:
 
 def _title(forecast: Forecast) -> str:
     low, high = forecast.tokens_per_s_range
-    speed = f"{forecast.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), first token in {forecast.first_token_s:.3g} s"
+    speed = f"{format_figure(forecast.tokens_per_s)} tokens/s ({format_figure(low)} to {format_figure(high)})"
+    speed += f", first token in {format_figure(forecast.first_token_s)} s"
     lines = [f"{forecast.model} on {forecast.machine}", f"ladder {forecast.ladder}, context {forecast.context:,}: {speed}"]
     return "\n".join(line for text in lines for line in textwrap.wrap(text, 118))
 
 
 def _ms(forecast: Forecast) -> str:
-    return f"{1e3 * forecast.seconds_per_token:.3g} ms"
+    return f"{format_figure(1e3 * forecast.seconds_per_token)} ms"

@@ -26,6 +26,8 @@ COARSE_GROUPS = 16
 """A layer, attention and KV included, where layouts and ladders are compared."""
 
 GIB = 1 << 30
+_NEAR_TIE = 0.02
+"""So much slower may be what an engine executes than a pipeline, which none does, and still be taken."""
 _LEAST_LADDERS = 2
 """Of those that take the least beside the weights, where nothing fits."""
 
@@ -112,8 +114,14 @@ def decide(
 
 
 def _preferred(rough: _Rough, tolerance: float) -> float:
-    """Seconds, with what is left alone for everything next to the compute: a simpler plan wins a tie."""
-    return rough.seconds * (1 - tolerance if rough.mode == Mode() else 1)
+    """Seconds, less for everything next to the compute and more for a pipeline: what is simpler, or can be executed, wins a tie."""
+    seconds = rough.seconds * (1 - tolerance if rough.mode == Mode() else 1)
+    return seconds * (1 + _NEAR_TIE) if _is_pipeline(rough.layout) else seconds
+
+
+def _is_pipeline(layout: Layout) -> bool:
+    """No engine executes one (`executable`)."""
+    return len(layout.stages) > 1
 
 
 def _worth_trying(ladder: LadderUse, layout: Layout, fits: bool) -> list[Mode]:
@@ -242,7 +250,6 @@ def _alternatives(
 ) -> list[Alternative]:
     """Other ways to place this ladder, other ladders and other layouts: the best of each, with what it waits for."""
     told: list[Alternative] = []
-    base = best.seconds
     mine = [rough for rough in roughs if rough.ladder is best.ladder and rough.layout is best.layout]
     tried = {rough.mode for rough in mine}
     if Mode() not in tried:
@@ -250,14 +257,14 @@ def _alternatives(
         missing = math.ceil(_missing_bytes(model, Mode(), "GPU") / GIB * 10) / 10
         told.append(Alternative(Mode().name, None, f"does not fit: {missing:.1f} GiB more are needed on each GPU"))
     for rough in sorted(mine, key=lambda each: each.seconds):
-        if rough.mode != best.mode and rough.seconds > base * (1 + 1e-9):
-            told.append(_alternative(rough.mode.name, rough, seconds, base))
+        if rough.mode != best.mode and rough.seconds > best.seconds * (1 + 1e-9):
+            told.append(_alternative(rough.mode.name, rough, seconds, best))
     for layout in layouts(machine, work.spec, tensor_parallel):
         if layout == best.layout:
             continue
         others = [rough for rough in roughs if rough.layout == layout]
         if others:
-            told.append(_alternative(layout.name, min(others, key=lambda each: each.seconds), seconds, base))
+            told.append(_alternative(layout.name, min(others, key=lambda each: each.seconds), seconds, best))
         else:
             told.append(Alternative(layout.name, None, "does not fit"))
     for ladder in reversed(_first_of_families(work.ladders)):
@@ -266,17 +273,18 @@ def _alternatives(
             continue
         others = [rough for rough in roughs if _family(rough.ladder) == family]
         if others:
-            fastest = min(others, key=lambda each: each.seconds)
-            told.append(_alternative(f"ladder {fastest.ladder.name}", fastest, seconds, base))
+            fastest = min(others, key=lambda each: _preferred(each, 0.0))
+            told.append(_alternative(f"ladder {fastest.ladder.name}", fastest, seconds, best))
         else:
             told.append(Alternative(f"ladder {ladder.name}", None, "does not fit"))
     return told
 
 
-def _alternative(what: str, rough: _Rough, seconds: float, base: float) -> Alternative:
+def _alternative(what: str, rough: _Rough, seconds: float, best: _Rough) -> Alternative:
     """Its seconds are those of coarse groups, in the proportion that the taken plan's have."""
-    at = rough.seconds * seconds / base
-    return Alternative(what, at, f"{at / seconds:.2f} times the time: {_waits_for(rough)}")
+    at = rough.seconds * seconds / best.seconds
+    why = ", and no engine executes it yet" * (_is_pipeline(rough.layout) and rough.layout != best.layout)
+    return Alternative(what, at, f"{at / seconds:.2f} times the time: {_waits_for(rough)}{why}")
 
 
 def _waits_for(rough: _Rough) -> str:

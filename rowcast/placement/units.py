@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Bytes and figures as people write them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,10 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def format_figure(value: float) -> str:
+    """Three digits, or all before the point, never a power of ten: 0.0208, 54.5, 1613."""
+    if 0 < value < 0.001:
+        return "<0.001"
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"

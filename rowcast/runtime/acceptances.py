@@ -49,7 +49,7 @@ _DRAFT = Acceptance(
 """Solved for: (6 * 14 + 56) / (passes * (14 + 2 * 0.45) + 56) = 2.31 / 1.80, ms of the three passes, gammas 2 and 6; and of gammas up
 to 4 the best (1 + a + ... + a^gamma) / (1 + gamma * 0.45 / 56) = 1.56."""
 _BITS = {
-    8: Acceptance(0.976, 0.952, 0.978, "assumed", f"{_EXPERIMENTS}, 8 bits; least: coupled at its worst"),
+    8: Acceptance(0.976, 0.952, 0.978, "assumed", f"{_EXPERIMENTS}, 8 bits; least: the worst case of the rule 'coupled'"),
     4: Acceptance(
         0.614,
         0.443,
@@ -127,13 +127,15 @@ class Acceptances:
         found = None if self.calibration is None else self.calibration.description.get("quality", {}).get(_weights_text(rung))
         if found is not None:
             value = float(found["acceptance"])
-            source = f"calibration {self.calibration.path}; least: coupled at its worst" if self.calibration else ""
+            source = (
+                f"calibration {self.calibration.path}; least: the worst case of the rule 'coupled'" if self.calibration else ""
+            )
             return Acceptance(value, _worst(value), value, "measured", source)
         if rung.bits is not None:
             return _BITS[rung.bits]
         if self.adapted and rung.mlp is not None and rung.heads is None and (rung.by or "q4") in ("q4", "q8", "oracle"):
             value = _line(rung.mlp, ((0.0, 0.0), *self.adapted, *(() if self.adapted[-1][0] == 1 else ((1.0, 1.0),))))
-            source = "the model's config: by q4, when it was adapted; least: coupled at its worst"
+            source = "the model's config: by q4, when it was adapted; least: the worst case of the rule 'coupled'"
             return Acceptance(value, _worst(value), value, "measured", source)
         value, told = 1.0, []
         if rung.mlp is not None:
@@ -144,7 +146,9 @@ class Acceptances:
             told.append(f"{rung.heads:g} of the heads")
         if not told:
             return Acceptance(1.0, 1.0, 1.0, "assumed", "lm=hire gives the exact best tokens")
-        source = f"{_EXPERIMENTS}: {' and '.join(told)}; least: coupled at its worst; most: half of what it lacks of 1"
+        source = (
+            f"{_EXPERIMENTS}: {' and '.join(told)}; least: the worst case of the rule 'coupled'; most: half of what it lacks of 1"
+        )
         return Acceptance(value, _worst(value), (1 + value) / 2, "assumed", source)
 
     def _of_neurons(self, rung: Rung) -> float:

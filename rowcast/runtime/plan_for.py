@@ -13,7 +13,7 @@ from pathlib import Path
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement import corrections
 from rowcast.placement.constants import Constants
-from rowcast.placement.executable import not_yet
+from rowcast.placement.executable import NOT_YET, instead, not_yet
 from rowcast.placement.forecast import MEMORY_CLASSES, DeviceMemory, Forecast
 from rowcast.placement.hardware import Machine, machine_from
 from rowcast.placement.here import this_machine
@@ -171,7 +171,7 @@ def _plan(
         # The engine counts its work space to the byte and is short of some: less has to be next to the compute.
     plan = split_plan(work, forecast, needs, number, notes, "cuda" if forecast.gpus else "cpu")
     lacking = not_yet(plan, plan.world)
-    told = [f"no engine executes this plan yet: {'; '.join(lacking)}"] if lacking else []
+    told = [f"{NOT_YET}: {'; '.join(lacking)}; {instead(plan, spec)}"] if lacking else []
     return replace(plan, notes=[*plan.notes, *told], spec=digest, machine=chosen.machine.describe())
 
 

@@ -11,7 +11,7 @@ import torch
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.kernels import gpu
 from rowcast.kernels.linear import packed_copy_bytes
-from rowcast.placement.executable import not_yet
+from rowcast.placement.executable import instead, not_yet
 from rowcast.placement.plan import DTYPE_BYTES, MODES, VERIFICATIONS, Plan
 from rowcast.placement.resident import BLOCK_SIZE, rank_share, resident_plan
 from rowcast.placement.units import format_bytes, parse_bytes
@@ -48,6 +48,8 @@ class Target:
     spec: ModelSpec
     fingerprint: str
     tokenizer: Tokenizer | None
+    name: str | None = None
+    """What the caller calls it by; None: its path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +296,7 @@ def check_plan(plan: object, target: Target, wish: Wish, opened: Mapping[str, Ch
         context = f"the plan's context of {chosen.max_context} tokens is more than the model's {target.spec.max_context}"
         raise UserError(f"{context}: make the plan again")
     ladder = Ladder.parse(chosen.ladder_text)
-    _check_executable(chosen, ladder, wish.tensor_parallel_size)
+    _check_executable(chosen, ladder, target.spec, wish.tensor_parallel_size)
     if gpu_ceiling.ceiling_bytes(chosen) is not None:
         gpu_ceiling.first_look()
     _check_device(chosen)
@@ -318,7 +320,8 @@ def _planned(
 ) -> Planned:
     """A plan with what it reads, and what is known of its output's quality."""
     calibration = calibration if plan.calibration else None
-    told = quality(ladder.rungs[-1], calibration, str(target.checkpoint.path)) if ladder.approximate else None
+    name = target.name or str(target.checkpoint.path)
+    told = quality(ladder.rungs[-1], calibration, name) if ladder.approximate else None
     return Planned(plan, ladder, drafts, calibration, told, forms if plan.weights == "packed" else None)
 
 
@@ -334,18 +337,18 @@ def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str |
     return calibration
 
 
-def _check_executable(plan: Plan, ladder: Ladder, world: int) -> None:
+def _check_executable(plan: Plan, ladder: Ladder, spec: ModelSpec, world: int) -> None:
     """Raises UserError for what a plan file may say and no engine does."""
     check_views(ladder, plan.max_context)
     check_mode(ladder, plan.mode, str(ladder))
-    if missing := not_yet(plan, world):
+    if missing := not_yet(plan, plan.world):
         raise UserError(
-            f"the plan has {', '.join(missing)}, which this version cannot do yet, as it runs everything on one device: plan for one "
-            "GPU that holds it all, or run without a plan"
+            f"the plan has {', '.join(missing)}, which this version cannot do yet: {instead(plan, spec)}, or run without a plan"
         )
     if plan.world != world:
         raise UserError(
-            f"the plan's world is {plan.world} and tensor_parallel_size is {world}: give the plan's, or make the plan again"
+            f"the plan is for {plan.world} rank{'s' * (plan.world > 1)} and tensor_parallel_size={world} is not: run it with "
+            f"tensor_parallel_size={plan.world}, or make the plan again"
         )
     if plan.lookahead < lookahead(ladder):
         raise UserError(
