@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,12 +17,13 @@ import torch
 from tiny import VOCAB, model_with_words, random_words, tiny_model, tiny_words
 from torch import Tensor
 
-from rowcast.calibration import Settings, calibrate, fitting, run
+from rowcast.calibration import Settings, calibrate, fitting, progress, run
 from rowcast.calibration.curves import Rows, found, lost_curve, thresholds
 from rowcast.calibration.densities import water_fill
 from rowcast.calibration.fits import Factors, least_squares, linear_map, low_rank
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
+from rowcast.calibration.progress import CalibrationProgress
 from rowcast.calibration.recording import RecordingWeights
 from rowcast.calibration.stream import Collected, Stream
 from rowcast.calibration.targets import SHOWN, Judge, choose_density
@@ -588,12 +592,50 @@ def test_too_little_memory_is_said_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_ends_in_one_json_object(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_ends_in_one_json_object_but_on_a_terminal(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--window", str(WINDOW), "--tokens", "320", "--train-steps", "0", "--measure", "32", "--bytes", "0.7"]
     assert main(["calibrate", str(model), "--text", str(text), "-o", str(tmp_path), *options, "--json"]) == 0
     [line] = capsys.readouterr().out.splitlines()
     told = json.loads(line)
     assert told["tokens"] == 320 and told["density"] != 0.5 and told["quality"]["dense"]["acceptance"] == pytest.approx(1.0)
+    finished = ["calibrate", str(model), "--text", str(text), "-o", str(tmp_path), *options]
+    assert main(finished) == 0
+    piped = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(finished) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == piped[:-1] and piped[-1] == line and not any(text.startswith("{") for text in shown)
+
+
+def test_a_pipe_is_told_how_far_a_calibration_is(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Event()
+
+    def fit(*args: Any) -> Any:
+        """Of the second layer, for as long as nothing is told: the first one says how long it takes."""
+        fits.append(None)
+        if len(fits) == 2:
+            told.clear()
+            assert told.wait(30)
+        return fitting.fit_layer(*args)
+
+    def print_line(bar: CalibrationProgress) -> str:
+        told.set()
+        return line(bar)
+
+    fits, line = list[None](), CalibrationProgress._line
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    monkeypatch.setattr(CalibrationProgress, "_line", print_line)
+    monkeypatch.setattr(run, "fit_layer", fit)
+    calibrate(model, [text], tmp_path / "told", SMALL)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.fullmatch(r"calibrating: layer 2 of 2, \d+%, about \d+\.\d min left", line) for line in lines), lines
+    assert all(line.startswith("calibrating: ") for line in lines)
+    calibrate(model, [text], tmp_path / "silent", replace(SMALL, train_steps=0), progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_heads_chosen_ahead_are_evaluated(

@@ -225,7 +225,8 @@ def test_env(run: Callable[..., tuple[int, str, str]]) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["frobnicate"], "frobnicate"),
+        (["frobnicate"], "'frobnicate'. There are generate, chat, serve, "),
+        (["bench", "frobnicate"], "There are latency, kernels, speculation, serve."),
         (["generate", "hi", "--max-token", "3"], "--max-tokens"),
         (["generate"], "--prompt-file"),
         (["generate", "hi", "--max-tokens", "many"], "--max-tokens"),
@@ -530,6 +531,28 @@ def test_statistics_of_a_rung(capsys: pytest.CaptureFixture[str]) -> None:
         "[3.50 tokens a round; prefill: 0.50 s; "
         "self: 0.90 of 50 accepted (.50 1.00 1.00 1.00 1.00 1.00 1.00 1.00 ...), 4 refreshes, 0.25 s; plain: 0.10 s]\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("ladder", "told"),
+    [
+        ("self:mlp=0.5 / plain", "; left out, as that would not pay: self"),
+        ("self:mlp=0.5,gamma=2 / plain", ""),
+        ("self:kv=512 / plain", "; left out, below 1024 tokens of context: self"),
+        ("ngram / plain", "; left out, as nothing matched or that would not pay: ngram"),
+        (
+            "self:mlp=0.5 / self:kv=512 / plain",
+            "; left out, as that would not pay: self:mlp=0.5; left out, below 1024 tokens of context: self:kv=512",
+        ),
+    ],
+)
+def test_rungs_that_were_left_out(ladder: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = Ladder.parse(ladder)
+    for rounds, said in ((3, ""), (4, told)):  # three rounds are plain anyway
+        stats = RequestStats(prompt_tokens=3, generated_tokens=5, rounds=rounds, round_tokens=rounds, ladder=parsed)
+        stats.count({"prefill": RungCounts(tokens=3, seconds=0.5), "plain": RungCounts(tokens=4, seconds=0.1)}, "host")
+        print_statistics(RequestOutput("0", None, [1, 2, 3], [], True, stats))
+        assert capsys.readouterr().err == f"[3 prompt tokens, 5 generated, 1.00 tokens a round; ladder {parsed}{said}]\n"
 
 
 def test_what_was_moved(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,21 @@ def test_setup_sees_each_gpu(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert found.returncode == 0, found.stderr
     assert "installing torch for gpu" in found.stdout
+
+
+def test_an_editable_install_is_found_beside_the_clone(tmp_path: Path) -> None:
+    """In the folder that holds a clone, whose own name is the package's: Python would take it for a namespace package."""
+    pytest.importorskip("setuptools", minversion="77")
+    clone, site = tmp_path / "rowcast", tmp_path / "site"
+    (clone / "rowcast").mkdir(parents=True)
+    (clone / "rowcast" / "__init__.py").touch()
+    for name in ("README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    built = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, cwd=clone, timeout=60)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    look = f"import site; site.addsitedir({str(site)!r}); import rowcast; print(rowcast.__file__)"
+    found = subprocess.run([sys.executable, "-S", "-c", look], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert found.stdout.strip() == str(clone / "rowcast" / "__init__.py"), found.stderr

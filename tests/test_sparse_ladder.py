@@ -17,6 +17,7 @@ from tiny import tiny_model
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.errors import UserError
 from rowcast.kernels import native
+from rowcast.runtime.checkpoint import opening
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.sizes import copied_bytes, expected_bytes
@@ -252,13 +253,18 @@ def test_mistakes_are_one_sentence(target: Path, ladder: str, keywords: dict[str
     assert "\n" not in str(error.value)
 
 
-def test_quality_is_told_before_anything_is_generated(target: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_quality_is_told_before_anything_is_generated(
+    target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     approximate(target, "self:mlp=0.5,by=q4")
     run = f"run rowcast eval {target} --text FILE --ladder self:mlp=0.5,by=q4"
     assert f"the quality of self:mlp=0.5,by=q4 was not measured: {run}" in caplog.text
     caplog.clear()
     make(target, "self:mlp=0.5,by=q4 / plain")
     assert not caplog.text
+    monkeypatch.setattr(opening, "_open_hub", lambda name: opening._open(str(target)))
+    approximate(Path("owner/name"), "self:mlp=0.5,by=q4")
+    assert "run rowcast eval owner/name --text FILE" in caplog.text, "as it was called"
 
 
 def test_parameters_reach_sparse_rungs(target: Path) -> None:

@@ -99,7 +99,7 @@ def measure_quality(
         else LowBitWeights.beside(banks, checkpoint.source, SoloComm(), rung.bits, dtype=DTYPES[kind], device=where)
         for name, rung in rungs.items()
     }
-    with CalibrationProgress(passes, progress) as bar:
+    with CalibrationProgress(passes, progress, "measuring") as bar:
         for name, ids in windows.items():
             bar.say(name)
             one = evaluate(banks, views, ids, device=where, dtype=DTYPES[kind], advance=lambda: bar.advance(1))

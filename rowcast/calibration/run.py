@@ -109,8 +109,8 @@ def calibrate(
     """Calibrate a model on text files and write the folder `output`: tensors, description and report.html.
 
     Killed and called again in the same way it goes on at the layer where it was, and finished it does nothing; `restart` begins anew.
-    Until all is done `output` opens as no calibration. `progress`: show a bar on
-    standard error; None: if that is a terminal. Raises UserError for bad input, OutOfMemoryError where memory is short.
+    Until all is done `output` opens as no calibration. `progress`: show a bar on standard error; None: if that is a terminal, else a
+    line every half a minute. Raises UserError for bad input, OutOfMemoryError where memory is short.
     """
     settings = settings or Settings()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(str(model))
@@ -195,7 +195,7 @@ class _Job:
                 by = self.settings.by or "q4"
                 description["density"] = choose_density(self._judge(learnt, choosing), by, accept=accept, bytes_share=share)
             judge = self._judge(replace(learnt, description=description), reporting)
-            description["quality"] = judge.quality(shown_rungs(judge))
+            description["quality"] = judge.quality(shown_rungs(judge), bar.say)
         self.state.publish(output, description, report(description))
         return Calibration.open(output, fingerprint)
 
@@ -203,7 +203,7 @@ class _Job:
         spec, state = self.spec, self.state
         bar.advance(stream.tokens * state.layers_done)
         for layer in range(state.layers_done, spec.num_layers):
-            bar.say(f"layer {layer}")
+            bar.say(f"layer {layer + 1} of {spec.num_layers}")
             collected = stream.run(layer, self._residual(stream, layer), self._residual(stream, layer + 1), bar.advance)
             before = {name: tensor.to(self.device) for name, tensor in state.carried(layer - 1).items()} if layer else None
             mlp = Mlp.of(self.weights.ffn[layer])

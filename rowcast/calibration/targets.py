@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,12 +43,16 @@ class Judge:
     dtype: torch.dtype
     device: torch.device
 
-    def quality(self, rungs: Sequence[Rung]) -> dict[str, Figures]:
-        """Figures of each rung by its text, behind those of the dense model. Raises UserError for one that cannot be had."""
+    def quality(self, rungs: Sequence[Rung], say: Callable[[str], None] = lambda _: None) -> dict[str, Figures]:
+        """Figures of each rung by its text, behind those of the dense model. `say` is told how far it is.
+
+        Raises UserError for a rung that cannot be had.
+        """
         for rung in rungs:
             check_rung(rung, self.banks.spec, self.calibration)
         found: dict[str, Figures] = {}
         for start in range(0, len(rungs), TOGETHER):
+            say(f"quality of rung {start + 1} of {len(rungs)}")
             some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
             views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
             dense, laws = self._laws(views)

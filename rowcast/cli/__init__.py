@@ -141,8 +141,11 @@ def _accept_any_text() -> None:
 
 
 def _message(error: typer.TyperException) -> str:
-    """typer's own message and, where it leaves it out, the value that was refused."""
+    """typer's own message and, where it leaves them out, the value that was refused and the commands that there are."""
     message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if message.startswith("No such command") and context is not None:
+        message = f"{message} There are {', '.join(context.command.list_commands(context))}."
     problems: list[dict[str, object]] = getattr(error.__cause__, "errors", list)()  # pydantic's, which converts values for typer.
     values = [repr(str(problem["input"])) for problem in problems]
     return ", not ".join([message, *(value for value in values if value not in message)])

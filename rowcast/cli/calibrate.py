@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +41,9 @@ def calibrate(
     dtype: options.DType = "auto",
     device: options.Device = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where another calibration was left.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="No text, only the JSON line.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Only the JSON line, which ends the text where standard output is no terminal.")
+    ] = False,
 ) -> None:
     """Learn from text which neurons and heads tokens need. Killed and started again in the same way, it goes on where it was."""
     from rowcast.calibration import Settings
@@ -58,4 +61,5 @@ def calibrate(
                 f"{rung}: perplexity {figures['perplexity']:.2f}, acceptance {figures['acceptance']:.3f}, "
                 f"{figures['bytes']:.2f} of the bytes"
             )
-    print_json({name: found[name] for name in ("model", "fingerprint", "tokens", "density", "scorers", "quality")})
+    if as_json or not sys.stdout.isatty():
+        print_json({name: found[name] for name in ("model", "fingerprint", "tokens", "density", "scorers", "quality")})

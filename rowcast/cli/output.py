@@ -43,7 +43,7 @@ def _print_request(stats: RequestStats) -> None:
     if stats.tokens_per_s is not None:
         parts.append(f"{stats.tokens_per_s:.1f} tokens/s")
     rounds = [f"{stats.tokens_per_round:.2f} tokens a round"] if stats.rounds else []
-    ladder = [f"ladder {stats.ladder}"] if stats.ladder.lower or stats.ladder.approximate else []
+    ladder = [f"ladder {stats.ladder}", *_left_out(stats)] if stats.ladder.lower or stats.ladder.approximate else []
     ran = {name: counts for name, counts in stats.rungs.items() if counts.tokens or counts.proposed}
     sparse = any(counts.neurons_of or counts.heads_of for counts in ran.values())
     if ran.keys().isdisjoint(stats.ladder.names[:-1]) and not sparse:
@@ -51,6 +51,27 @@ def _print_request(stats: RequestStats) -> None:
         return
     _print_bracketed([", ".join(parts), *ladder])
     _print_bracketed(rounds + [_rung(name, stats) for name in ran])
+
+
+def _left_out(stats: RequestStats) -> list[str]:
+    """Such as "left out, as that would not pay: self": rungs that the control used in no round, by why. Nothing of pinned ones, of
+    n-grams that were looked up in vain, and where rounds are so few that all were plain to be timed."""
+    from rowcast.runtime.ladder.control import PLAIN_ROUNDS
+
+    if stats.rounds <= PLAIN_ROUNDS:
+        return []
+    by_reason: dict[str, list[str]] = {}
+    names = stats.ladder.names if stats.names is None else stats.names
+    for name, rung in zip(names, stats.ladder.lower, strict=False):
+        counts = stats.rungs.get(name)
+        if rung.gamma is not None or (counts is not None and (counts.tokens or counts.proposed or counts.seconds)):
+            continue
+        if stats.prompt_tokens + stats.generated_tokens < rung.pays_from:
+            reason = f"below {rung.pays_from} tokens of context"
+        else:
+            reason = "as nothing matched or that would not pay" if rung.kind == "ngram" else "as that would not pay"
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left out, {reason}: {', '.join(which)}" for reason, which in by_reason.items()]
 
 
 def _moved(moved: Moved) -> str:

@@ -168,6 +168,7 @@ class LLM:
             self.spec,
             self.checkpoint.source.fingerprint(),
             None if isinstance(self._tokenizer, str) else self._tokenizer,
+            None if isinstance(model, Checkpoint) else str(model),
         )
         planned = make_plan(target, wish, opened) if plan is None else check_plan(plan, target, wish, opened)
         self.plan: Plan = planned.plan

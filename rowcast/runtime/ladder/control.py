@@ -28,7 +28,7 @@ _PRIORS = {"ngram": (0.3, 0.6, 0.85), "draft": (0.5,), "self": (0.85,)}
 _MATCHES = (1, 4, 8)
 """Where classes of match lengths begin."""
 
-_PLAIN_ROUNDS = 3
+PLAIN_ROUNDS = 3
 """Before the first that speculates, to compare with."""
 _GAIN, _LOSS = 1.03, 1.01
 """Speculation starts where it is so much faster than plain, and stops where it is no longer so much faster."""
@@ -286,7 +286,7 @@ class Controller:
     def _decide(self, decision: _Decision, usable: tuple[bool, ...], pinned: bool, ask: _Ask) -> None:
         """Think a decision over: what is expected to be fastest, or what may be faster still if the purse pays for the trial."""
         decision.thought = self._round
-        if not pinned and (self._round < _PLAIN_ROUNDS or not self._times[-1].known):
+        if not pinned and (self._round < PLAIN_ROUNDS or not self._times[-1].known):
             decision.until = self._round + 1
             return
         if ask.lacks:
@@ -310,7 +310,7 @@ class Controller:
         if not pinned:
             plain = options[0].seconds
             bar = _LOSS if any(decision.gammas) else _GAIN
-            bar += _DOUBT / max(self._times[-1].samples(ask.batch, ask.context), _PLAIN_ROUNDS)
+            bar += _DOUBT / max(self._times[-1].samples(ask.batch, ask.context), PLAIN_ROUNDS)
             if rate * plain < bar or self._purse <= _PURSE_LEAST:
                 best, rate = options[0], rates[0]
             hoped = options[hopes.index(hope)]
