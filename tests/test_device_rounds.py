@@ -109,6 +109,36 @@ def test_a_round_launched_ahead_is_the_next_one(models: dict[str, Path], plain: 
     llm.engine.check()
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_rounds_in_which_no_rung_drafts_are_launched_ahead(models: dict[str, Path]) -> None:
+    """From the second in a row; one that drafts after all finds the one that was launched, and has its own."""
+    wish = replace(GREEDY, max_tokens=9)
+    wanted = ids(make_llm(models, "plain").generate([SOME[1]], wish))
+    llm = make_llm(models, "draft:kv=full,gamma=2 / plain")
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    rounds._goes_ahead = True
+    asks, events, real = iter([0, 0, 0, 2, 0, 0, 0, 0, 0]), [], rounds.run
+
+    def run(climbers: Any, *args: Any, **options: Any) -> Any:
+        for climber in climbers:
+            climber.gammas = (next(asks),)
+        events.append("round")
+        return real(climbers, *args, **options)
+
+    with (
+        patch.object(rounds, "run", run),
+        patch.object(rounds, "_fill", side_effect=wrapped(rounds._fill, events, "fill")),
+        patch("rowcast.runtime.device_round.state.RoundState.read", autospec=True, side_effect=read_as(events)),
+        patch.object(rounds, "_may_go_ahead", side_effect=wrapped(rounds._may_go_ahead, events, "may")),
+    ):
+        assert ids(llm.generate([SOME[1]], wish)) == wanted
+    told = " ".join(events).split("round ")[1:]
+    # The third round needs a block of which the state knows nothing, and what it launches is in vain.
+    wanted_events = ["fill may read", "may read", "fill may read", "fill read", "fill read", "fill may read"]
+    assert [each.strip() for each in told[:6]] == wanted_events
+    llm.engine.check()
+
+
 def wrapped(function: Callable[..., Any], events: list[str], name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         events.append(name)

@@ -103,10 +103,12 @@ class DeviceRounds:
         """None: no view chooses by the last pass's queries, or the host drives that pass, and keeps them itself."""
         if not self.driven and isinstance(top.view, PagedKV) and top.view.keep_queries:
             self._refresh = Refresh(top.view, self._stores[:-1], self._graphs, tokens=rows * (1 + lookahead))
-        self._goes_ahead = self._device.type == "cuda" and capture and len(self._rungs) == 1 and not lookahead
+        self._goes_ahead = self._device.type == "cuda" and capture and not self.driven
+        self._drafted = False
+        """Whether anything was proposed in the newest round."""
         self._ahead: _Ahead | None = None
         self._blocks: list[int] = []
-        """Of each sequence, when the state was filled."""
+        """Of each sequence, those of the last rung's that the state was filled with."""
         self._sampling = Sampling()
         """Of the newest round."""
 
@@ -144,9 +146,9 @@ class DeviceRounds:
         Paths have these tokens then, views hold none of what was rejected. Passes and outcomes are told to `work`, counts to the
         climbers. Precondition: at most `BATCHES[-1]` sequences, all of them served.
 
-        Where there is the last rung only, the next round of the same sequences is launched before the host waits for this one's
-        tokens: the device goes from one to the other. If they do not go on, or others join them, it is run in vain: what it wrote
-        lies behind what anybody has committed.
+        Where the last rung alone runs, and did in the round before, the next round of the same sequences is launched before the host
+        waits for this one's tokens: the device goes from one to the other. If they do not go on, if others join them, or if a rung
+        below has something to propose, it is run in vain: what it wrote lies behind what anybody has committed.
         `alone`: the step has no other round, which would come in between.
         """
         gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
@@ -158,13 +160,14 @@ class DeviceRounds:
         state = self._state(batch, most)
         used = sorted({p.rung for p in program} | ({0} if self._lookup and gammas[0] else set()))
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.rows == _rows(climbers) and (ahead.batch, ahead.most) == (batch, most):
+        drafts, drafted = any(any(climber.gammas) for climber in climbers), self._drafted
+        self._drafted = drafts
+        if ahead is not None and not drafts and ahead.rows == _rows(climbers) and (ahead.batch, ahead.most) == (batch, most):
             clocks = ahead.clocks
             for climber in climbers:
                 self._reserve(len(self._rungs) - 1, climber, 0)
         else:
             self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
-            self._blocks = [len(c.path.blocks) for c in climbers]
             clocks = [self._run(state, p, most, self._sampling, number, climbers) for number, p in enumerate(program)]
         for view in self._choosing:
             view.send_reads()
@@ -172,7 +175,7 @@ class DeviceRounds:
         if self._refresh is not None:  # while the host looks at what was sent
             entries = max(c.path.committed for c in climbers) + program[-1].tokens
             self._refresh.run(state, len(self._rungs) - 1, program[-1].tokens, most, entries)
-        if alone and self._may_go_ahead(climbers, steps, most):
+        if alone and not (drafts or drafted) and self._may_go_ahead(climbers, steps, most):
             lengths = [(c.path.seq_id, c.path.committed + 1) for c in climbers]
             self._ahead = _Ahead(lengths, batch, most, [self._run(state, program[0], most, self._sampling, 0, climbers)])
         report, stats, have = state.read()
@@ -209,7 +212,7 @@ class DeviceRounds:
                 if view is runner.decoder.weights:
                     late = isinstance(self._late(rung, state), int)
                     view.begin_round(runner.view, [climber.path.seq_id for climber in mine], late, random)
-        sampling = Sampling(random=random)
+        sampling, self._blocks = Sampling(random=random), []
         if self._refresh is not None:
             self._refresh.begin()
         with state.filling() as fields:
@@ -248,6 +251,8 @@ class DeviceRounds:
         fields["have"][rung, row] = runner.view.end(path.seq_id) - (path.committed - 1)
         blocks, fields["offsets"][rung, row] = self._reserve(rung, climber, room)
         state.place(rung, row, blocks)
+        if runner is self._top:
+            self._blocks.append(len(blocks))
         store = self._stores[rung]
         if isinstance(store, ListedKV):
             fields["recents"][rung, row] = store.seat(path.seq_id, row)
