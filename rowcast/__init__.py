@@ -6,8 +6,8 @@ The public names below are loaded on first use, so that `import rowcast` costs n
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # as checkers of types know it; `typing` itself takes most of the time of such an import
 
 if TYPE_CHECKING:
     from rowcast.cluster.llm import LLM
@@ -62,6 +62,8 @@ _HOME = {
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'rowcast' has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -67,7 +67,7 @@ def test_a_plan_of_another_model_is_refused(directory: Path, llm: LLM) -> None:
     refused("1000", "128", model=str(directory), plan=replace(llm.plan, max_context=1000))
     refused("ladder", "hire", model=str(directory), plan=replace(llm.plan, ladder=["hire", "plain"]))
     refused("mode=approximate", "mode=exact", model=directory, plan=replace(llm.plan, mode="approximate"))
-    refused("world is 2", "tensor_parallel_size is 1", model=directory, plan=replace(llm.plan, world=2))
+    refused("the plan is for 2 ranks", "tensor_parallel_size=1 is not", model=directory, plan=replace(llm.plan, world=2))
     pinned = replace(llm.plan, ladder=["self:kv=100,gamma=9", "plain"], speculating_seqs=1)
     refused("lookahead of 8", "9", "gamma=9", model=directory, plan=replace(pinned, lookahead=8))
     refused("speculating_seqs=0", "self:kv=100", model=directory, plan=replace(pinned, lookahead=9, speculating_seqs=0))
