@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,3 +209,13 @@ def test_two_gpus(tmp_path: Path) -> None:
             for tokens, x, y in zip((1, 7), a, b, strict=True):
                 assert torch.equal(x, _part(0, tokens, seed, dtype) + _part(1, tokens, seed, dtype))
                 assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("world", "tokens", "taken"), [(4, 64, True), (8, 16, True), (8, 64, False)])
+def test_what_many_ranks_would_write_to_all_is_left_to_the_library(world: int, tokens: int, taken: bool) -> None:
+    """By bytes alone, so that all ranks agree; 16 tokens of OPT-175B, whose bits must not depend on their number, go one way."""
+    reduce = FastAllReduce.__new__(FastAllReduce)
+    reduce.group, reduce.most_elements, reduce.dtype = SimpleNamespace(size=lambda: world), 64 * HIDDEN, torch.bfloat16  # type: ignore[assignment]
+    reduce._shared = SimpleNamespace()  # type: ignore[assignment]
+    x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16)
+    assert reduce.takes(x) == taken and reduce.takes_norm(x) == (taken and tokens <= 16)

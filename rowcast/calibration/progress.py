@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-LINE_SECONDS = 30.0
+from rowcast.calibration.learning.progress import LINE_SECONDS
 
 
 class CalibrationProgress:

@@ -33,8 +33,6 @@ from rowcast.runtime.sparse.checks import check_rung
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import load_tokenizer
 
-WEIGHT_SETTINGS = ("mlp", "by", "over", "cut", "common", "group", "heads", "heads_by", "lm", "bits")
-"""Of a rung self: what it reads of the weights."""
 LEAST_WINDOW, WINDOW = 16, 1024
 
 
@@ -192,8 +190,7 @@ def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> 
             )
         for rung in light:
             # One at a time: what other rungs lack, such as a draft's model, is not needed here.
-            alone = Rung(kind="self", **{name: getattr(rung, name) for name in WEIGHT_SETTINGS})
-            resolved, _, _ = resolve(Ladder((alone,)), here, mode="approximate")
+            resolved, _, _ = resolve(Ladder((rung.over_all_kv,)), here, mode="approximate")
             yield from resolved.rungs
 
 

@@ -28,6 +28,7 @@ class Acceptance:
 NEVER = Acceptance(0.0, 0.0, 0.0, "assumed", "depends on the text, so that it is counted as no help unless given")
 
 _TRIFORCE = "TriForce, arXiv 2404.11912, table 1"
+_LEAST = "least: the worst case of the rule 'coupled'"
 _EXPERIMENTS = "docs/experiments.md, SmolLM2-135M-Instruct"
 
 _RETRIEVAL = Acceptance(
@@ -49,7 +50,7 @@ _DRAFT = Acceptance(
 """Solved for: (6 * 14 + 56) / (passes * (14 + 2 * 0.45) + 56) = 2.31 / 1.80, ms of the three passes, gammas 2 and 6; and of gammas up
 to 4 the best (1 + a + ... + a^gamma) / (1 + gamma * 0.45 / 56) = 1.56."""
 _BITS = {
-    8: Acceptance(0.976, 0.952, 0.978, "assumed", f"{_EXPERIMENTS}, 8 bits; least: the worst case of the rule 'coupled'"),
+    8: Acceptance(0.976, 0.952, 0.978, "assumed", f"{_EXPERIMENTS}, 8 bits; {_LEAST}"),
     4: Acceptance(
         0.614,
         0.443,
@@ -117,25 +118,23 @@ class Acceptances:
         if rung.kind == "draft":
             return _DRAFT
         parts = []
-        if rung.light and not (above.light and _weights_text(rung) == _weights_text(above)):
+        if rung.light and not (above.light and rung.over_all_kv == above.over_all_kv):
             parts.append(self._of_weights(rung))
         if rung.kv is not None:
             parts.append(_of_view(rung))
         return parts[0] if len(parts) == 1 else _both(*parts)
 
     def _of_weights(self, rung: Rung) -> Acceptance:
-        found = None if self.calibration is None else self.calibration.description.get("quality", {}).get(_weights_text(rung))
+        found = None if self.calibration is None else self.calibration.description.get("quality", {}).get(str(rung.over_all_kv))
         if found is not None:
             value = float(found["acceptance"])
-            source = (
-                f"calibration {self.calibration.path}; least: the worst case of the rule 'coupled'" if self.calibration else ""
-            )
+            source = f"calibration {self.calibration.path}; {_LEAST}" if self.calibration else ""
             return Acceptance(value, _worst(value), value, "measured", source)
         if rung.bits is not None:
             return _BITS[rung.bits]
         if self.adapted and rung.mlp is not None and rung.heads is None and (rung.by or "q4") in ("q4", "q8", "oracle"):
             value = _line(rung.mlp, ((0.0, 0.0), *self.adapted, *(() if self.adapted[-1][0] == 1 else ((1.0, 1.0),))))
-            source = "the model's config: by q4, when it was adapted; least: the worst case of the rule 'coupled'"
+            source = f"the model's config: by q4, when it was adapted; {_LEAST}"
             return Acceptance(value, _worst(value), value, "measured", source)
         value, told = 1.0, []
         if rung.mlp is not None:
@@ -146,9 +145,7 @@ class Acceptances:
             told.append(f"{rung.heads:g} of the heads")
         if not told:
             return Acceptance(1.0, 1.0, 1.0, "assumed", "lm=hire gives the exact best tokens")
-        source = (
-            f"{_EXPERIMENTS}: {' and '.join(told)}; least: the worst case of the rule 'coupled'; most: half of what it lacks of 1"
-        )
+        source = f"{_EXPERIMENTS}: {' and '.join(told)}; {_LEAST}; most: half of what it lacks of 1"
         return Acceptance(value, _worst(value), (1 + value) / 2, "assumed", source)
 
     def _of_neurons(self, rung: Rung) -> float:
@@ -196,14 +193,6 @@ def _line(x: float, points: tuple[tuple[float, float], ...]) -> float:
     at = min(max(1, bisect_left(points, (x, 0.0))), len(points) - 1)
     (x0, y0), (x1, y1) = points[at - 1 : at + 1]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-
-
-def _weights_text(rung: Rung) -> str:
-    """A calibration's key: the rung over all of the KV."""
-    chosen = {
-        key: getattr(rung, key) for key in ("mlp", "by", "over", "cut", "common", "group", "heads", "heads_by", "lm", "bits")
-    }
-    return str(Rung(kind="self", **chosen))
 
 
 _ITEMS = re.compile(r",(?=\s*(?:ngram|draft|self)\s*[:=])")

@@ -285,10 +285,10 @@ class HostedKV(PagedKV):
 
     def _over(self, layer: int, place: int, rows: Tensor, entries: Tensor, heads: slice) -> Tensor:
         """Of one bound sequence, the query heads `heads`, whose rows these are: attention over entries [2, Kg, n, d] of a buffer."""
-        seq, first = self._bound[place], self._seats[place]
         slopes = None if self.slopes is None else self.slopes[heads]
-        keys, values = entries[:, :, first : first + seq.length].transpose(1, 2)
-        if len(rows) > MOST_KERNEL_TOKENS or not gpu.serves(rows.device):
+        if not self._decoded[place]:
+            first, length = self._seats[place], self._bound[place].length
+            keys, values = entries[:, :, first : first + length].transpose(1, 2)
             return attend(
                 rows,
                 keys,

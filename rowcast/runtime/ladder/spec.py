@@ -49,11 +49,13 @@ _DRAFT_KV = 256  # TriForce, arXiv 2404.11912, section 5.1.
 
 _NEURON_KEYS = ("by", "over", "cut", "common", "group")
 """How neurons are chosen, where `mlp` says how many."""
+_WEIGHT_KEYS = ("mlp", *_NEURON_KEYS, "heads", "heads_by", "lm", "bits")
+"""Of a rung self: what it reads of the weights."""
 _KEYS: dict[str, tuple[str, ...]] = {
     "ngram": ("gamma",),
     "draft": ("model", "kv", "sinks", "at", "gamma"),
     "self": (
-        *("mlp", *_NEURON_KEYS, "heads", "heads_by", "lm", "bits"),
+        *_WEIGHT_KEYS,
         *("kv", "view", "score", "chunk", "sinks", "recent", "refresh", "gamma"),
     ),
     "plain": (),
@@ -188,6 +190,11 @@ class Rung:
     def light(self) -> bool:
         """Whether it reads less of the weights than plain does: chosen ones only, or a few bits of each."""
         return self.sparse or self.bits is not None
+
+    @property
+    def over_all_kv(self) -> Rung:
+        """A rung self that reads the same of the weights and all of the KV: a calibration's quality is by these."""
+        return Rung(kind="self", **{key: getattr(self, key) for key in _WEIGHT_KEYS})
 
     @cached_property
     def weights(self) -> Rung | None:
