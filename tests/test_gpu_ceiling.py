@@ -224,14 +224,28 @@ def test_models_of_one_process_have_their_sum(gpu: Gpu) -> None:
     del first, third, held
     second.check()
     assert gpu.limit == (1 + 2) * GIB and gpu.reserved == 3 * GIB
+    del second
+    assert gpu.limit == 80 * GIB
+
+
+def test_what_was_there_counts_as_the_allocator_holds_it(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few small tensors keep large pieces of memory, of which nothing goes back."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gpu.take(3 * GIB)
+    gpu.allocated = GIB
+    held = Ceiling(CUDA, replace(resident(budget_bytes=2 * GIB), ceiling_bytes=3 * GIB))
+    assert gpu.limit == 5 * GIB
+    held.check()
 
 
 def test_a_model_that_could_not_be_loaded_allows_nothing(gpu: Gpu) -> None:
     """Whoever keeps the error keeps its ceiling."""
     kept = Ceiling(CUDA, plan())
     kept.end()
-    Ceiling(CUDA, replace(resident(budget_bytes=2 * GIB), ceiling_bytes=3 * GIB))
+    assert gpu.limit == 80 * GIB
+    another = Ceiling(CUDA, replace(resident(budget_bytes=2 * GIB), ceiling_bytes=3 * GIB))
     assert gpu.limit == 2 * GIB
+    another.end()
 
 
 def test_a_plan_that_the_ceiling_has_no_room_for(gpu: Gpu) -> None:
@@ -249,6 +263,7 @@ def test_steps_are_checked_more_and_more_seldom(gpu: Gpu, monkeypatch: pytest.Mo
     for _ in range(100):
         held.stepped()
     assert seen == [1, 2, 4, 8, 16, 32, 64]
+    held.end()
 
 
 def test_without_a_ceiling_only_the_budget_counts(gpu: Gpu) -> None:

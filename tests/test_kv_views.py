@@ -52,8 +52,9 @@ SPECS = {
 class Model:
     """Queries, keys and values as functions of layer, token and position: what a deterministic model would compute."""
 
-    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+    def __init__(self, spec: ModelSpec, seed: int = 0, device: torch.device = CPU) -> None:
         self.spec = spec
+        self.device = device
         generator = torch.Generator().manual_seed(seed)
         length = 200
         shape = (LAYERS, VOCABULARY, length)
@@ -74,7 +75,7 @@ class Model:
         out = []
         for layer in range(LAYERS):
             q, k, v = (
-                torch.cat([self.rows(table, layer, s.tokens, s.start) for s in steps])
+                torch.cat([self.rows(table, layer, s.tokens, s.start) for s in steps]).to(self.device)
                 for table in (self.queries, self.keys, self.values)
             )
             view.append(layer, k, v)

@@ -27,6 +27,8 @@ from rowcast.runtime.step import SeqStep
 take_arrays_as_bounds()
 
 BLOCKS = 60
+KERNELS = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels run, in Triton's interpreter if need be."""
 BOTH = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 
 
@@ -153,8 +155,8 @@ def test_the_kernels_read_the_buffers(kind: str, monkeypatch: pytest.MonkeyPatch
     """A GPU's flash-decoding over entries that lie in a buffer head by head; without one in Triton's interpreter."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "interpreted", True)
-    model = Model(SPECS[kind])
-    full = stores(SPECS[kind], {0, 1}, piece_bytes=1 if kind == "plain" else 1 << 20, summaries=False)
+    model = Model(SPECS[kind], device=KERNELS)
+    full = stores(SPECS[kind], {0, 1}, piece_bytes=1 if kind == "plain" else 1 << 20, device=KERNELS, summaries=False)
     for start, count in ((0, 13), (13, 1), (14, 3), (17, 21)):
         found, expected = (model.run(kv, [step([1] * count, start, list(range(30, 55)))]) for kv in reversed(full))
         for mine, other in zip(found, expected, strict=True):
@@ -167,7 +169,8 @@ def test_where_entries_lie_is_written_before_the_pass(monkeypatch: pytest.Monkey
     """Attention that overlaps what comes before it reads that before it waits."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "interpreted", True)
-    model, (_, away) = Model(SPECS["plain"]), stores(SPECS["plain"], {0, 1}, summaries=False)
+    model = Model(SPECS["plain"], device=KERNELS)
+    _, away = stores(SPECS["plain"], {0, 1}, device=KERNELS, summaries=False)
     written: list[Tensor] = []
     real = decoding.decode
 

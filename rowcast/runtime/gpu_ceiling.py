@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 
@@ -75,15 +75,17 @@ class Ceiling:
         self._bytes = ceiling_bytes(plan)
         self._steps = 0
         self._told = False
+        self._lift = finalize(self, _lift, device)
+        self._lift.atexit = False
         if device.type != "cuda":
             return
         if self._bytes is not None:
             process_memory.stay_open()
-        torch.cuda.empty_cache()  # what an earlier model has left counts otherwise
         gc.collect()  # an earlier model that nobody has any more
+        torch.cuda.empty_cache()  # what it has left counts otherwise
         others = self._together()
-        self._before: int = others[0]._before if others else torch.cuda.memory_allocated(device)
-        """What is no model's."""
+        self._before: int = others[0]._before if others else torch.cuda.memory_reserved(device)
+        """What is no model's: as the allocator holds it, whose pieces of memory are larger than what lies in them."""
         self._budget_bytes = plan.budget_bytes
         needed = plan.budget_bytes - plan.margin_bytes
         outside = 0 if self._bytes is None else self._outside()
@@ -115,6 +117,7 @@ class Ceiling:
     def end(self) -> None:
         """The model is not there: nothing is allowed for it any more, whoever still holds this."""
         _models.discard(self)
+        self._lift()
 
     def stepped(self) -> None:
         """A step is over. `check` after the first, second, fourth, ... and every `_STEPS`: what lies beside tensors comes when kernels
@@ -151,6 +154,12 @@ class Ceiling:
         most = self._before + max(0, min(budgets, most))
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / _total(self._device)), self._device)
         return most
+
+
+def _lift(device: torch.device) -> None:
+    """A model is gone: with the last one of a card the allocator has it to itself again."""
+    if device.type == "cuda" and not any(each._device == device for each in _models):
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def ceiling_bytes(plan: Plan) -> int | None:
