@@ -38,9 +38,12 @@ def tiles_in(capacity: int, columns: int, width: int, tables: int, chosen: bool,
     if width == 4:  # Without matrix units.
         return Tiles(16, 32, 1, 2)
     rows = 64 // tables
-    parts = max(1, min(4, columns // 512), columns // 1536)
+    parts = max(1, min(4, columns // 512)) if columns < 9216 else columns // 3072
     if chosen or capacity * 3 < 64 * units:  # Rows alone make too few programs.
-        return Tiles(rows, 128, parts, 4, 4, 3 * units, parts)
+        programs = -(-capacity // rows) * parts
+        # The more of them share a multiprocessor, the fewer steps each has under way.
+        stages = 3 if programs > 2 * units else 5 if programs <= units and columns >= 1536 * parts else 4
+        return Tiles(rows, 128, parts, stages, 4, 3 * units, parts)
     if columns < 1024 and tables == 1:
         return Tiles(rows, 64, 1, 6, parts=parts)
     # Two programs a multiprocessor, since one that adds parts up waits for its products; one with more under way for short tables.
@@ -54,6 +57,10 @@ def tiles_out(capacity: int, columns: int, width: int, chosen: bool, units: int)
         return Tiles(64, 32, 4, 2)
     narrow, wide = -(-columns // 64), -(-columns // 128)
     if chosen:  # How many rows is known to the device alone: up to two programs a multiprocessor.
+        if capacity < 1024 and 4 * narrow > 3 * units:
+            return Tiles(64, 128, 1, 3)
+        if capacity < 2048 and narrow > units:
+            return Tiles(64, 128, 2, 3)
         if 2 * wide > units:
             return Tiles(128, 128, max(1, 2 * units // wide), 3)
         if 8 * wide <= units:  # One wave of programs with short steps, of which more are under way.
