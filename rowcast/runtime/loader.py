@@ -1,11 +1,13 @@
 """Reads one rank's share of a checkpoint, tensor by tensor, straight into the place where it stays.
 
-Host memory never holds more than the shard and one tensor's worth of staging on the way to a GPU or to another layout.
+What goes to a GPU, or into another order, is read in the order of its bytes, through a few buffers of some megabytes (`row_blocks`);
+it is put into its order, transposed and cut where it stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from torch import Tensor
 from rowcast.errors import UserError
 from rowcast.kernels.linear import Linear, make_linear
 from rowcast.kernels.packed import Packed
+from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.norm import Norm
 from rowcast.runtime.protocols import PackedTensors, Source
+from rowcast.runtime.row_blocks import row_blocks
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weight_map import Names, find_prefix, names_for, qkv_pieces
@@ -22,8 +26,8 @@ from rowcast.runtime.weight_map import Names, find_prefix, names_for, qkv_pieces
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just placed."""
 
-STAGING_ELEMENTS = 1 << 22
-"""Most elements on their way into rows of another order."""
+READERS = 8
+"""Threads that read plain files for a GPU; other sources have threads of their own. For the CPU one reads while others place."""
 
 
 class Loader:
@@ -37,9 +41,10 @@ class Loader:
         self.shard = shard
         self._spec, self._source = spec, source
         self._dtype, self._device, self._progress = dtype, device, progress
-        self.staging = torch.device("cpu")
-        if hasattr(source, "device"):  # random weights are made where they stay
-            self.staging = source.device or device
+        self.made = torch.device("cpu")
+        """Where values come to be: files are read by the CPU, random weights are made where they stay."""
+        if hasattr(source, "device"):
+            self.made = source.device or device
         self.elements = 0
 
     def norm(self, stem: str, size: int | None = None) -> Norm:
@@ -102,17 +107,8 @@ class Loader:
         return None if bias is None else self.place(bias)
 
     def into(self, stem: str, out: Tensor, rows: slice, whole: tuple[int, int], *, prefixed: bool = True) -> None:
-        """Rows of a matrix of shape `whole` straight into `out` [n, D]; where that is another memory, some megabytes at a time."""
-        name = self.name(stem) if prefixed else stem
-        if out.device == self.staging:
-            self.read(name, out, rows=rows, whole=whole)
-            return
-        piece = max(1, STAGING_ELEMENTS // whole[1])
-        for start in range(rows.start, rows.stop, piece):
-            span = slice(start, min(start + piece, rows.stop))
-            staged = self.empty((span.stop - span.start, whole[1]))
-            self.read(name, staged, rows=span, whole=whole)
-            out[start - rows.start : span.stop - rows.start].copy_(staged)
+        """Rows of a matrix of shape `whole` into `out` [n, D], on any device."""
+        self.read(self.name(stem) if prefixed else stem, out, rows=rows, whole=whole)
 
     def stacked(self, stems: list[str], rows: slice, with_bias: bool) -> Linear:
         """The same rows of several matrices, one below the other: a column-parallel product."""
@@ -140,7 +136,7 @@ class Loader:
     def rows(self, stem: str, out: Tensor, order: Tensor, whole: tuple[int, int], *, columns: bool = False) -> None:
         """Fill `out` [n, D], on the device, with the rows `order` [n] of a matrix of shape `whole`; of its transpose with `columns`.
 
-        Reads all of it, some megabytes at a time: rows of a seeded permutation lie everywhere.
+        Reads all of it: rows of a seeded permutation lie everywhere.
         """
         self.deal(stem, [(out, order)], whole, columns=columns)
         self.elements += out.numel()
@@ -153,21 +149,17 @@ class Loader:
 
     def deal(self, stem: str, outs: Sequence[tuple[Tensor, Tensor]], whole: tuple[int, int], *, columns: bool = False) -> None:
         """`rows` of several tables [n, D], on any devices, each with its own `order` [n], in one reading of the matrix."""
-        name, total = self.name(f"{stem}.weight"), whole[1] if columns else whole[0]
-        targets = [torch.full((total,), -1).index_copy_(0, order, torch.arange(len(order))) for _, order in outs]
-        width = whole[0] if columns else whole[1]
-        piece = max(1, STAGING_ELEMENTS // width)
-        for start in range(0, total, piece):
-            span = slice(start, min(start + piece, total))
-            staged = self.empty((span.stop - start, width))
-            if columns:
-                self._read(name, staged.T, cols=span, whole=whole)
-            else:
-                self._read(name, staged, rows=span, whole=whole)
-            for (out, _), target in zip(outs, targets, strict=True):
-                ours = (target[span] >= 0).nonzero()[:, 0]
-                out[target[span][ours].to(out.device)] = staged[ours].to(out.device)
-                self._placed(len(ours) * staged[0].nbytes)
+        name = self.name(f"{stem}.weight")
+        self.check(name, whole)
+        tables = [_Dealt(out, order) for out, order in outs]
+        for span, block in self._blocks(name, slice(0, whole[0]), None, whole[1:], [out for out, _ in outs]):
+            blocks: dict[torch.device, Tensor] = {}
+            for table in tables:
+                device = table.out.device
+                if device not in blocks:
+                    moved = block.to(device, non_blocking=not block.is_cuda)
+                    blocks[device] = moved.T.contiguous() if columns else moved
+                self._placed(table.columns(span, blocks[device]) if columns else table.rows(span, blocks[device]))
 
     def matrix(self, stem: str) -> Tensor:
         """A whole matrix as the checkpoint has it, on the device. `stem` has its prefix."""
@@ -198,11 +190,12 @@ class Loader:
         return self._prefix + name
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self.staging)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
 
-    def place(self, staged: Tensor) -> Tensor:
-        self.elements += staged.numel()
-        return staged.to(self._device)
+    def place(self, read: Tensor) -> Tensor:
+        """Count what has been read."""
+        self.elements += read.numel()
+        return read
 
     def read(
         self,
@@ -214,20 +207,23 @@ class Loader:
         whole: tuple[int, ...] | None = None,
     ) -> None:
         """Fill `out`, in its place, from a slice of a tensor of shape `whole` (that of `out` if not given)."""
-        self._read(name, out, rows=rows, cols=cols, whole=whole)
+        self.check(name, whole or tuple(out.shape))
+        if out.device == self.made:
+            self._source.read(name, rows, cols, out=out)
+        else:
+            rows = rows or slice(0, len(out))
+            for span, block in self._blocks(name, rows, cols, tuple(out.shape[1:]), [out]):
+                out[span.start - rows.start : span.stop - rows.start].copy_(block, non_blocking=not block.is_cuda)
         self._placed(out.nbytes)
 
-    def _read(
-        self,
-        name: str,
-        out: Tensor,
-        *,
-        rows: slice | None = None,
-        cols: slice | None = None,
-        whole: tuple[int, ...] | None = None,
-    ) -> None:
-        self.check(name, whole or tuple(out.shape))
-        self._source.read(name, rows, cols, out=out)
+    def _blocks(
+        self, name: str, rows: slice, cols: slice | None, row_shape: tuple[int, ...], outs: Sequence[Tensor]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        gpus = {out.device for out in outs if out.is_cuda} if self.made.type == "cpu" else set()
+        readers = READERS if gpus and isinstance(self._source, SafetensorsSource) else int(self.made.type == "cpu")
+        return row_blocks(
+            self._source, name, rows, cols, row_shape, dtype=self._dtype, device=self.made, readers=readers, gpus=gpus
+        )
 
     def check(self, name: str, wanted: tuple[int, ...]) -> None:
         """Raise UserError where there is no such tensor of that shape."""
@@ -243,3 +239,27 @@ class Loader:
     def _placed(self, count: int) -> None:
         if self._progress is not None:
             self._progress(count)
+
+
+class _Dealt:
+    """A table whose rows are some of a matrix's rows, or of its columns, in an order of its own."""
+
+    def __init__(self, out: Tensor, order: Tensor) -> None:
+        """out [n, D] on any device, order [n]."""
+        self.out = out
+        ids, places = order.sort()
+        self._sorted = ids.tolist()
+        self._order, self._ids, self._places = (each.to(out.device) for each in (order, ids, places))
+
+    def rows(self, span: slice, block: Tensor) -> int:
+        """The matrix's rows `span` are block [m, D], where the table is: place those that it has. Returns their bytes."""
+        low, high = (bisect_left(self._sorted, row) for row in (span.start, span.stop))
+        if low < high:
+            found = block.index_select(0, self._ids[low:high] - span.start)
+            self.out.index_copy_(0, self._places[low:high], found)
+        return (high - low) * block[0].nbytes
+
+    def columns(self, span: slice, turned: Tensor) -> int:
+        """The same with columns for rows: the matrix's rows `span` are turned [C, m], transposed."""
+        self.out[:, span] = turned.index_select(0, self._order)
+        return len(self._order) * turned[0].nbytes

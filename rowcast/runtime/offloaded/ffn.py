@@ -357,7 +357,7 @@ class PlacedFfn:
         self._rows: HostBank | None = banks.get(ROWS)
         self._at_cpu: HostBank | None = banks.get(CPU)
         # What is made on the device is put together there.
-        made_there = load.staging == device and device.type != "cpu"
+        made_there = load.made == device and device.type != "cpu"
         staged = {tier: torch.empty_like(bank.tensor, device=device) for tier, bank in banks.items() if made_there}
         tables = {RESIDENT: self._table} | {tier: staged.get(tier, bank.tensor) for tier, bank in banks.items()}
         inner, hidden = spec.intermediate_size, spec.hidden_size
