@@ -18,8 +18,10 @@ Cases, each in a process of its own, and each rank of it in another:
 
 `rows` of an OPT shape runs Deja Vu's ladder: low-rank predictors that read the attention's input, of random weights whose bias makes
 26% of the neurons take 80% of the activations (PowerInfer's measure of OPT-30B, arXiv 2312.12456, section 2). Other shapes choose by
-their own weights in 4 bits, which has no hot set. --gpu-memory is held to by the driver's count. What the planner foretells is for a
-placement of its own with as much memory. A table on standard error, one line of JSON on standard output.
+their own weights in 4 bits, which has no hot set. --gpu-memory is held to by the driver's count. NCCL is held to two channels, as its
+many channels for NVLink, which cards of consumers do not have, take memory that these do without. Beside each figure stand what the bus
+alone would take, what the planner's cost model foretells of the placement, with the bus's rate and the row cache's hits as they were in
+the run, and the same for as many RTX 4090. A table on standard error, one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import offload_cases
 import offload_kv
 import torch
-from _figures import Session, planned
+from _figures import Session
 from _simulated import device_of, on_ranks
 from offload_accelerate import layers_at_a_time
+from offload_foretold import Asked
 from offload_profile import Varied, write_profile
 from offload_report import tell
 
@@ -69,6 +72,9 @@ NOTES = {
 }
 """What a reader of the figures has to know."""
 
+PEER_TOKENS = 4
+"""That accelerate is asked for at most: each walks through CPU memory."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,7 +99,7 @@ def main() -> int:
     parser.add_argument("--outer", type=float, default=0.92, help="of kv: simulated acceptance by the last rung")
     parser.add_argument("--inner", type=float, nargs="+", default=[0.6, 0.8, 0.4], help="likewise by the rung below it")
     parser.add_argument("--draft", default=offload_kv.DRAFT, help="of kv")
-    parser.add_argument("--layers", type=int, default=6, help="of accelerate")
+    parser.add_argument("--layers", type=int, default=3, help="of accelerate")
     parser.add_argument("--eager", action="store_true", help="no captured graphs")
     parser.add_argument("--profile", action="store_true", help="print where a token's time goes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -124,31 +130,36 @@ def main() -> int:
 def one_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What it found on rank 0, and what the planner foretells."""
     model, cap = args.model or MODELS[name], parse_bytes(args.gpu_memory, "gpu_memory")
-
-    def foretold(ladder: str, context: int, **wish: Any) -> float | None:
-        return planned(
-            f"random:{model}", ladder, gpu_memory=cap, context=context, prompt=context // 2, tensor_parallel=args.ranks, **wish
-        )
-
     if name == "accelerate":
-        return layers_at_a_time(model, device_of(0), args.ranks * cap, args.prompt, args.layers, args.tokens)
+        return layers_at_a_time(model, device_of(0), args.ranks * cap, args.prompt, args.layers, min(args.tokens, PEER_TOKENS))
     if name == "kv":
         inner, outer = map(int, args.gammas.split(","))
         shape = model, args.kv_prompt, args.real_prompt, cap, (inner, outer), args.kv_budget, args.ranks
         wish = offload_kv.Wish(*shape, args.outer, tuple(args.inner), args.kv_rounds, args.draft)
-        guesses = {"plain": foretold("plain", args.kv_prompt + 512)}
-        for rate in args.inner:
-            chances = f"self={args.outer},draft={rate}"
-            guesses[f"triforce {rate}"] = foretold(wish.ladder, args.kv_prompt + 512, acceptance=chances)
-        return on_ranks(args.ranks, offload_kv.run, wish) | {"planned": guesses, "outer": args.outer}
-    return weights_case(name, args, model, cap, foretold)
+        found = on_ranks(args.ranks, offload_kv.run, wish) | {"outer": args.outer}
+        wish = replace(wish, outside=found["outside_bytes"])
+        plans = {ladder: wish.placed(device_of(0), ladder)[0] for ladder in ("plain", wish.ladder)}
+        ways: dict[str, tuple[str, str | None]] = {"plain": ("plain", None)}
+        ways |= {f"triforce {rate}": (wish.ladder, f"self={args.outer},draft={rate}") for rate in args.inner}
+        for way, (ladder, chances) in ways.items():
+            asked = Asked(
+                model=model, plan=plans[ladder], context=args.kv_prompt, cap_bytes=cap, bus_rate=min(found["bus_rates"])
+            )
+            found[way] |= foretold(asked, ladder, chances)
+        return found
+    return weights_case(name, args, model, cap)
 
 
-def weights_case(
-    name: str, args: argparse.Namespace, model: str, cap: int, foretold: Callable[..., float | None]
-) -> dict[str, Any]:
+def foretold(asked: Asked, ladder: str, acceptance: str | float | None = None) -> dict[str, float | None]:
+    return {
+        "planned_s": asked.foretold(ladder, acceptance=acceptance),
+        "projected_s": asked.projected(ladder, acceptance=acceptance),
+    }
+
+
+def weights_case(name: str, args: argparse.Namespace, model: str, cap: int) -> dict[str, Any]:
     """Those in which weights lie elsewhere."""
-    spec, context = spec_from_config(open_shape(model).config), args.prompt + 4 * args.tokens
+    spec = spec_from_config(open_shape(model).config)
     with tempfile.TemporaryDirectory() as folder:
         overlap, ladder = None, f"self:bits=4,gamma={args.gamma} / plain" if name == "lowbit" else "plain"
         if name in ("rows", "peer"):
@@ -173,14 +184,26 @@ def weights_case(
             eager=args.eager,
             profile=args.profile,
         )
-        guesses = {"plain": foretold("plain", context)} if name == "lowbit" else {}
-        for rate in args.rates if name == "lowbit" else ():
-            guesses[f"{rate}"] = foretold(ladder, context, acceptance=rate)
+        found = on_ranks(args.ranks, offload_cases.run, wish) | {"overlap": overlap}
+        wish = replace(wish, outside=found["outside_bytes"])
+        asked = Asked(
+            model=model,
+            plan=wish.placed(device_of(0))[0],
+            context=args.prompt + args.tokens,
+            cap_bytes=cap,
+            bus_rate=min(found["bus_rates"]),
+            calibration=calibration,
+            hit_rate=found.get("rows_hit"),
+        )
         if name != "lowbit":
-            guesses[name] = foretold(ladder, context, calibration=calibration)
-        return on_ranks(args.ranks, offload_cases.run, wish) | {"overlap": overlap, "planned": guesses}
+            return found | foretold(asked, ladder)
+        found["plain"] |= foretold(asked, "plain")
+        for rate in args.rates:
+            found[f"{rate}"] |= foretold(asked, ladder, rate)
+        return found
 
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("NCCL_MAX_NCHANNELS", "2")
     sys.exit(main())

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _figures import device_name
+from _figures import device_name, release
 from _simulated import SimulatedLLM
-from offload_bus import all_rates
-from offload_places import Budget, filled, low_bits, rows, streamed
+from offload_bus import all_rates, outside_bytes
+from offload_places import Budget, placed, planned_bytes
 from offload_profile import Varied
 
 from rowcast import SamplingParams
@@ -52,6 +52,20 @@ class Wish:
     gamma: int
     eager: bool
     profile: bool
+    outside: int | None = None
+    """As `Budget`'s."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt + max(4 * self.tokens, 8 * (self.gamma + 1))
+
+    def placed(self, device: torch.device) -> tuple[Plan, Budget]:
+        """What lies where, on GPUs or CPUs, within what budget."""
+        spec = spec_from_config(open_shape(self.model).config)
+        budget = Budget(self.cap_bytes, self.cache, self.context, device.type, STEP, self.ranks, self.outside)
+        calibration = None if self.calibration is None else Calibration.open(self.calibration, None)
+        return placed(self.case, spec, budget, self.ladder, calibration), budget
 
 
 def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[str, Any]:
@@ -60,19 +74,10 @@ def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[
     checkpoint = open_shape(wish.model, device=device)
     spec = spec_from_config(checkpoint.config)
     checkpoint = replace(checkpoint, source=Varied(spec, 0, device))
-    calibration = None if wish.calibration is None else Calibration.open(wish.calibration, None)
-    context = wish.prompt + max(4 * wish.tokens, 8 * (wish.gamma + 1))
-    budget = Budget(wish.cap_bytes, wish.cache, context, device.type, STEP, wish.ranks)
-    make: dict[str, Callable[[], Plan]] = {
-        "streamed": lambda: streamed(spec, budget),
-        "filled": lambda: filled(spec, budget),
-        "rows": lambda: rows(spec, budget, wish.ladder, calibration),
-        "peer": lambda: rows(spec, budget, wish.ladder, calibration, "peer"),
-        "lowbit": lambda: low_bits(spec, budget, wish.ladder),
-    }
-    plan = make[wish.case]()
+    wish = replace(wish, outside=outside_bytes(device, comm))
+    plan, budget = wish.placed(device)
     plan = replace(plan, device=str(device), ceiling_bytes=wish.cap_bytes if device.type == "cuda" else 0)
-    given: dict[str, Any] = {} if calibration is None else {"calibration": Path(wish.calibration or "")}
+    given: dict[str, Any] = {} if wish.calibration is None else {"calibration": Path(wish.calibration)}
     started = time.perf_counter()
     llm = SimulatedLLM(
         checkpoint,
@@ -89,9 +94,11 @@ def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[
         "gpu": device_name(device),
         "ranks": wish.ranks,
         "bus_rates": rates,
+        "outside_bytes": wish.outside,
         "load_s": time.perf_counter() - started,
         "cap_bytes": wish.cap_bytes,
-        "planned_bytes": plan.budget_bytes - plan.margin_bytes,
+        "planned_bytes": planned_bytes(plan, spec, budget),
+        "loading_bytes": loaded(device),
         "ladder": plan.ladder_text,
         "places": places(plan),
     }
@@ -107,8 +114,17 @@ def places(plan: Plan) -> dict[str, float]:
     return found
 
 
+def loaded(device: torch.device) -> int:
+    """The most of its GPU that this rank took so far, by the driver's count; from here on what running takes is counted."""
+    found = peak_bytes(device) if device.type == "cuda" else None
+    release()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return 0 if found is None else found.bytes
+
+
 def memory(llm: LLM, device: torch.device) -> dict[str, float]:
-    """What this rank took."""
+    """What this rank took since `loaded`."""
     on_gpu = device.type == "cuda"
     driver = peak_bytes(device) if on_gpu else None
     return {

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from _figures import device_name, release
 from _simulated import SimulatedLLM, skip_prompts
-from offload_bus import all_rates
-from offload_cases import memory
-from offload_places import with_kv_away
+from offload_bus import all_rates, outside_bytes
+from offload_cases import loaded, memory, places
+from offload_places import Budget, planned_bytes, with_kv_away
 
 from rowcast import SamplingParams
 from rowcast.bench.shapes import open_shape
 from rowcast.cluster.distributed_comm import DistributedComm
+from rowcast.placement.plan import Plan
 from rowcast.placement.resident import rank_share
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
@@ -51,6 +52,8 @@ class Wish:
     rounds: int
     """Timed, of each."""
     draft: str
+    outside: int | None = None
+    """As `Budget`'s."""
 
     @property
     def ladder(self) -> str:
@@ -58,10 +61,18 @@ class Wish:
         inner, outer = self.gammas
         return f"draft:model={self.draft},kv=256,gamma={inner} / self:kv={self.budget},score=mean,gamma={outer} / plain"
 
+    def placed(self, device: torch.device, ladder: str) -> tuple[Plan, Budget]:
+        """What lies where, on GPUs or CPUs, within what budget."""
+        most = self.prompt + PLAIN_TOKENS + len(self.inner) * (self.rounds + WARM_ROUNDS) * (self.gammas[1] + 2)
+        budget = Budget(self.cap_bytes, 0.0, most, device.type, world=self.ranks, outside=self.outside)
+        spec, draft = (spec_from_config(open_checkpoint(name).config) for name in (f"random:{self.model}", self.draft))
+        return with_kv_away(spec, draft, budget, ladder), budget
+
 
 def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[str, Any]:
     """All ways; of several ranks each runs an engine of its own: all do the same."""
     rates = all_rates(device, comm)
+    wish = replace(wish, outside=outside_bytes(device, comm))
     checkpoint = open_shape(wish.model, device=device)
     spec = spec_from_config(checkpoint.config)
     part = kv_bytes_per_token(rank_share(spec, wish.ranks), 2 if device.type == "cuda" else 4) * wish.prompt
@@ -73,18 +84,17 @@ def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[
         "prompt_was_run": wish.real_prompt,
         "kv_bytes": part,
         "bus_rates": rates,
+        "outside_bytes": wish.outside,
         "floor_s": part / min(rates),
     }
     ids = random.Random(1).choices(range(spec.vocab_size), k=wish.prompt)
-    draft = spec_from_config(open_checkpoint(wish.draft).config)
     for name, ladder in (("plain", "plain"), ("triforce", wish.ladder)):
         started = time.perf_counter()
-        most = wish.prompt + PLAIN_TOKENS + len(wish.inner) * (wish.rounds + WARM_ROUNDS) * (wish.gammas[1] + 2)
-        plan = with_kv_away(spec, draft, wish.cap_bytes, device.type, ladder, most, wish.ranks)
+        plan, budget = wish.placed(device, ladder)
         plan = replace(plan, device=str(device), ceiling_bytes=wish.cap_bytes if device.type == "cuda" else 0)
         llm = SimulatedLLM(checkpoint, comm, plan=plan, tensor_parallel_size=wish.ranks, prefix_cache=False, progress=False)
         shown = {"load_s": time.perf_counter() - started, "ladder": ladder, "cap_bytes": wish.cap_bytes}
-        shown["planned_bytes"] = plan.budget_bytes - plan.margin_bytes
+        shown |= {"planned_bytes": planned_bytes(plan, spec, budget), "places": places(plan), "loading_bytes": loaded(device)}
         if not wish.real_prompt:
             skip_prompts(llm)
         request, first_s = started_on(llm, ids)

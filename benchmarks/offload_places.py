@@ -12,14 +12,16 @@ from rowcast.placement.resident import BLOCK_SIZE, MAX_BATCH_TOKENS, rank_share,
 from rowcast.runtime.forecast import spec_digest
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
+from rowcast.runtime.offloaded.sizes import Buffers
+from rowcast.runtime.offloaded.tiers import ROWS, Tiers
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.spec import ModelSpec, layer_parameters, parameter_count
+from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters, parameter_count
 
 WIDTH = 2
-GROUPS = 256
+GROUPS = 1024
 """Of a layer's neurons."""
-SLACK = 0.02
-"""Of the budget, left to the allocator."""
+SLACK = 0.01
+"""Of the cap, left to the allocator where caches take all else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,38 @@ class Budget:
     """Most tokens of a pass."""
     world: int = 1
     """Ranks, each with so much of a GPU of its own."""
+    outside: int | None = None
+    """As `outside_bytes`, where it was measured."""
+
+    @property
+    def outside_bytes(self) -> int:
+        """What a rank takes beside tensors and graphs."""
+        if self.device != "cuda" or self.outside is not None:
+            return self.outside or 0
+        return Constants().outside_bytes(self.world, nvlink=True)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What is left to tensors and graphs."""
+        return self.cap_bytes - self.outside_bytes - round(SLACK * self.cap_bytes)
+
+
+def placed(case: str, spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None) -> Plan:
+    """The plan of a case of `offload.py`."""
+    if case in ("rows", "peer"):
+        return rows(spec, budget, ladder, calibration, case)
+    return {"streamed": streamed, "filled": filled}[case](spec, budget) if ladder == "plain" else low_bits(spec, budget, ladder)
+
+
+def planned_bytes(plan: Plan, spec: ModelSpec, budget: Budget) -> int:
+    """What a rank takes of its GPU by the plan: fetched rows are kept in what this leaves."""
+    tiers = Tiers.of(plan, 0, spec.num_layers)
+    assert tiers is not None
+    tensors = plan.budget_bytes - plan.margin_bytes
+    if any(ROWS in part.tiers for part in tiers.neurons.values()):
+        buffers = Buffers.of(plan, tiers, spec)
+        tensors += buffers.ring_bytes + buffers.cache_bytes
+    return budget.outside_bytes + tensors
 
 
 def streamed(spec: ModelSpec, budget: Budget) -> Plan:
@@ -67,22 +101,22 @@ def rows(spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration 
     return _plan(spec, budget, ladder, calibration, "resident", tier, stay)
 
 
-def with_kv_away(
-    spec: ModelSpec, draft: ModelSpec, cap_bytes: int, device: str, ladder: str, context: int, world: int = 1
-) -> Plan:
-    """All weights stay, all KV lies in host memory; `draft`: of every draft in the ladder. `cap_bytes`: of each of `world` ranks."""
-    budget, parsed = Budget(cap_bytes, 0.0, context, device), Ladder.parse(ladder)
+def with_kv_away(spec: ModelSpec, draft: ModelSpec, budget: Budget, ladder: str) -> Plan:
+    """All weights stay, all KV lies in host memory; `draft`: of every draft in the ladder."""
+    parsed, world = Ladder.parse(ladder), budget.world
     drafts = {rung.model: _Draft(draft, spec_digest(draft)) for rung in parsed.lower if rung.model is not None}
     whole = _whole(spec, budget, ladder, None, drafts, world)
     ranks, each = list(range(world)), whole.kv_bytes // spec.num_layers
+    # Attention reads the ring's buffers: no sequence's keys and values of a layer are gathered.
+    gathered = budget.context * kv_bytes_per_token(rank_share(spec, world), WIDTH) // spec.num_layers
     shares = [Share(ranks, "KV", layer, "streamed", 0, 1, 1, each) for layer in range(spec.num_layers)]
     return replace(
         whole,
         spec=spec_digest(spec),
-        budget_bytes=cap_bytes,
+        budget_bytes=budget.tensor_bytes,
         kv_bytes=0,
-        work_bytes=whole.work_bytes + 2 * STREAM_BYTES,
-        forecast=replace(_forecast(shares, budget, ladder), gpus=["a GPU"] * world, tensor_parallel=world),
+        work_bytes=whole.work_bytes - gathered + 2 * STREAM_BYTES + _graphs_bytes(budget),
+        forecast=_forecast(shares, budget, ladder),
     )
 
 
@@ -102,6 +136,10 @@ def _groups(spec: ModelSpec, free: float) -> int:
     return int(GROUPS * free / whole)
 
 
+def _graphs_bytes(budget: Budget) -> int:
+    return Constants().graphs_bytes if budget.device == "cuda" else 0
+
+
 def _neuron_bytes(spec: ModelSpec) -> int:
     """Of a layer."""
     return (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size * WIDTH
@@ -119,7 +157,7 @@ def _plan(
 ) -> Plan:
     """`outer`: where attention and the LM head lie. `resident`: groups of each layer's neurons that stay, of the others `others`.
     `layers`: those after so many have their attention streamed."""
-    on_gpu, parsed, world = budget.device == "cuda", Ladder.parse(ladder), budget.world
+    parsed, world = Ladder.parse(ladder), budget.world
     whole, share, ranks = _whole(spec, budget, ladder, calibration, {}, world), rank_share(spec, world), list(range(world))
     neurons, head = _neuron_bytes(share), share.vocab_size * spec.embed_size * WIDTH
     attention = layer_parameters(share) * WIDTH - neurons
@@ -141,15 +179,13 @@ def _plan(
     fetched = 0
     if others in ("rows", "peer"):
         fetched = round(2 * neurons * min(0.5, max(rung.mlp for rung in parsed.rungs if rung.mlp is not None)))
-    constants = Constants()
-    context = constants.context_bytes + constants.graphs_bytes if on_gpu else 0
     return replace(
         whole,
         spec=spec_digest(spec),
-        budget_bytes=budget.cap_bytes,
+        budget_bytes=budget.tensor_bytes,
         weight_bytes=held,
-        work_bytes=whole.work_bytes + ring + fetched + context + round(SLACK * budget.cap_bytes),
-        forecast=replace(_forecast(shares, budget, ladder), gpus=["a GPU"] * world, tensor_parallel=world),
+        work_bytes=whole.work_bytes + ring + fetched + _graphs_bytes(budget),
+        forecast=_forecast(shares, budget, ladder),
     )
 
 
@@ -188,7 +224,8 @@ def _whole(
 def _forecast(shares: list[Share], budget: Budget, ladder: str) -> Forecast:
     """Nothing is foretold."""
     return Forecast(
-        model="a shape", machine="this one", gpus=["a GPU"], layout="one GPU", tensor_parallel=1, pipeline_stages=1,
+        model="a shape", machine="this one", gpus=["a GPU"] * budget.world, layout="by force", tensor_parallel=budget.world,
+        pipeline_stages=1,
         context=budget.context, prompt=1, batch=1, ladder=ladder, seconds_per_token=1.0, tokens_per_s=1.0,
         tokens_per_s_range=[1.0, 1.0], first_token_s=1.0, tokens_per_round=1.0, bottleneck="bus", bottleneck_share=1.0, gap=0.0,
         solver_s=0.0, greedy_seconds_per_token=None, groups=1, memory=[], rungs=[], stages=[], shares=shares, alternatives=[],

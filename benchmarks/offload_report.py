@@ -6,6 +6,7 @@ from typing import Any
 
 from _figures import Figure, Session
 
+_ON_HOST = ("streamed", "rows", "cpu", "host")
 _KV_KEYS = ("load_s", "first_token_s", "first_round_s", "s_per_round", "tokens_per_round", "expected_tokens_per_round")
 _WEIGHTS_KEYS = ("load_s", "warm_s", "first_token_s", "rows_wanted", "rows_hit", "stalled_s", "overlap")
 
@@ -19,6 +20,10 @@ def tell(session: Session, name: str, found: dict[str, Any]) -> None:
         return
     buses = ", ".join(f"{each / 1e9:.1f}" for each in found["bus_rates"])
     session.say(f"{name}, {found['ranks']} x {found['gpu']}: buses {buses} GB/s, a copy each at the same time")
+    if found["outside_bytes"] is not None:
+        session.say(
+            f"{name}: {found['outside_bytes'] / 2**20:.0f} MiB of each GPU are left to what is neither a tensor nor a graph"
+        )
     {"kv": _kv, "lowbit": _low_bits}.get(name, _weights)(session, name, found)
     if name != "kv":
         _memory(session, name, found)
@@ -28,7 +33,7 @@ def _weights(session: Session, name: str, found: dict[str, Any]) -> None:
     took, rate = found["s_per_token"], min(found["bus_rates"])
     moved = found["streamed_bytes"] + found["row_bytes"]
     more = {key: found[key] for key in _WEIGHTS_KEYS} | {f"GB {tier}": size for tier, size in found["places"].items()}
-    more |= {"slowest bus, GB/s": rate / 1e9}
+    more |= _projected(found, found["ranks"]) | {"slowest bus, GB/s": rate / 1e9}
     session.add(
         Figure(
             name=f"{name}, {found['model']}",
@@ -36,7 +41,7 @@ def _weights(session: Session, name: str, found: dict[str, Any]) -> None:
             s_per_token=took,
             bytes=moved,
             floor_s=moved / rate,
-            planned_s=found["planned"][name],
+            planned_s=found["planned_s"],
             more=more,
         )
     )
@@ -45,27 +50,48 @@ def _weights(session: Session, name: str, found: dict[str, Any]) -> None:
 
 
 def _low_bits(session: Session, name: str, found: dict[str, Any]) -> None:
-    plain = found["plain"]["s_per_token"]
-    for way, guess in found["planned"].items():
+    plain, rate = found["plain"]["s_per_token"], min(found["bus_rates"])
+    for way in ["plain", *(key for key in found if key.replace(".", "").isdigit())]:
         one = found[way]
         told = f"{found['model']}, plain" if way == "plain" else f"{found['model']}, 4-bit drafts that stand at {way}"
         ladder = "plain" if way == "plain" else found["ladder"]
-        session.add(Figure(name=told, ladder=ladder, s_per_token=one["s_per_token"], planned_s=guess, more=one))
+        moved = found["places"]["streamed"] * 1e9 / one["tokens_per_round"]
+        more = {key: one[key] for key in ("s_per_round", "tokens_per_round", "rounds")} | _projected(one, found["ranks"])
+        session.add(
+            Figure(
+                name=told,
+                ladder=ladder,
+                s_per_token=one["s_per_token"],
+                bytes=moved,
+                floor_s=moved / rate,
+                planned_s=one["planned_s"],
+                more=more | {"load_s": found["load_s"], "slowest bus, GB/s": rate / 1e9},
+            )
+        )
         if way != "plain":
             bound = {"0.8": 4.0, "0.9": 6.0}.get(way, 1.0)
             session.claim(f"4-bit drafts at {way} over full streaming", plain / one["s_per_token"], bound)
 
 
 def _kv(session: Session, name: str, found: dict[str, Any]) -> None:
-    floor, plain = found["floor_s"], found["plain"]["s_per_token"]
+    floor, plain, rate = found["floor_s"], found["plain"]["s_per_token"], min(found["bus_rates"])
     shape = f"{found['model']}, {found['prompt']} tokens"
-    for way, guess in found["planned"].items():
+    for way in ["plain", *(key for key in found if key.startswith("triforce"))]:
         one = found[way]
         rungs = {f"{rung}, s a round": each["s"] for rung, each in one["rungs"].items()}
-        moved = {} if way != "plain" else {"bytes": found["kv_bytes"], "floor_s": floor}
-        more = {key: one[key] for key in _KV_KEYS} | rungs
-        told = f"{shape}, {way}" if way == "plain" else f"{shape}, {way}, outer {found['outer']}"
-        session.add(Figure(name=told, ladder=one["ladder"], s_per_token=one["s_per_token"], planned_s=guess, more=more, **moved))
+        moved = found["kv_bytes"] if way == "plain" else one["kv_bytes_per_round"] / one["expected_tokens_per_round"]
+        more = {key: one[key] for key in _KV_KEYS} | rungs | _projected(one, found["ranks"]) | {"slowest bus, GB/s": rate / 1e9}
+        session.add(
+            Figure(
+                name=f"{shape}, {way}" if way == "plain" else f"{shape}, {way}, outer {found['outer']}",
+                ladder=one["ladder"],
+                s_per_token=one["s_per_token"],
+                bytes=moved,
+                floor_s=moved / rate,
+                planned_s=one["planned_s"],
+                more=more,
+            )
+        )
         if way == "plain":
             session.claim("KV in host memory, plain: share of the bus's rate", floor / plain, 0.85)
         elif way.endswith("0.6"):
@@ -73,13 +99,22 @@ def _kv(session: Session, name: str, found: dict[str, Any]) -> None:
         _memory(session, way, one)
 
 
+def _projected(found: dict[str, Any], ranks: int) -> dict[str, float]:
+    seconds = found["projected_s"]
+    return {} if seconds is None else {f"projected to {ranks} x RTX 4090, PCIe 4, by the planner, ms a token": seconds * 1e3}
+
+
 def _memory(session: Session, name: str, found: dict[str, Any]) -> None:
     if not found["driver_bytes"]:
         return
     held, plan, cap = found["driver_bytes"], found["planned_bytes"], found["cap_bytes"]
+    pinned, host_plan = found["host_bytes"], sum(found["places"].get(tier, 0.0) for tier in _ON_HOST) * 1e9
     session.say(
         f"{name}: GPU {held / 1e9:.2f} GB by the driver, {found['gpu_bytes'] / 1e9:.2f} allocated, {plan / 1e9:.2f} planned, "
-        f"{cap / 1e9:.2f} allowed; pinned {found['host_bytes'] / 1e9:.2f} GB"
+        f"{cap / 1e9:.2f} allowed, {found['loading_bytes'] / 1e9:.2f} while loading; pinned {pinned / 1e9:.2f} GB, "
+        f"{host_plan / 1e9:.2f} planned"
     )
-    session.claim(f"{name}: GPU memory over what is allowed", held / cap, 1.0, at_most=True)
+    session.claim(f"{name}: GPU memory over what is allowed", max(held, found["loading_bytes"]) / cap, 1.0, at_most=True)
     session.claim(f"{name}: GPU memory off its plan", abs(held / plan - 1), 0.05, at_most=True)
+    if host_plan:
+        session.claim(f"{name}: host memory off its plan", abs(pinned / host_plan - 1), 0.05, at_most=True)

@@ -148,29 +148,32 @@ JOBS: Final = (
     # Two cards of 24 GiB, the rest in host memory.
     Job(
         name="offload-streamed", title="Full streaming: a Llama-2-7B shape on two cards",
-        command=f"{{python}} benchmarks/offload.py --case streamed --model llama-2-7b {TWO_CARDS}", gpus=2, seconds=100,
+        command=f"{{python}} benchmarks/offload.py --case streamed --model llama-2-7b {TWO_CARDS}", gpus=2, seconds=40,
     ),
     Job(
         name="offload-opt-66b", title="OPT-66B on two cards of 24 GiB",
-        command=f"{{python}} benchmarks/offload.py --case filled rows accelerate --model opt-66b {TWO_CARDS} --heads 0.5",
-        gpus=2, seconds=420,
+        command=f"{{python}} benchmarks/offload.py --case filled rows accelerate --model opt-66b {TWO_CARDS} --heads 0.5 "
+        "--cache 0.1 --prompt 32 --tokens 12",
+        gpus=2, seconds=130,
     ),
     Job(
         name="offload-70b-exact", title="A 70B shape, exact: 4 bits draft, 16 bits are streamed",
-        command=f"{{python}} benchmarks/offload.py --case lowbit --model llama-2-70b {TWO_CARDS} --rates 0.8 0.9", gpus=2, seconds=480,
+        command=f"{{python}} benchmarks/offload.py --case lowbit --model llama-2-70b {TWO_CARDS} --rates 0.8 0.9 --tokens 6",
+        gpus=2, seconds=130,
     ),
     Job(
         name="offload-kv-7b", title="KV in host memory: Llama-2-7B-128K, 127,000 tokens, two cards",
-        command=f"{{python}} benchmarks/offload.py --case kv {TWO_CARDS} --gammas 2,20", gpus=2, seconds=260,
+        command=f"{{python}} benchmarks/offload.py --case kv {TWO_CARDS} --gammas 2,20", gpus=2, seconds=100,
     ),
     Job(
         name="offload-kv-13b", title="KV in host memory: Llama-2-13B-128K, 127,000 tokens, two cards",
-        command=f"{{python}} benchmarks/offload.py --case kv --model yarn-llama-2-13b-128k {TWO_CARDS} --gammas 2,20",
-        gpus=2, seconds=330,
+        command=f"{{python}} benchmarks/offload.py --case kv --model yarn-llama-2-13b-128k {TWO_CARDS} --gammas 2,20 "
+        "--kv-rounds 6",
+        gpus=2, seconds=130,
     ),
     Job(
         name="offload-peer", title="Cold rows on another GPU",
-        command="{python} benchmarks/offload.py --case rows peer --model opt-6.7b", gpus=2, seconds=150,
+        command="{python} benchmarks/offload.py --case rows peer --model opt-6.7b", gpus=2, seconds=50,
     ),
     Job(
         name="peer-rows", title="Rows of another GPU's memory, by size", command="{python} benchmarks/peer_rows.py",

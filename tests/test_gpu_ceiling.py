@@ -151,12 +151,14 @@ def test_a_look_comes_before_the_device_is_used(monkeypatch: pytest.MonkeyPatch,
     assert chosen == [False, False, True, False]
 
 
-def test_a_budget_leaves_room_for_what_is_no_tensor(gpu: Gpu) -> None:
-    """What is there and what comes, at least what plans assume."""
+def test_a_budget_leaves_room_for_what_is_no_tensor(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there and what comes, at least what plans assume; of several ranks their collectives, which take more over NVLink."""
     assert outside_bytes(CUDA, 1) == Constants().context_bytes
     gpu.context = 900 * MIB
     gpu.take(GIB)
     assert outside_bytes(CUDA, 1) == 1156 * MIB and outside_bytes(CUDA, 2) == (1156 + 256) * MIB
+    monkeypatch.setattr(gpu_ceiling, "joined_by_nvlink", lambda: True)
+    assert outside_bytes(CUDA, 1) == 1156 * MIB and outside_bytes(CUDA, 2) == (1156 + 768) * MIB
     budget, reason = devices.budget_bytes(CUDA, 24 * GIB, "gpu_memory")
     assert budget == 24 * GIB - 1156 * MIB and "without 1.1 GiB" in reason
     with pytest.raises(UserError, match=r"gpu_memory=512\.0 MiB is not more than the 1\.1 GiB that"):

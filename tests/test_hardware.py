@@ -12,7 +12,7 @@ import pytest
 from nvml_faking import GEFORCE, fake_pynvml
 
 from rowcast.errors import UserError
-from rowcast.placement import cache, host, nvml
+from rowcast.placement import cache, here, host, nvml
 from rowcast.placement.cards import CARDS, find_card, known_card
 from rowcast.placement.hardware import GIB, Machine, Quantity, machine_from, parse_gpus
 from rowcast.placement.measured import CpuProduct, GpuProbe, HostProbe, PeerProbe, Probe, RowRate
@@ -206,6 +206,15 @@ def test_links_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml(cards))
     facts = nvml.read()
     assert facts is not None and facts.gpus[1].nvlinks == 18 and facts.pairs[0].peer_access is True
+    assert here.joined_by_nvlink()
+    monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml(cards[:1]))
+    assert not here.joined_by_nvlink()
+    monkeypatch.setitem(
+        sys.modules, "pynvml", fake_pynvml([{"name": GEFORCE, "uuid": f"GPU-{place}", "memory": 1} for place in "ab"])
+    )
+    assert not here.joined_by_nvlink()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert not here.joined_by_nvlink()
 
 
 def test_a_driver_that_tells_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,9 @@ class Constants:
     """Of a link's nominal rate to the host, what one large copy reaches: 54.3 of 64 GB/s on an H200 (measured)."""
     bus_rows_share: float = 0.90
     """Of that, a kernel that reads rows where they lie: .93, .86 and .91 with 8, 24 and 144 KiB a row (measured on an H100)."""
+    bus_entries_share: float = 0.22
+    """Of the bus rate, a view's entries of KV that lies in host memory, copied one by one (256 bytes), what chooses them included:
+    11.5 of 52.9 GB/s, measured on two H200."""
     host_share: float = 0.80
     """Of host memory's nominal rate. Assumed."""
     peer_share: float = 0.75
@@ -57,8 +60,9 @@ class Constants:
     driven_layer_s: float = 1.2e-3
     """A layer's calls in a pass that the host drives, as it does where the pass reads what is streamed or computed on the CPU, or KV
     in host memory: these hide under what the pass waits for. Measured on an H100: 1.3 ms while profiled."""
-    fetch_layer_s: float = 10e-6
-    """A layer's fetch of rows, beyond its bytes: one latency of the bus and a launch. Assumed."""
+    fetch_layer_s: float = 34e-6
+    """A layer's fetch of rows, beyond its bytes: what the cache lacks, whose place it takes, a latency of the bus. Fitted to an
+    OPT-6.7B on an H200, whose rows lay in host memory, and in another H200's."""
     hop_s: float = 20e-6
     """A pipeline stage's output to the next stage of the node, beyond its bytes. Assumed."""
     first_s: float = 100e-6
@@ -70,6 +74,11 @@ class Constants:
 
     context_bytes: int = 768 * MIB
     """A GPU context with its libraries and kernels: 518 MiB before the first kernel, 768 with all of them (measured on an H100)."""
+    collectives_bytes: int = 256 * MIB
+    """What one of several ranks takes beside that: NCCL's kernels and buffers, what peers write for sums in one shot. Assumed."""
+    nvlink_bytes: int = 512 * MIB
+    """More of that where cards are joined by NVLink, for which NCCL has many channels. Measured on two H200, torch 2.11: 1,537 to 1,603
+    MiB beside the most that tensors took, graphs included, where one rank has 763 to 829."""
     graphs_bytes: int = 64 * MIB
     """Captured graphs and the states of rounds."""
     margin_share: float = 0.02
@@ -80,6 +89,10 @@ class Constants:
     """Passes are made of a framework's own kernels: what published research systems did."""
     spread: float = 0.10
     """Rates may be so much higher or lower: the ends of a predicted range."""
+
+    def outside_bytes(self, ranks: int, *, nvlink: bool) -> int:
+        """What each of so many ranks takes of its GPU beside tensors and graphs. `nvlink`: the cards are joined by it."""
+        return self.context_bytes + (self.collectives_bytes + self.nvlink_bytes * nvlink if ranks > 1 else 0)
 
     @property
     def layer_launch_s(self) -> float:

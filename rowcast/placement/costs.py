@@ -5,11 +5,14 @@ A pass of a rung over a stage takes as long as the slowest of these chains, and 
     GPU memory   all bytes that the card reads; streamed bytes are written once and read once
     compute      the products' arithmetic
     bus          all bytes that cross to the card; copies of whole layers run ahead and hide under everything else
-    bus, serial  what is not neurons, then rows that are known only when they are needed
+    bus, serial  what is not neurons, then rows that are known only when they are needed; of rows that are known ahead, choosing and
+                 fetching them, then all but attention
     host memory  all bytes that leave it, for all cards of the node and for the CPU
     CPU          what is not neurons, then the neurons that the CPU computes
     peers        bytes read from other cards
     launches     calls of every layer, selection, sums over ranks, the CPU's and the fetches' latency: added to the slowest chain
+
+Entries of KV in host memory that views of a few copy anew in each round are a pass of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rowcast.placement.constants import STREAM_BYTES, Constants
-from rowcast.placement.groups import EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
+from rowcast.placement.groups import ATTENTION, EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
 from rowcast.placement.hardware import Host, Quantity
 from rowcast.placement.layout import Layout, Site
 from rowcast.placement.resident import layered_tokens, states_bytes
@@ -79,6 +82,7 @@ class Chain:
     """What one row of a problem's seconds stands for."""
 
     rung: int
+    """One more than there are: entries that views copy anew."""
     stage: int
     site: int
     """-1: all of the stage's."""
@@ -152,9 +156,14 @@ class CostModel:
             ),
             "buffers": round(buffers),
             "work": work.work_bytes + own_work + states_bytes(spec, work.width, layered),
-            "graphs": 0 if on_cpu else constants.context_bytes + constants.graphs_bytes,
+            "graphs": 0 if on_cpu else self._outside_bytes(site) + constants.graphs_bytes,
             "margin": constants.host_margin_bytes if on_cpu else round(constants.margin_share * site.card.memory_bytes),
         }
+
+    def _outside_bytes(self, site: Site) -> int:
+        """Of a rank of the site."""
+        machine = self.layout.machine
+        return self.constants.outside_bytes(machine.num_gpus, nvlink=machine.nodes[site.node].link == "nvlink")
 
     def price(self, mode: Mode, corrections: Sequence[float] | None = None) -> Priced:
         """Of this mode. `corrections`: for each rung, measured seconds of a pass over predicted ones."""
@@ -229,6 +238,10 @@ class CostModel:
                         late = before + serial
                         late[:, ROWS] += gpu[:, ROWS] * (groups.part == NEURONS)
                         chain(k, s, i, "bus", late, fixed)
+                    if mode.rows and rung.ahead:
+                        late = gpu * ((groups.part != ATTENTION) & (groups.part != KV))[:, None]
+                        late[:, ROWS] += bus[:, ROWS]
+                        chain(k, s, i, "bus", late, fixed + self._aside_seconds(rung, mode, len(layout.stages[s].layers)))
                     if peers.any():
                         chain(k, s, i, "peers", peers, 0.0)
                     own.append((site.node, before, fixed))
@@ -243,11 +256,18 @@ class CostModel:
                     if shared[n].any():
                         chain(k, s, -1, "bus", shared[n], 0.0)
 
-        launches = tuple(self._launch_seconds(rung, mode) for rung in rungs)
         per_token = [rung.passes / ladder.tokens_per_round for rung in rungs]
         stages = len(layout.stages)
+        if mode.kv_away and any(rung.renewed for rung in rungs):
+            factors.append(1.0)
+            per_token.append(1 / ladder.tokens_per_round)
+            for i, site in enumerate(sites):
+                copied = np.zeros((count, tiers))
+                copied[:, STREAMED] = self.renewed_seconds(site) * groups.bytes * ((groups.site == i) & (groups.part == KV))
+                chain(len(rungs), site.stage, i, "bus", copied, 0.0)
+        launches = tuple(self._launch_seconds(rung, mode) for rung in rungs)
         constant = self.constants.round_s / ladder.tokens_per_round
-        constant += sum(each * sum(lost) for each, lost in zip(per_token, launches, strict=True))
+        constant += sum(each * sum(lost) for each, lost in zip(per_token, launches, strict=False))
         limits, names, sizes = self._limits(mode, tiers)
         problem = Problem(
             allowed=self._allowed(mode, tiers),
@@ -375,6 +395,12 @@ class CostModel:
             found.append((self.kv_bytes(site) * part * rung.sequences, constants.kv_share))
         return found
 
+    def renewed_seconds(self, site: Site) -> float:
+        """In a round, for each byte of the site's KV that lies in host memory: entries of it that views of a few copy anew."""
+        rate = self._rate(site.card.bus_rate, self.constants.bus_share) * self.constants.bus_entries_share
+        entries = sum(rung.renewed * rung.sequences for rung in self.ladder.rungs)
+        return min(1.0, entries / self.work.context) / rate if rate else 0.0
+
     def _compute_seconds(self, site: Site, rung: RungUse) -> float:
         """Arithmetic of one pass on one rank, all rows dense."""
         work, stage = self.work, self.layout.stages[site.stage]
@@ -398,7 +424,7 @@ class CostModel:
         if rung.model is not None:
             told = {"ranks": 0.0, "first": constants.first_s, "driver": constants.driver_s}[rung.at]
             return spec.num_layers * each, told * rung.asked / rung.passes if rung.passes else 0.0
-        aside = not self.layout.on_cpu and not self._is_driven(rung, mode)  # what is chosen ahead has a stream of its own
+        aside = self._is_aside(rung, mode)
         if rung.heads < 1 and not (rung.heads_ahead and aside):
             each += constants.select_s
         elif rung.neurons < 1 and not (rung.ahead and aside):
@@ -414,6 +440,15 @@ class CostModel:
                 sums += 2 * len(stage.layers) * self._all_reduce_seconds(index, hidden)
             sums += self.layout.hop_s(index, hidden, constants.hop_s, constants.peer_share)
         return spec.num_layers * each, sums
+
+    def _is_aside(self, rung: RungUse, mode: Mode) -> bool:
+        """Whether what is chosen ahead has a stream of its own."""
+        return not self.layout.on_cpu and not self._is_driven(rung, mode)
+
+    def _aside_seconds(self, rung: RungUse, mode: Mode, layers: int) -> float:
+        """Of so many layers whose rows are known ahead, choosing and fetching them, beyond their bytes."""
+        select_s = self.constants.select_s if self._is_aside(rung, mode) else 0.0
+        return layers * (select_s + self.constants.fetch_layer_s) if rung.neurons < 1 else 0.0
 
     def _crossing_seconds(self, stage: int, bytes_: float) -> float:
         """What so many bytes add to a sum over the stage's ranks."""

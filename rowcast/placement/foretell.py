@@ -113,7 +113,20 @@ def _rungs(found: Found) -> tuple[list[RungTime], dict[str, float]]:
             waited[link] = waited.get(link, 0.0) + per_token * seconds
         bound_by = max(spent, key=lambda link: spent[link])
         told.append(RungTime(rung.name, per_token, pass_s, bound_by, _overlap(found.mode, rung.ahead)))
+    for seconds in _renewed(found).values():
+        waited["bus"] = waited.get("bus", 0.0) + seconds
     return told, waited
+
+
+def _renewed(found: Found) -> dict[int, float]:
+    """Seconds of a committed token in which views of a few entries copy them anew, by stage: the slowest site's."""
+    problem, tiers, last = found.priced.problem, found.solution.tiers, len(found.ladder.rungs)
+    seconds: dict[int, float] = {}
+    for i, chain in enumerate(found.priced.chains):
+        if chain.rung == last:
+            end = float(problem.seconds[i, range(len(tiers)), tiers].sum()) / found.ladder.tokens_per_round
+            seconds[chain.stage] = max(seconds.get(chain.stage, 0.0), end)
+    return seconds
 
 
 def _overlap(mode: Mode, ahead: bool) -> str:
@@ -234,6 +247,12 @@ def _stages(found: Found) -> list[Stage]:
         if sums:
             link = "network" if len(layout.machine.nodes) > 1 else "peers"
             told.append(Stage(rung.name, "collectives", {}, {link: sums * per_token}))
+    if renewed := sum(_renewed(found).values()):
+        rung = max(found.ladder.rungs, key=lambda rung: rung.renewed)
+        away = groups.bytes * ranks * ((groups.part == KV) & (tiers == STREAMED))
+        copied = sum(min(1.0, rung.renewed / work.context) * rung.sequences for rung in found.ladder.rungs)
+        moved = float(away.sum()) * copied / found.ladder.tokens_per_round
+        told.append(Stage(rung.name, "entries copied anew", {"bus": moved}, {"bus": renewed}))
     return told
 
 

@@ -83,6 +83,13 @@ def _card(gpu: DriverGpu) -> Card:
     return replace(known, bus_rate=rate, pcie_generation=limit.generation, pcie_lanes=limit.width)
 
 
+def joined_by_nvlink() -> bool:
+    """Whether all of the GPUs that this process sees are, as far as the driver tells."""
+    driver = nvml.read()
+    gpus = () if driver is None else _visible(driver, os.environ)
+    return driver is not None and len(gpus) > 1 and _link(driver, gpus) == "nvlink"
+
+
 def _link(driver: DriverFacts, gpus: tuple[DriverGpu, ...]) -> Link:
     """By what every pair of the cards can do."""
     indices = {gpu.index for gpu in gpus}

@@ -61,6 +61,8 @@ class RungUse:
     """Times in a round that ranks which do not run it wait for its proposals."""
     kv_entries: int | None = None
     """Entries that its attention reads at most; None: the whole context."""
+    renewed: float = 0.0
+    """Of these, those that a round copies anew where the KV lies elsewhere."""
     neurons: float = 1.0
     """Share that one token needs."""
     candidates: float = 1.0

@@ -15,6 +15,7 @@ import torch
 from rowcast.errors import OutOfMemoryError
 from rowcast.placement import process_memory
 from rowcast.placement.constants import Constants
+from rowcast.placement.here import joined_by_nvlink
 from rowcast.placement.plan import Plan
 from rowcast.placement.process_memory import OwnBytes
 from rowcast.placement.units import format_bytes
@@ -23,9 +24,6 @@ log = logging.getLogger("rowcast")
 
 LATER_BYTES = 256 << 20
 """Kernels, libraries and graphs that come after a context, when a plan is made: 250 MiB, measured on an H100 (its context: 518)."""
-
-COLLECTIVES_BYTES = 256 << 20
-"""NCCL's buffers of one rank, and what peers write for sums in one shot, 19 MB of OPT-175B on four. Assumed."""
 
 _STEPS = 64
 """Between two counts, which take .06 ms each."""
@@ -44,7 +42,7 @@ def outside_bytes(device: torch.device, world: int) -> int:
     """What one of `world` ranks will take of such a GPU beside tensors: for plans."""
     counted = _counted(device)
     there = 0 if counted is None else counted.bytes - torch.cuda.memory_reserved(device) + LATER_BYTES
-    return max(there, Constants().context_bytes) + (COLLECTIVES_BYTES if world > 1 else 0)
+    return _assumed_bytes(world) + max(0, there - Constants().context_bytes)
 
 
 def peak_bytes(device: torch.device) -> OwnBytes | None:
@@ -73,6 +71,7 @@ class Ceiling:
         """Limits the allocator. Raises OutOfMemoryError where the ceiling leaves less than the plan takes."""
         self._device = device
         self._bytes = ceiling_bytes(plan)
+        self._world = plan.world
         self._steps = 0
         self._told = False
         self._lift = finalize(self, _lift, device)
@@ -131,7 +130,7 @@ class Ceiling:
         counted = _counted(self._device)
         if counted is not None:
             return counted.bytes - torch.cuda.memory_reserved(self._device)
-        assumed = Constants().context_bytes
+        assumed = _assumed_bytes(self._world)
         if not self._told:
             self._told = True
             log.warning(
@@ -169,6 +168,11 @@ def ceiling_bytes(plan: Plan) -> int | None:
     if plan.ceiling_bytes or plan.forecast is None:
         return plan.ceiling_bytes or None
     return max((each.budget_bytes for each in plan.forecast.memory if each.card != "host"), default=None)
+
+
+def _assumed_bytes(world: int) -> int:
+    """What plans assume of one of so many ranks beside tensors and graphs."""
+    return Constants().outside_bytes(world, nvlink=world > 1 and joined_by_nvlink())
 
 
 def _counted(device: torch.device) -> OwnBytes | None:

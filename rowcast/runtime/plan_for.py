@@ -169,7 +169,9 @@ def _plan(
         if any(share.tier != "resident" for share in forecast.shares):
             break
         # The engine counts its work space to the byte and is short of some: less has to be next to the compute.
-    plan = split_plan(work, forecast, needs, number, notes, "cuda" if forecast.gpus else "cpu")
+    machine = chosen.machine
+    outside = Constants().outside_bytes(machine.num_gpus, nvlink=machine.nodes[0].link == "nvlink") if on_gpu else 0
+    plan = split_plan(work, forecast, needs, number, notes, "cuda" if on_gpu else "cpu", outside)
     lacking = not_yet(plan, plan.world)
     told = [f"{NOT_YET}: {'; '.join(lacking)}; {instead(plan, spec)}"] if lacking else []
     return replace(plan, notes=[*plan.notes, *told], spec=digest, machine=chosen.machine.describe())
@@ -315,14 +317,13 @@ def split_plan(
     number: str,
     notes: Sequence[str],
     device: str,
-    context_bytes: int | None = None,
+    outside: int,
 ) -> Plan:
     """Of several ranks, or with parts elsewhere: the fields of the fullest rank, from the forecast.
 
-    The budget is what the engine's allocator may take: a GPU's context is not its (`context_bytes`; None: as plans assume it). Half of
-    what is left keeps fetched rows.
+    The budget is what the engine's allocator may take: a GPU's context and collectives are not (`outside`, in bytes). Half of what is
+    left keeps fetched rows.
     """
-    outside = (Constants().context_bytes if context_bytes is None else context_bytes) if device.startswith("cuda") else 0
     if any(share.tier in ("rows", "peer") for share in forecast.shares):
         forecast = replace(forecast, memory=[_with_row_cache(each) for each in forecast.memory])
     ranks = [device for device in forecast.memory if device.card != "host"]

@@ -153,7 +153,8 @@ def _rung_use(
     drafts: Mapping[str, ModelSpec],
     packed: PackedSizes | None,
 ) -> RungUse:
-    use = RungUse(name=str(rung), passes=passes, tokens=tokens, kv_entries=rung.kv)
+    renewed = rung.kv / rung.refresh if rung.kind == "self" and rung.kv and rung.refresh else 0.0
+    use = RungUse(name=str(rung), passes=passes, tokens=tokens, kv_entries=rung.kv, renewed=renewed)
     if rung.kind == "draft":
         assert rung.model is not None
         return replace(use, model=drafts[rung.model], at=rung.at)

@@ -30,7 +30,7 @@ log = logging.getLogger("rowcast")
 _GROUPS = 4096
 """That one rank's weights and KV are placed in, about."""
 
-STAND_IN = Constants(context_bytes=0, graphs_bytes=0, host_margin_bytes=0)
+STAND_IN = Constants(context_bytes=0, collectives_bytes=0, nvlink_bytes=0, graphs_bytes=0, host_margin_bytes=0)
 """Of a CPU that stands in for a GPU: it has no context, and its host memory is what was asked for."""
 
 
@@ -53,7 +53,7 @@ class OffloadWish:
     """The CPU stands in for a GPU."""
     gpu_memory_bytes: int
     context_bytes: int
-    """Of that, what is no tensor's."""
+    """Of that, what is no tensor's, collectives' buffers included."""
     host_memory_bytes: int | None
     world: int
     max_context: int | None
@@ -82,7 +82,7 @@ def offloading_plan(
     context = wish.max_context or min(CONTEXT, spec.max_context)
     work = _work(wish, wish.ladder, context, batch, fingerprint)
     machine = _stand_in(wish) if wish.stand_in else _machine(wish)
-    constants = STAND_IN if wish.stand_in else Constants(context_bytes=wish.context_bytes)
+    constants = STAND_IN if wish.stand_in else Constants(context_bytes=wish.context_bytes, collectives_bytes=0, nvlink_bytes=0)
     try:
         decision = decide(work, machine, tensor_parallel=wish.world, groups=_GROUPS, constants=constants, explain=False)
     except OutOfMemoryError as error:
