@@ -2,6 +2,7 @@
 
     python benchmarks/triforce.py                                  # all cases: needs 141 GB
     python benchmarks/triforce.py --case llama-3.1-8b
+    python benchmarks/triforce.py --case llama-3.1-8b --profile 8  # then lists the kernels outside of passes, of 8 rounds more
     python benchmarks/triforce.py --case batches --model PATH/config.json --scale 0.01      # a rehearsal
 
 Shapes with random weights; acceptance is simulated: each proposal stands with --outer before the whole model and --inner before the
@@ -14,8 +15,10 @@ decoding reads as many as if they had been. Cases:
 
 A round's tokens vary by chance: a ladder's time is that of a round over the tokens that its acceptances give on average, so that few
 rounds are enough; `as run` is what was seen. Rounds are timed once several in a row have needed no new graph. `between` is a round's
-time less that of its passes, `new_graphs` counts those that were new all the same, `warm_rounds` the rounds before. A table on standard
-error, one line of JSON on standard output.
+time less that of its passes, `new_graphs` counts those that were new all the same, `warm_rounds` the rounds before. Where the device
+runs rounds by itself `between` is its own way from one pass of a round to the next (`gaps`), what it does behind the last one, mainly
+to choose chunks (`chunks`), and its waiting for the next round (`waits`). `host` is the host's time from a round's result to the launch
+of the next one, which passes beside `chunks`. A table on standard error, one line of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from typing import Any
 import torch
 from _figures import Figure, Session, bandwidth, planned, release, variant
 from _simulated import SimulatedLLM, skip_prompts
+from _timeline import Kernel, Timeline, profiled
 
 from rowcast import SamplingParams
 from rowcast.bench.shapes import open_shape
@@ -143,7 +147,7 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
     """One ladder, loaded anew."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gammas = [int(pair.split(",")[1]) for pair in (*args.gammas, *args.batch_gammas)]
-    most = (MOST_WARM_ROUNDS + args.rounds) * (1 if name == "plain" else 1 + max(gammas))
+    most = (MOST_WARM_ROUNDS + args.rounds + args.profile) * (1 if name == "plain" else 1 + max(gammas))
     common: dict[str, Any] = {"dtype": args.dtype, "max_num_seqs": case.sequences, "max_model_len": case.prompt + most + 64}
     llm = SimulatedLLM(
         open_shape(case.model, device=device), ladder=ladder, prefix_cache=False, progress=False, device=device.type, **common
@@ -152,7 +156,7 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
     skip_prompts(llm)
     draw = random.Random(0)
     prompts = [draw.choices(range(llm.spec.vocab_size), k=case.prompt) for _ in range(case.sequences)]
-    counted = run(llm, prompts, most, args.rounds)
+    counted = run(llm, prompts, most, args.rounds, 0 if name == "plain" else args.profile)
     names = list(counted.rungs)
     proposals = counted.rungs[names[-2]].proposed if name != "plain" else []
     # Each proposal stands with the outer rate where all before it did.
@@ -166,6 +170,9 @@ def timed(args: argparse.Namespace, case: Case, name: str, ladder: str, rate: fl
         passes = {f"ms_per_round {rung}": 1e3 * each.seconds / steps for rung, each in counted.rungs.items()}
         more |= passes | {"ms_per_round between": 1e3 * counted.step_s - sum(passes.values())}
         more |= {"ms between, median": 1e3 * median(counted.between_s), "ms between, most": 1e3 * max(counted.between_s)}
+        more |= {f"ms_per_round {part}": 1e3 * seconds for part, seconds in counted.parts_s.items()}
+        if counted.kernels:
+            print(f"{case.name}, {name}: outside of passes, a round\n{listed(counted.kernels)}", file=sys.stderr, flush=True)
     chances = {} if name == "plain" else {"acceptance": f"self={args.outer},draft={args.inner}"}
     wish: dict[str, Any] = {"context": case.prompt + most, "prompt": case.prompt, "batch": case.sequences, **chances}
     foretold = planned(f"random:{case.model}", ladder, dtype=args.dtype, **wish)
@@ -200,6 +207,17 @@ class Counted:
     """Passes in them that were made for the first time, or captured."""
     between_s: list[float]
     """Of each step, less its passes."""
+    parts_s: dict[str, float]
+    """Of that, as `Timeline.seconds` has them; empty where the host drives rounds."""
+    kernels: list[Kernel]
+    """Outside of passes, where they were asked for."""
+
+
+def listed(kernels: Sequence[Kernel], most: int = 30) -> str:
+    """A table of the longest."""
+    lines = [f"{1e6 * each.seconds:9.1f} us {each.calls:6.1f} calls  {each.name:.90}" for each in kernels[:most]]
+    total = sum(each.seconds for each in kernels)
+    return "\n".join([*lines, f"{1e6 * total:9.1f} us {sum(each.calls for each in kernels):6.1f} calls  all of them"])
 
 
 def new_graphs(llm: SimulatedLLM) -> int:
@@ -208,9 +226,12 @@ def new_graphs(llm: SimulatedLLM) -> int:
     return 0 if rounds is None else rounds._graphs.first_calls + rounds._graphs.captured
 
 
-def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: int) -> Counted:
-    """Decode for so many steps, after those in which kernels are compiled, graphs captured, and the draft reads the prompts."""
+def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: int, profile: int = 0) -> Counted:
+    """Decode for so many steps, after those in which kernels are compiled, graphs captured, and the draft reads the prompts.
+    `profile`: steps more, of which the kernels outside of passes are told."""
     engine = llm.engine
+    on_device = engine._executor._rounds  # type: ignore[attr-defined]
+    timeline = Timeline(on_device) if on_device is not None and len(llm.plan.ladder) > 1 else None
     params = SamplingParams(temperature=0.8, max_tokens=tokens, ignore_eos=True, detokenize=False)
     started = time.perf_counter()
     requests = [engine.add(ids, replace(params, seed=i)) for i, ids in enumerate(prompts)]
@@ -228,19 +249,25 @@ def run(llm: SimulatedLLM, prompts: Sequence[list[int]], tokens: int, rounds: in
         request.stats.rungs = {}
         request.stats.rounds = request.stats.round_tokens = 0
     steps, between, passes_s = [], [], 0.0
+    if timeline is not None:
+        timeline.clear()
     for _ in range(rounds):
         started = time.perf_counter()
         engine.step()
         steps.append(time.perf_counter() - started)
         before_s, passes_s = passes_s, sum(each.seconds for request in requests for each in request.stats.rungs.values())
         between.append(steps[-1] - (passes_s - before_s))
+    parts_s = {} if timeline is None else timeline.seconds()
     rungs: dict[str, RungCounts] = {}
     for request in requests:
         for name, each in request.stats.rungs.items():
             rungs.setdefault(name, RungCounts()).add(each)
-        engine.abort(request)
     done, written = (sum(getattr(request.stats, what) for request in requests) for what in ("rounds", "round_tokens"))
-    return Counted(fmean(steps), first_s, done, written, rungs, warm, new_graphs(llm) - before, between)
+    graphs = new_graphs(llm) - before
+    kernels = profiled(on_device, engine.step, profile) if profile and on_device is not None else []
+    for request in requests:
+        engine.abort(request)
+    return Counted(fmean(steps), first_s, done, written, rungs, warm, graphs, between, parts_s, kernels)
 
 
 def main() -> int:
@@ -255,6 +282,7 @@ def main() -> int:
     parser.add_argument("--outer", type=float, default=0.92)
     parser.add_argument("--inner", type=float, default=0.6)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed ones of each way")
+    parser.add_argument("--profile", type=int, default=0, help="rounds of each ladder that are profiled once it was timed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing more is begun")
     parser.add_argument("--pace", type=float, default=1.0, help="times what a part is thought to take")

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import cluster_requests
 import hire
 import offload_places
 import opt_175b_floors
@@ -29,6 +30,7 @@ from rowcast.placement.plan import Plan
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.lm_head import CertifiedHead
+from rowcast.runtime.trace import Trace
 
 GIB = 1 << 30
 
@@ -225,3 +227,14 @@ def test_the_structured_head_needs_few_rows(tmp_path: Path) -> None:
     assert not top.fallback.any() and top.rescored.float().mean() < 0.05 * 4096
     dense = hidden @ source.read("lm_head.weight").T
     assert torch.equal(top.ids[:, 0], dense.argmax(1))
+
+
+def test_graphs_are_counted_by_the_part_that_captured_them(tmp_path: Path) -> None:
+    assert cluster_requests._graphs(tmp_path, [1.0, 2.0]) is None
+    traces = [Trace(tmp_path, rank) for rank in (0, 1)]
+    for trace in traces:
+        for at in (5.0, 15.0, 16.0, 25.0):
+            trace.span("plain", at - trace._epoch_s, 0.5)
+            trace.span("capture", at - trace._epoch_s, 0.5)
+        trace.close()
+    assert cluster_requests._graphs(tmp_path, [10.0, 20.0, 22.0, 30.0]) == [1, 2, 0, 1]

@@ -136,9 +136,12 @@ def test_calls_are_made_once_then_captured_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Graphs, "_record", record)
     graphs = Graphs(capture=True)
+    told: list[float] = []
+    graphs.on_capture = told.append
     for _ in range(3):
         graphs.run("pass", lambda: made.append("call"))
     assert made == ["call", "capture", "replay", "replay"]
+    assert len(told) == 1 and told[0] >= 0
     assert (graphs.captured, graphs.first_calls) == (1, 1)
     graphs.clear()
     graphs.run("pass", lambda: made.append("call"))

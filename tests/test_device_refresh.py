@@ -3,6 +3,7 @@ captured once."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from rowcast.runtime.device_round.graphs import Graphs
 from rowcast.runtime.device_round.refresh import Refresh
 from rowcast.runtime.kv.listed import ListedKV
 from rowcast.runtime.kv.summaries import Summaries
+from rowcast.runtime.trace import Trace
 
 take_arrays_as_bounds()
 TRIFORCE = f"draft:kv=48,sinks=4,gamma=1 / {SELF},gamma=2 / plain"
@@ -103,11 +105,17 @@ def test_views_see_the_chunks_that_they_would_have_chosen(
     assert calls["ListedKV._choose"] - by_host == sum(-(-count // refresh) for count in rounds.values()) > by_host
 
 
-def test_a_round_asks_for_few_calls_of_its_own(models: dict[str, Any], calls: Counter[str]) -> None:  # noqa: F811
-    """After the first rounds nothing is captured, and views and summaries are brought up to date by graphs alone."""
+def test_a_round_asks_for_few_calls_of_its_own(
+    models: dict[str, Any],  # noqa: F811
+    calls: Counter[str],
+    tmp_path: Path,
+) -> None:
+    """After the first rounds nothing is captured, and views and summaries are brought up to date by graphs alone. A trace has what
+    was captured."""
     llm = make_llm(models, TRIFORCE)
-    rounds = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    rounds, trace = llm.engine._executor._rounds, Trace(tmp_path, 0)  # type: ignore[attr-defined]
     rounds._graphs._capture = True
+    llm.engine._executor.record(trace)  # type: ignore[attr-defined]
     request = llm.engine.add(SOME[0], replace(SEEDED, max_tokens=14))
     while request.stats.rounds < 3:
         llm.engine.step()
@@ -118,6 +126,9 @@ def test_a_round_asks_for_few_calls_of_its_own(models: dict[str, Any], calls: Co
     assert (rounds._graphs.captured, rounds._graphs.first_calls) == graphs
     assert calls["ListedKV._choose"] == before["ListedKV._choose"] == 1
     assert calls["Summaries._summarise"] == before["Summaries._summarise"]
+    trace.close()
+    names = Counter(event["name"] for event in json.loads(trace.path.read_text()))
+    assert names["capture"] == rounds._graphs.captured > 0
 
 
 @pytest.mark.parametrize("sequences", [1, 4])

@@ -167,6 +167,61 @@ def test_a_draft_that_is_the_target_is_always_right(models: dict[str, Path], lad
     assert judged == accepted >= 5
 
 
+ALL_STAND = "draft:kv=full,gamma=2 / self:kv=64,chunk=4,sinks=4,recent=8,gamma=6 / plain"
+"""With the target as the draft, in contexts of at most 64 tokens."""
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_passes_that_have_nothing_to_do_are_left_out(models: dict[str, Path]) -> None:
+    """Where all proposals stand, two passes of the middle rung have drafted what three usually do."""
+    llm = LLM(models["target"], draft=models["target"], dtype="float32", device="cpu", ladder=ALL_STAND, block_size=4)
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    ran: list[int] = []
+
+    def run(state: Any, p: Any, *args: Any) -> Any:
+        ran.append(p.rung)
+        return real(state, p, *args)
+
+    request = llm.engine.add(SOME[1][:24], replace(GREEDY, max_tokens=15))
+    while not request.stats.generated_tokens:
+        llm.engine.step()
+    real = rounds._run
+    with patch.object(rounds, "_run", run):
+        while request.stats.rounds < 2:
+            llm.engine.step()
+    assert [p.rung for p in rounds._programs.of((2, 6), 6)] == [0, 0, 1] * 3 + [2]
+    # The third run's drafts run beside the host's question.
+    assert ran == ([0, 0, 1] * 2 + [0, 0] + [2]) * 2
+    assert request.stats.round_tokens == 14
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert (
+        request.sequences[0].output_ids
+        == ids(make_llm(models, "plain").generate([SOME[1][:24]], replace(GREEDY, max_tokens=15)))[0]
+    )
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_passes_that_have_nothing_to_do_are_counted(models: dict[str, Path]) -> None:
+    """What they read, and their time, is their rung's: here of two sequences, for which the device goes on to the end."""
+    llm = LLM(models["target"], draft=models["target"], dtype="float32", device="cpu", ladder=ALL_STAND, block_size=4)
+    executor: Any = llm.engine._executor
+    rungs = [*executor._lower, executor._top]
+    for rung in rungs:
+        rung.view.bytes_read = lambda seq_id: 0
+    requests = [llm.engine.add(SOME[1][:24], replace(GREEDY, max_tokens=30)) for _ in range(2)]
+
+    def counted() -> list[list[int]]:
+        return [[request.stats.rungs[rung.name].bytes_read for rung in rungs] for request in requests]
+
+    while not all(request.stats.rounds for request in requests):
+        llm.engine.step()
+    before = counted()
+    llm.engine.step()
+    each = [number * rung.decoder.weights.bytes // 2 for number, rung in zip((6, 3, 1), rungs, strict=True)]
+    assert [[now - then for now, then in zip(*pair, strict=True)] for pair in zip(counted(), before, strict=True)] == [each, each]
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_sequences_without_a_place_in_a_draft_s_cache_are_not_drafted_for(
     models: dict[str, Path], plain: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch

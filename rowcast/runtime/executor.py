@@ -135,7 +135,7 @@ class LocalExecutor:
             ) from error
 
     def record(self, trace: Trace) -> None:
-        """Note each pass in it from now on, those of a round on the device at its end."""
+        """Note each pass in it from now on, those of a round on the device at its end, and each that is captured in a graph."""
 
         def note(ran: Pass) -> None:
             runner = self._lower[ran.rung] if ran.rung < self._now.below else self._now.runner
@@ -148,6 +148,8 @@ class LocalExecutor:
             )
 
         self._climb.on_pass = note
+        if self._rounds is not None:
+            self._rounds.tell_captures(lambda seconds: trace.span("capture", time.perf_counter() - seconds, seconds))
 
     def _round(self, steps: Sequence[SeqStep]) -> list[SeqResult]:
         for step in steps:
@@ -193,7 +195,7 @@ class LocalExecutor:
         return step.decodes and step.start >= step.prompt_length and self._rounds.serves(step.seq_id)
 
     def _device_round(self, steps: Sequence[SeqStep], climbers: Sequence[Climber]) -> list[SeqResult]:
-        """One round over sequences that decode; the host waits once."""
+        """One round over sequences that decode; the host waits for its end."""
         assert self._rounds is not None
         results = []
         for first in range(0, len(steps), BATCHES[-1]):

@@ -116,7 +116,12 @@ class RungCounts:
 
     def note(self, proposed: int, accepted: int) -> None:
         """One verdict: of `proposed` tokens the first `accepted` stood."""
-        self.add(RungCounts([1] * proposed, [1] * min(accepted + 1, proposed), [1] * accepted))
+        for mine, count in (
+            (self.proposed, proposed), (self.judged, min(accepted + 1, proposed)), (self.accepted, accepted),
+        ):  # fmt: skip
+            mine += [0] * (count - len(mine))
+            for place in range(count):
+                mine[place] += 1
 
     @property
     def acceptance(self) -> float | None:

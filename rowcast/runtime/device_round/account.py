@@ -14,6 +14,7 @@ from rowcast.runtime.ladder.climb import Climber
 from rowcast.runtime.ladder.model_runner import ModelRunner
 from rowcast.runtime.ladder.runner import Lookup, Ran, Runner
 from rowcast.runtime.protocols import ChoosesOnDevice, Reads
+from rowcast.runtime.step import RungCounts
 
 _NOTHING = torch.empty(0)
 
@@ -52,6 +53,12 @@ def tell(
             bytes_ = [kv_bytes[p.rung, climber.path.seq_id] for climber, _ in took]
             ran_so = Ran(_NOTHING, tokens, tokens, tokens, bytes_, [0] * len(took))
             work.note(p.rung, [climber.counts[runner.name] for climber, _ in took], ran_so, read, clock())
+            continue
+        # Nobody had tokens for it: it took its time and read its weights nevertheless.
+        users = [climber for climber in climbers if climber.gammas[p.rung]]
+        for climber in users:
+            idle = RungCounts(seconds=clock() / len(users), bytes_read=read.bytes // len(users))
+            climber.counts[runner.name].add(idle)
 
 
 def reads_of(

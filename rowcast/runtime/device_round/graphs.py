@@ -5,6 +5,7 @@ It does not know what the calls do. Of several ranks all ask for the same calls 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -26,6 +27,8 @@ class Graphs:
         """Graphs that were captured so far."""
         self.first_calls = 0
         """Keys that were new so far."""
+        self.on_capture: Callable[[float], None] | None = None
+        """Told of the seconds that each capture took, right after it."""
 
     def find(self, key: Hashable, calls: Callable[[], object]) -> Any:
         """The graph of these calls, to be replayed; captured now where they were made before. None: they have to be made, and `made`
@@ -34,8 +37,11 @@ class Graphs:
             return None
         graph = self._graphs.pop(key)
         if graph is None and self._capture:
+            started = time.perf_counter()
             graph = self._record(calls)
             self.captured += 1
+            if self.on_capture is not None:
+                self.on_capture(time.perf_counter() - started)
         self._graphs[key] = graph  # the least recently used goes first
         return graph
 

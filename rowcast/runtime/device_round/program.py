@@ -2,7 +2,7 @@
 
 The host does not see how many proposals stood until the round is over, so a rung is run a fixed number of times: as often as it takes
 to reach its gamma where as much stands as usually does. Where less does, the round drafts less, where more does, a pass has nothing to
-do; the output is the same.
+do, and a lone sequence's is left out (`rounds`); the output is the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A round of the ladder that the device runs by itself, under the coupled rule.
 
 The host says beforehand which passes the round has (`program`), fills the round's state (`state`), and reads the result back once,
-when all is over. In between nothing is asked of the device: how many proposals stood, and so which tokens a pass runs and where their
-K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when it is
-used for the second time (`graphs`). Without capture the same calls are made one by one: the output is the same.
+when all is over. In between the device never waits for the host: how many proposals stood, and so which tokens a pass runs and where
+their K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when
+it is used for the second time (`graphs`). Without capture the same calls are made one by one: the output is the same.
 
 Several ranks run the same passes in the same order, each over its share of the model: what they are depends on tokens and on shared
 decisions alone, never on a rank's clock. Sums and draws across ranks are part of a pass, and of its graph.
@@ -134,6 +134,10 @@ class DeviceRounds:
         """Whether the sequence's sampling parameters are numbers in device tensors: no penalties, biases, log-probabilities."""
         return is_served(self._sampler.sequence(seq_id))
 
+    def tell_captures(self, told: Callable[[float], None]) -> None:
+        """`told`: as `Graphs.on_capture`."""
+        self._graphs.on_capture = told
+
     def forget(self) -> None:
         """KV of some sequence is void: what was launched ahead does not count."""
         self._ahead = None
@@ -154,7 +158,7 @@ class DeviceRounds:
         gammas = tuple(max(c.gammas[r] for c in climbers) for r in range(len(self._rungs) - 1))
         rooms = [min(step.room, self._lookahead) if any(c.gammas) else 0 for c, step in zip(climbers, steps, strict=True)]
         most_asked = max((c.gammas[upper] for c in climbers if (upper := c.below(len(gammas))) is not None), default=0)
-        program = self._programs.of(gammas if any(rooms) else (0,) * len(gammas), most_asked)
+        program: Sequence[Pass] = self._programs.of(gammas if any(rooms) else (0,) * len(gammas), most_asked)
         batch = next(size for size in BATCHES if size >= len(climbers))
         most = self._bound([c.path.committed + self._lookahead + 1 for c in climbers])
         state = self._state(batch, most)
@@ -167,8 +171,9 @@ class DeviceRounds:
             for climber in climbers:
                 self._reserve(len(self._rungs) - 1, climber, 0)
         else:
-            self._sampling = self._fill(state, climbers, [min(room, program[-1].tokens - 1) for room in rooms], used)
-            clocks = [self._run(state, p, most, self._sampling, number, climbers) for number, p in enumerate(program)]
+            rooms = [min(room, program[-1].tokens - 1) for room in rooms]
+            self._sampling = self._fill(state, climbers, rooms, used)
+            program, clocks = self._launch(state, program, most, climbers, rooms)
         for view in self._choosing:
             view.send_reads()
         state.send()  # what it waits for has the others' copies before it
@@ -282,6 +287,36 @@ class DeviceRounds:
         )
 
     # The passes.
+
+    def _launch(
+        self, state: RoundState, program: Sequence[Pass], most: int, climbers: Sequence[Climber], rooms: Sequence[int]
+    ) -> tuple[list[Pass], list[Callable[[], float]]]:
+        """Run the round's passes; which of them ran, and their clocks.
+
+        The rung below the last one is run as often as it takes where as much stands as usually does. Where more does, passes would
+        have nothing to do, and read their weights all the same: a lone sequence's are left out. The host learns of it while the device
+        is at the passes of the rungs below.
+        """
+        upper = climbers[0].below(len(self._rungs) - 1) if len(climbers) == 1 else None
+        runs = [number for number, p in enumerate(program[:-1]) if p.rung == upper and p.judges]
+        wanted = 0 if upper is None else min(climbers[0].gammas[upper], rooms[0])
+        ran: list[Pass] = []
+        clocks: list[Callable[[], float]] = []
+        most_drafted, is_sent, is_over = 0, False, False
+        for number, p in enumerate(program):
+            if is_sent and number in runs:
+                (drafted,), (stopped,) = state.drafted()
+                is_sent, is_over = False, drafted >= wanted or stopped > p.rung
+            if is_over and number < len(program) - 1:
+                continue
+            clocks.append(self._run(state, p, most, self._sampling, len(ran), climbers))
+            ran.append(p)
+            if number in runs[:-1]:
+                most_drafted += p.tokens
+                if most_drafted >= wanted:
+                    state.send_drafted()
+                    is_sent = True
+        return ran, clocks
 
     def _run(
         self, state: RoundState, p: Pass, most: int, sampling: Sampling, number: int, climbers: Sequence[Climber]

@@ -37,8 +37,8 @@ class RoundState:
             "room": (torch.int32, (batch,)),
             "gammas": (torch.int32, (rungs, batch)),
             "have": (torch.int32, (rungs, batch)),
-            "drafted": (torch.int32, (batch,)),
             "asked": (torch.int32, (rungs, batch)),
+            "drafted": (torch.int32, (batch,)),
             "stopped": (torch.int32, (batch,)),
             "offsets": (torch.int32, (rungs, batch)),
             "recents": (torch.int32, (rungs, batch)),
@@ -74,6 +74,10 @@ class RoundState:
         self._result = torch.zeros_like(result, device="cpu", pin_memory=pinned)
         self._have = torch.zeros_like(self.round.have, device="cpu", pin_memory=pinned)
         self._sent = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+        # Neighbours in the buffer, so that they come in one copy.
+        self._drafting = self._on_device[places["drafted"] : places["stopped"] + batch * torch.int32.itemsize]
+        self._drafting_sent = torch.zeros_like(self._drafting, device="cpu", pin_memory=pinned)
+        self._drafting_event = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self._columns = columns
         self._passes: dict[tuple[int, int], Pass] = {}
         self._tables: dict[tuple[int, int], list[int]] = {}
@@ -105,6 +109,8 @@ class RoundState:
     def place(self, rung: int, row: int, blocks: list[int]) -> None:
         """A sequence's blocks, while filling. Those that stand there already are not written again."""
         known = self._tables.setdefault((rung, row), [])
+        if blocks == known:
+            return
         same = len(known) if blocks[: len(known)] == known else 0
         if same < len(blocks):
             self._host[f"tables{rung}"][row, same : len(blocks)] = blocks[same:]
@@ -113,6 +119,19 @@ class RoundState:
     def keep_stats(self, number: int) -> None:
         """The newest pass was the round's pass `number`."""
         self._stats[number].copy_(self._stats[self.newest], non_blocking=True)
+
+    def send_drafted(self) -> None:
+        """Copy how much is drafted so far to the host, for `drafted`."""
+        self._drafting_sent.copy_(self._drafting, non_blocking=True)
+        if self._drafting_event is not None:
+            self._drafting_event.record()
+
+    def drafted(self) -> tuple[Any, Any]:
+        """`Round.drafted` and `Round.stopped` on the host, as they were at the last `send_drafted`. Waits for that."""
+        if self._drafting_event is not None:
+            self._drafting_event.synchronize()
+        found = self._drafting_sent.numpy().view(np.int32)
+        return found[: self.batch], found[-self.batch :]
 
     def send(self) -> None:
         """Copy what the round leaves to the host, for `read`. Work that is launched from here on may change it on the device."""

@@ -153,30 +153,14 @@ class Climb:
     def note(self, rung: int, counts: Iterable[RungCounts], ran: Ran, reads: Reads, seconds: float) -> None:
         """Book a pass that took so long and read `reads` of the weights, shared by its sequences as they had tokens, or rows of
         logits, in it."""
-        total, generated = sum(ran.tokens), max(1, sum(ran.generated))
-        overflows, fallbacks = _split(reads.overflows, ran.generated), _split(reads.fallbacks, ran.wanted)
-        layers: dict[int, tuple[list[int], list[int]]] = {}  # mostly all sequences have as many tokens, and so the same shares
-        for i, found in enumerate(counts):
-            tokens, own = ran.tokens[i], ran.generated[i]
-            if own not in layers:
-                layers[own] = _share(reads.neurons_by_layer, own, generated), _share(reads.heads_by_layer, own, generated)
-            neurons, heads = layers[own]
-            found.add(
-                RungCounts(
-                    tokens=tokens,
-                    refreshes=ran.refreshes[i],
-                    neurons=reads.neurons * own // generated,
-                    neurons_of=reads.neurons_of * own // generated,
-                    heads=reads.heads * own // generated,
-                    heads_of=reads.heads_of * own // generated,
-                    overflows=overflows[i],
-                    fallbacks=fallbacks[i],
-                    seconds=seconds * tokens / total,
-                    bytes_read=reads.bytes // len(ran.tokens) + ran.kv_bytes[i],
-                    neurons_by_layer=neurons,
-                    heads_by_layer=heads,
-                )
-            )
+        counts, total = list(counts), sum(ran.tokens)
+        for found, tokens, kv_bytes, refreshes in zip(counts, ran.tokens, ran.kv_bytes, ran.refreshes, strict=True):
+            found.tokens += tokens
+            found.refreshes += refreshes
+            found.seconds += seconds * tokens / total
+            found.bytes_read += reads.bytes // len(ran.tokens) + kv_bytes
+        if reads.neurons_of or reads.heads_of or reads.overflows or reads.fallbacks:
+            _note_chosen(counts, ran, reads)
         self.passes.append(Pass(rung, total, len(ran.tokens), seconds))
         if self.on_pass is not None:
             self.on_pass(self.passes[-1])
@@ -228,6 +212,29 @@ class Climb:
         if below is not None and proposed:
             climber.counts[self.lower[below].name].note(proposed, verdict.accepted)
             self.outcomes.append(Outcome(path.seq_id, below, rung, proposed, verdict.accepted))
+
+
+def _note_chosen(counts: Sequence[RungCounts], ran: Ran, reads: Reads) -> None:
+    """What a pass's tokens used where it did not use everything."""
+    generated = max(1, sum(ran.generated))
+    overflows, fallbacks = _split(reads.overflows, ran.generated), _split(reads.fallbacks, ran.wanted)
+    layers: dict[int, tuple[list[int], list[int]]] = {}  # mostly all sequences have as many tokens, and so the same shares
+    for i, (found, own) in enumerate(zip(counts, ran.generated, strict=True)):
+        if own not in layers:
+            layers[own] = _share(reads.neurons_by_layer, own, generated), _share(reads.heads_by_layer, own, generated)
+        neurons, heads = layers[own]
+        found.add(
+            RungCounts(
+                neurons=reads.neurons * own // generated,
+                neurons_of=reads.neurons_of * own // generated,
+                heads=reads.heads * own // generated,
+                heads_of=reads.heads_of * own // generated,
+                overflows=overflows[i],
+                fallbacks=fallbacks[i],
+                neurons_by_layer=neurons,
+                heads_by_layer=heads,
+            )
+        )
 
 
 def _proposal(want: Want) -> Proposal:

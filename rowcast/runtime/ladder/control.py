@@ -148,6 +148,8 @@ class Controller:
         is asked for no more. `left`: most tokens that the request may still generate. Call it for every decoding sequence before a
         round; where it is called again for one of them, the last call counts.
         """
+        if self._all_pinned:  # there is nothing to think over
+            return _within(tuple(rung.gamma or 0 if ok else 0 for rung, ok in zip(self._rungs, allowed, strict=True)), room)
         self._settle()
         sequence = entry(self._sequences, path.seq_id, _Sequence)
         if sequence.asked_in == self._round and sequence.length < path.committed:
@@ -172,6 +174,8 @@ class Controller:
 
     def observe_pass(self, ran: Pass) -> None:
         """Call it for every pass of a lower rung, and for the last rung's where all its sequences decode."""
+        if self._all_pinned:
+            return
         if not self._passes:
             self._note_uses()
         self._passes.append(ran)
@@ -198,6 +202,8 @@ class Controller:
 
     def observe_outcome(self, group: int, outcome: Outcome) -> None:
         """Call it for every proposal of the round, after the passes."""
+        if self._all_pinned:
+            return
         sequence = self._sequences.get(outcome.seq_id)
         match_class = sequence.match_class if sequence and self._rungs[outcome.proposer].kind == "ngram" else 0
         self._chances(outcome.proposer, outcome.verifier, match_class).add(group, outcome.proposed, outcome.accepted, self._round)
@@ -234,8 +240,6 @@ class Controller:
     def _gammas(
         self, group: int, usable: tuple[bool, ...], batch: int, left: int, sequence: _Sequence, lacks: dict[int, int]
     ) -> tuple[int, ...]:
-        if self._all_pinned:
-            return tuple(rung.gamma or 0 if ok else 0 for rung, ok in zip(self._rungs, usable, strict=True))
         pinned = any(ok and rung.gamma is not None for ok, rung in zip(usable, self._rungs, strict=True))
         if not any(usable) or (not pinned and self._plain_is_due(batch)):
             return (0,) * len(usable)
