@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from rowcast.kernels.attention import attend, attend_entries  # noqa: E402
 from rowcast.kernels.gpu import decoding, products  # noqa: E402
-from rowcast.kernels.gpu.decoding import Chunks, Tiles, decode, splits_for, tiles_for  # noqa: E402
+from rowcast.kernels.gpu.decoding import Chunks, Tiles, decode, splits_for, tiles_for, tiles_for_list  # noqa: E402
 from rowcast.kernels.gpu.heads import head_rows  # noqa: E402
 from rowcast.kernels.gpu.rotate import apart, rotate_append  # noqa: E402
 from rowcast.kernels.gpu.select import Chosen  # noqa: E402
@@ -296,6 +296,29 @@ def test_chosen_chunks(size: int, sinks: int, block_size: int, options: dict[str
         assert torch.equal(run(one, q[i::tokens], 1, chunks=chunks, most_shown=130, **options), found[i::tokens])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [2, 8, 32])
+def test_long_lists_in_16_bits(kv_heads: int) -> None:
+    """Over splits of all lengths; a token alone has the same bits."""
+    torch.manual_seed(18)
+    store = make_store([7000], kv_heads, 128, torch.bfloat16)
+    chunks = make_chunks([7000], 7, kv_heads, 500, 8, 16)
+    q = torch.randn(7, kv_heads, 128, device=DEVICE, dtype=torch.bfloat16)
+    found = run(store, q, 7, chunks=chunks)
+    assert_close(found, expected_of_chunks(store, q, 7, chunks))
+    for i in range(7):
+        assert torch.equal(run(store._replace(ends=[7000 - 6 + i]), q[i : i + 1], 1, chunks=chunks), found[i : i + 1])
+
+
+def test_lists_over_splits_of_several_lengths() -> None:
+    torch.manual_seed(19)
+    store = make_store([300], 2, 64, torch.float32)
+    chunks = make_chunks([300], 2, 2, 30, 8, 16)
+    q = torch.randn(2, 2, 64, device=DEVICE)
+    cut = Tiles(32, 32, 128, 2, 2, 4)
+    assert_close(run(store, q, 2, chunks=chunks, tiles=cut), expected_of_chunks(store, q, 2, chunks))
+
+
 def test_chunks_that_are_missing_are_not_read() -> None:
     """Nor do they count: the list may have more places than the sequence has entries."""
     torch.manual_seed(9)
@@ -384,6 +407,22 @@ def test_splits_of_a_context() -> None:
     ]
     assert splits_for(cut, 124_928) == 80 + 106
     assert splits_for(cut._replace(levels=1), 4097) == 32 + 17
+
+
+def test_all_programs_of_a_list_run_at_once() -> None:
+    """On 132 multiprocessors, two on each; short lists have short splits."""
+    for kv_heads, listed in ((1, 4096), (8, 4096), (16, 4096), (32, 1024), (32, 4096), (40, 8192), (32, 50), (8, 1)):
+        cut = tiles_for_list(kv_heads, 128, torch.bfloat16, listed)
+        assert cut.fine % cut.entries == 0 and cut.knee % (2 * cut.fine) == 0 and cut.levels >= 1
+        first, ends = 0, []
+        while first < listed:  # as the kernel cuts
+            level = max(0, (first // cut.knee).bit_length()) if first >= cut.knee else 0
+            first += cut.fine << min(level, cut.levels)
+            ends.append(first)
+        assert len(ends) == splits_for(cut, listed) and ends[0] <= 256
+        if 128 * 64 <= kv_heads * listed <= 256 * 1024:
+            assert 128 <= kv_heads * len(ends) <= 2 * 264, (kv_heads, listed, len(ends))
+    assert tiles_for_list(8, 64, torch.float32, 4096) == tiles_for(8, 64, torch.float32)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ adds exact zeros. So a token's result is the same whatever the number of tokens,
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from rowcast.kernels.gpu.overlap import overlaps
 
 MOST_ROWS: Final = 64
 """Query rows of a tile: tokens times query heads of a group; more of them are several tiles."""
+
+_LISTED_PROGRAMS: Final = 256
+"""That share the entries of a list and of all KV heads: two a multiprocessor, which run at once."""
 
 _COMBINED: Final = 32
 """Elements of a head that a program of the second step makes."""
@@ -62,6 +66,18 @@ def tiles_for(kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:  # exact products are made outside the matrix units
         return Tiles(32, 128, 4096, 2, 2, 4)
     return Tiles(64, 64, 2048, 5, 3, 4) if kv_heads < 24 else Tiles(64, 128, 4096, 3, 3, 4)
+
+
+def tiles_for_list(kv_heads: int, head_dim: int, dtype: torch.dtype, listed: int) -> Tiles:
+    """The cut for lists of so many entries a head. They are few, so that all programs run at once: each waits once for where its
+    entries lie, and then reads as many as it can."""
+    cut = tiles_for(kv_heads, head_dim, dtype)
+    if dtype == torch.float32:
+        return cut
+    most = min(1024, max(cut.entries, 1 << round(math.log2(max(1, listed * kv_heads / _LISTED_PROGRAMS)))))
+    fine = max(cut.entries, most // 4)  # shorter ones first, for sequences that fill no list
+    levels = (most // fine).bit_length() - 1
+    return cut._replace(fine=fine, knee=4 * fine if levels else 1 << 20, levels=max(1, levels))
 
 
 def splits_for(tiles: Tiles, entries: int) -> int:
@@ -113,9 +129,9 @@ def decode(
     `chunks`: only these entries are seen, and read. `most_shown`: with them, no sequence shows more entries than this, places in its
     list, used or not, and its tokens' own included; tighter than what follows from `most_entries`, it saves empty programs.
 
-    `tiles`: another cut than `tiles_for`'s. `overlap`: launch each step before what comes before it has ended, where it waits
-    (programmatic dependent launch); by default on a GPU. Precondition of it: a kernel that waited stands between this call and what
-    wrote tables, starts, counts, heads and chunks, which are read before the wait (see overlap.py).
+    `tiles`: another cut than that of `tiles_for`, or of `tiles_for_list` with `chunks`. `overlap`: launch each step before what comes
+    before it has ended, where it waits (programmatic dependent launch); by default on a GPU. Precondition of it: a kernel that waited
+    stands between this call and what wrote tables, starts, counts, heads and chunks, which are read before the wait (see overlap.py).
     """
     rows, query_heads, size = q.shape
     kv_heads, block_size = keys.shape[2], keys.shape[1]
@@ -123,7 +139,12 @@ def decode(
     tokens, share = rows // sequences, query_heads // kv_heads
     assert rows == sequences * tokens and query_heads == kv_heads * share and keys.shape == values.shape
     assert q.stride(2) == 1 and keys.stride(3) == 1 and values.stride(3) == 1 and tables.stride(1) == 1
-    cut = tiles or tiles_for(kv_heads, size, q.dtype)
+    listed = 0
+    if chunks is not None:
+        count = chunks.ids.shape[2]
+        listed = chunks.sinks + count * chunks.size
+        assert chunks.ids.shape[:2] == (sequences, kv_heads) and chunks.ids.stride()[1:] == (count, 1)
+    cut = tiles or (tiles_for_list(kv_heads, size, q.dtype, listed) if listed else tiles_for(kv_heads, size, q.dtype))
     assert cut.fine % cut.entries == 0 and cut.knee % (2 * cut.fine) == 0 and cut.levels >= 1
     columns = query_heads if heads is None else heads.shape[0]
     out = q.new_empty(rows, columns, size) if out is None else out
@@ -133,11 +154,6 @@ def decode(
     most = 16 if q.dtype == torch.float32 else MOST_ROWS if size <= 128 else MOST_ROWS // 2
     tile = min(most, max(16, triton.next_power_of_2(tokens * share)))
     row_tiles = triton.cdiv(tokens * share, tile)
-    listed = 0
-    if chunks is not None:
-        count = chunks.ids.shape[2]
-        listed = chunks.sinks + count * chunks.size
-        assert chunks.ids.shape[:2] == (sequences, kv_heads) and chunks.ids.stride()[1:] == (count, 1)
     most_seen = listed + most_entries if most_shown is None or chunks is None else most_shown
     splits = splits_for(cut, most_seen)
     stats = q.new_empty(2, rows * query_heads, splits, dtype=torch.float32)
