@@ -135,7 +135,7 @@ def one_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "kv":
         inner, outer = map(int, args.gammas.split(","))
         shape = model, args.kv_prompt, args.real_prompt, cap, (inner, outer), args.kv_budget, args.ranks
-        wish = offload_kv.Wish(*shape, args.outer, tuple(args.inner), args.kv_rounds, args.draft)
+        wish = offload_kv.Wish(*shape, args.outer, tuple(args.inner), args.kv_rounds, args.draft, profile=args.profile)
         found = on_ranks(args.ranks, offload_kv.run, wish) | {"outer": args.outer}
         wish = replace(wish, outside=found["outside_bytes"])
         plans = {ladder: wish.placed(device_of(0), ladder)[0] for ladder in ("plain", wish.ladder)}

@@ -12,7 +12,7 @@ import torch
 from _figures import device_name, release
 from _simulated import SimulatedLLM, skip_prompts
 from offload_bus import all_rates, outside_bytes
-from offload_cases import loaded, memory, places
+from offload_cases import loaded, memory, places, profile
 from offload_places import Budget, planned_bytes, with_kv_away
 
 from rowcast import SamplingParams
@@ -54,6 +54,7 @@ class Wish:
     draft: str
     outside: int | None = None
     """As `Budget`'s."""
+    profile: bool = False
 
     @property
     def ladder(self) -> str:
@@ -105,6 +106,8 @@ def run(wish: Wish, device: torch.device, comm: DistributedComm | None) -> dict[
             found[way] = shown | {"first_token_s": first_s} | one | memory(llm, device)
             if comm is None or comm.leads:
                 print(f"{way}: {found[way]}", file=sys.stderr, flush=True)
+            if wish.profile and (rate == 0.0 or rate == wish.inner[-1]):
+                profile(llm.engine.step)
         llm.engine.abort(request)
         llm.engine._executor.elsewhere.close()  # type: ignore[attr-defined]
         del llm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,8 +16,8 @@ from triton_interpreting import take_arrays_as_bounds
 from rowcast.kernels import gpu
 from rowcast.kernels.retrieval_sizes import layer_bytes
 from rowcast.runtime.config import spec_from_config
-from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, listed_bytes
-from rowcast.runtime.kv.sizes import LIST_WORK_BYTES, ListWork, most_chunks, rounded_chunks
+from rowcast.runtime.kv import ListedKV, PagedKV, Retrieval, SelectedKV, listed_bytes, selection
+from rowcast.runtime.kv.sizes import LIST_WORK_BYTES, WORK_BYTES, ListWork, most_chunks, rounded_chunks
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.step import SeqStep
 
@@ -29,6 +30,7 @@ LLAMA = {
 SPECS = {
     "llama": spec_from_config(LLAMA),
     "bloom": spec_from_config({"model_type": "bloom", "vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "window": replace(spec_from_config(LLAMA), windows=(None, 30)),
 }
 
 
@@ -43,6 +45,8 @@ class Twins:
     def __init__(self, spec_name: str, refresh: int) -> None:
         self.spec = spec = SPECS[spec_name]
         policy = Retrieval("bounds", 4)
+        by_torch = Retrieval("bounds", 4)
+        by_torch._by_kernels = lambda *args: by_torch._by_torch(*args[:-1])  # type: ignore[method-assign]
         self.store = PagedKV(
             spec,
             Shard(),
@@ -55,7 +59,7 @@ class Twins:
         )
         how = {"budget": 24, "sinks": 4, "recent": 7, "refresh": refresh, "slots": 2}
         self.listed = ListedKV(self.store, policy, **how, rows=4, context=160)
-        self.copied = SelectedKV(self.store, policy, **how, room=6)
+        self.copied = SelectedKV(self.store, by_torch, **how, room=6)
         self.generator = torch.Generator().manual_seed(4)
         self.blocks = torch.randperm(40, generator=self.generator).tolist()
         assert self.listed.admit(0) and self.copied.admit(0)
@@ -111,6 +115,24 @@ def test_it_shows_what_the_copying_view_shows(spec: str, refresh: int) -> None:
     for view in (twins.listed, twins.copied):
         view.free(0)
         assert not view.seq_ids
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_kernels_choose_what_torch_chooses(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For views that copy; also some layers at a time."""
+    twins, policy = Twins(spec, 1), Retrieval("bounds", 4)
+    twins.grow(67)
+    queries = twins.store.queries(0, 4)
+    assert queries is not None
+    count, span = 5, range(4, 60)
+    wanted = policy._by_torch(twins.store, 0, queries, span.start // 4, span.stop // 4, count)[..., None] * 4
+    for together in (WORK_BYTES, 5_000):
+        monkeypatch.setattr(selection, "WORK_BYTES", together)
+        found = policy.select(twins.store, 0, queries, span, count)
+        assert found is not None and torch.equal(found.positions, (wanted + torch.arange(4, device=DEVICE)).flatten(2))
+        parts, layers, heads, chunks, size = 2, 2, twins.store.num_kv_heads, 14, 16
+        assert found.bytes_read == parts * layers * heads * chunks * size * 4
+    assert not torch.equal(wanted[0], wanted[1])
 
 
 def test_a_slot_s_next_owner_has_lists_of_its_own() -> None:

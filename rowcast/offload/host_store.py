@@ -50,6 +50,10 @@ class HostBank:
         """Whether `gather` waits for the device, as it is the host that copies: no pass with such a call can be captured."""
         return self.device.type == "cuda" and self._held is None
 
+    def widened(self, rows: int) -> HostBank:
+        """The same memory, so many neighbouring rows as one. Precondition: they divide the number of rows."""
+        return HostBank(self.tensor.view(len(self.tensor) // rows, -1), self._held, self.device)
+
     def piece(self, rows: slice) -> Tensor:
         """Neighbouring rows as bytes, [n * row_bytes] uint8: no copy."""
         return self.tensor[rows].view(-1).view(torch.uint8)

@@ -95,8 +95,8 @@ def chunk_scores(
 ) -> Tensor:
     """How much of their attention tokens would give each chunk, were its summary a key: [B, layers, K, most_chunks] float32.
 
-    queries [layers, B, n, H, d] after RoPE, any strides but the last, which is 1; kept [parts, layers, K, blocks, per_block, d]
-    contiguous, of which two parts are bounds of q . k and one is a key; tables [B, blocks] int32. Softmax over the chunks
+    queries [layers, B, n, H, d] after RoPE, any strides but the last, which is 1; kept [parts, layers, K, blocks, per_block, d], a
+    layer's contiguous, of which two parts are bounds of q . k and one is a key; tables [B, blocks] int32. Softmax over the chunks
     first[b]..last[b] - 1 (int32 [B], last <= most_chunks), mean over the first counts[b] tokens (int32 [B]; all n by default) and
     over the query heads of a group. Other chunks' scores are not written.
 
@@ -109,7 +109,7 @@ def chunk_scores(
     layers, sequences, tokens, query_heads, size = queries.shape
     parts, _, kv_heads, _, per_block, _ = kept.shape
     share = query_heads // kv_heads
-    assert kept.is_contiguous() and queries.stride(4) == 1 and tables.stride(1) == 1
+    assert kept[0, 0].is_contiguous() and queries.stride(4) == 1 and tables.stride(1) == 1
     assert windows is None or lengths is not None
     rows = tile_rows(tokens * share, queries.itemsize)
     row_tiles, splits = triton.cdiv(tokens * share, rows), max(1, triton.cdiv(most_chunks, _SPLIT))

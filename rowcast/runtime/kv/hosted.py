@@ -209,11 +209,11 @@ class HostedKV(PagedKV):
             self._outbox.drain()
         super().commit(seq_id, tokens)
 
-    def keys_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
-        return self._of(0, self._keys, entries, heads)
+    def keys_of(self, entries: Tensor, heads: slice = slice(None), run: int = 1) -> Tensor:
+        return self._of(0, self._keys, entries, heads, run)
 
-    def values_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
-        return self._of(1, self._values, entries, heads)
+    def values_of(self, entries: Tensor, heads: slice = slice(None), run: int = 1) -> Tensor:
+        return self._of(1, self._values, entries, heads, run)
 
     def close(self) -> None:
         """Wait for copies that are under way, and give host memory back. Nothing may be asked of the view after that."""
@@ -320,23 +320,24 @@ class HostedKV(PagedKV):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _of(self, which: int, here: Tensor, entries: Tensor, heads: slice) -> Tensor:
+    def _of(self, which: int, here: Tensor, entries: Tensor, heads: slice, run: int) -> Tensor:
         """Keys (0) or values (1): entries [heads, n], or [n] -> [heads, n, d]."""
         self._outbox.drain()
         count = self.num_kv_heads
         chosen = range(self.spec.num_layers * count)[heads]
         lines = entries.expand(len(chosen), -1)
         out = torch.empty(*lines.shape, self.spec.head_dim, dtype=self.dtype, device=self.device)
-        for away, run in groupby(enumerate(chosen), key=lambda line: line[1] // count in self._away):
-            each = list(run)
+        for away, neighbours in groupby(enumerate(chosen), key=lambda line: line[1] // count in self._away):
+            each = list(neighbours)
             rows = slice(each[0][0], each[-1][0] + 1)
             if away:
                 places = [self._away[head // count] * count + head % count for _, head in each]
-                at = torch.tensor(places, device=self.device)[:, None] * self._entries.shape[3] + lines[rows]
-                at += which * self._away_entries
-                self._gathered += at.numel() * self.spec.head_dim * self.dtype.itemsize
+                at = torch.tensor(places, device=self.device)[:, None] * self._entries.shape[3] + lines[rows, ::run]
+                at += which * self._away_entries  # of each run the first: a head's neighbours lie behind one another
                 number = torch.full((1,), at.numel(), dtype=torch.int32, device=self.device)
-                self._host.gather(at.flatten().int(), number, out[rows].view(-1, self.spec.head_dim))
+                found = out[rows].view(-1, run * self.spec.head_dim)
+                self._gathered += found.nbytes
+                self._host.widened(run).gather((at.flatten() // run).int(), number, found)
             else:
                 places = [self._here[head // count] * self._layer_entries + head % count for _, head in each]
                 at = torch.tensor(places, device=self.device)[:, None] + lines[rows] * count

@@ -350,11 +350,18 @@ class PagedKV:
         first = torch.tensor(seq.blocks, device=self.device) * size
         return (first[:, None] + torch.arange(size, device=self.device)).flatten()[: seq.length]
 
-    def keys_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Of KV heads counted through all layers: entries [heads, n] of a `table`, other ones for each, or [n] -> [heads, n, d]."""
+    def blocks_of(self, seq_id: int) -> Tensor:
+        """A sequence's block table: int32 [n]."""
+        return torch.tensor(self._sequences[seq_id].blocks, dtype=torch.int32, device=self.device)
+
+    def keys_of(self, entries: Tensor, heads: slice = slice(None), run: int = 1) -> Tensor:
+        """Of KV heads counted through all layers: entries [heads, n] of a `table`, other ones for each, or [n] -> [heads, n, d].
+
+        `run`: so many of them, from the first on, are always one whole chunk of positions; it divides the block size.
+        """
         return _rows(self._keys, self._places_of(entries, heads))
 
-    def values_of(self, entries: Tensor, heads: slice = slice(None)) -> Tensor:
+    def values_of(self, entries: Tensor, heads: slice = slice(None), run: int = 1) -> Tensor:
         """Likewise."""
         return _rows(self._values, self._places_of(entries, heads))
 

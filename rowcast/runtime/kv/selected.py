@@ -262,8 +262,8 @@ class SelectedKV:
             shown.rewinds = self._parent.rewinds(seq_id)
             self._policy.free(seq_id)
 
-        def copy(at: int, positions: Tensor) -> None:
-            shown.moved_bytes += self._copy(seq_id, table, at, positions)
+        def copy(at: int, positions: Tensor, run: int = 1) -> None:
+            shown.moved_bytes += self._copy(seq_id, table, at, positions, run)
 
         def positions(first: int, last: int) -> Tensor:
             return torch.arange(first, last, device=table.device)
@@ -278,7 +278,7 @@ class SelectedKV:
                 queries = self._parent.queries(seq_id, self._parent.keep_queries)
                 found = self._policy.select(self._parent, seq_id, queries, span, self._choice)
                 if found is not None:
-                    copy(self._sinks, found.positions.flatten(0, 1))
+                    copy(self._sinks, found.positions.flatten(0, 1), self._policy.chunk)
                     shown.moved_bytes += found.bytes_read
                     shown.chosen = found.positions.shape[-1]
                     shown.refreshes += 1
@@ -289,18 +289,18 @@ class SelectedKV:
             shown.entries = behind + recent.shape[-1]
         shown.synced, shown.proposals = length, 0
 
-    def _copy(self, seq_id: int, table: Tensor, at: int, positions: Tensor) -> int:
+    def _copy(self, seq_id: int, table: Tensor, at: int, positions: Tensor, run: int) -> int:
         """Copy the parent's entries at `positions` [layers * K, n], or [n] for all heads, to entries at, at + 1, ...; bytes moved.
 
-        `table`: the parent's.
+        `table`: the parent's. `run`: positions come in whole chunks of so many.
         """
         slot, to, parent = self._slots[seq_id], slice(at, at + positions.shape[-1]), self._parent
         keys, values = self._keys[slot].flatten(0, 1), self._values[slot].flatten(0, 1)
         each = positions.shape[-1] * copy_bytes(parent.spec.head_dim, parent.dtype.itemsize)
         for heads in head_groups(len(keys), each):
             entries = table[positions if positions.dim() == 1 else positions[heads]]
-            keys[heads, to] = parent.keys_of(entries, heads)
-            values[heads, to] = parent.values_of(entries, heads)
+            keys[heads, to] = parent.keys_of(entries, heads, run)
+            values[heads, to] = parent.values_of(entries, heads, run)
         if self._positions is not None:
             self._positions[slot].flatten(0, 1)[:, to] = positions
         return int(4 * keys[:, to].numel() * keys.element_size())

@@ -12,8 +12,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rowcast.kernels import gpu
+from rowcast.kernels.retrieval_sizes import layer_bytes
 from rowcast.runtime.kv.paged import PagedKV
-from rowcast.runtime.kv.sizes import HeavyHitterSizes, PolicySizes, RetrievalSizes, StreamingSizes, Summary, head_groups
+from rowcast.runtime.kv.sizes import (
+    WORK_BYTES,
+    HeavyHitterSizes,
+    PolicySizes,
+    RetrievalSizes,
+    StreamingSizes,
+    Summary,
+    head_groups,
+)
 from rowcast.runtime.ladder.spec import Rung, Score
 
 
@@ -59,6 +69,21 @@ class Retrieval(RetrievalSizes):
         if queries is None:
             return None
         first, last = span.start // self.chunk, span.stop // self.chunk
+        heads, rows = parent.num_kv_heads, queries.shape[1] * queries.shape[2] // parent.num_kv_heads
+        layer = 4 * heads * last + layer_bytes(heads, rows, last, parent.dtype.itemsize)
+        if gpu.serves(parent.device) and layer <= WORK_BYTES:
+            chunks = self._by_kernels(parent, seq_id, queries, first, last, count, WORK_BYTES // layer)
+        else:
+            chunks = self._by_torch(parent, seq_id, queries, first, last, count)
+        positions = chunks[..., None] * self.chunk + torch.arange(self.chunk, device=parent.device)
+        each = self.summary.parts * parent.spec.head_dim * parent.dtype.itemsize
+        return Choice(positions.flatten(2), len(queries) * heads * (last - first) * each)
+
+    def free(self, seq_id: int) -> None:
+        pass
+
+    def _by_torch(self, parent: PagedKV, seq_id: int, queries: Tensor, first: int, last: int, count: int) -> Tensor:
+        """The `count` best of the chunks first..last - 1: [layers, K, count], ascending."""
         ends = torch.arange(first, last, device=parent.device) * self.chunk + self.chunk - 1
         rows = _by_kv_head(queries, parent.num_kv_heads)
         each = self.head_bytes(parent.length(seq_id), rows.shape[1], rows.shape[2], parent.dtype.itemsize)
@@ -70,14 +95,39 @@ class Retrieval(RetrievalSizes):
             scores = rows[heads] @ keys[0] if self.summary.score == "mean" else _bound(rows[heads], *keys)
             weights = _attention(scores, ends, parent, seq_id, heads, queries.shape[1])
             chosen.append(weights.mean(1).topk(count).indices.sort().values + first)
-        chunks = torch.cat(chosen).view(-1, parent.num_kv_heads, count, 1)
-        return Choice(
-            (chunks * self.chunk + torch.arange(self.chunk, device=parent.device)).flatten(2),
-            self.summary.parts * len(rows) * (last - first) * rows.shape[2] * parent.dtype.itemsize,
-        )
+        return torch.cat(chosen).view(-1, parent.num_kv_heads, count)
 
-    def free(self, seq_id: int) -> None:
-        pass
+    def _by_kernels(
+        self, parent: PagedKV, seq_id: int, queries: Tensor, first: int, last: int, count: int, together: int
+    ) -> Tensor:
+        """Likewise, so many layers at a time."""
+        from rowcast.kernels.gpu import retrieval
+
+        kept, windows = parent.summary_store(self.summary), [window or 0 for window in parent.spec.windows]
+
+        def ints(*values: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=parent.device)
+
+        table, begin, end, length = parent.blocks_of(seq_id)[None], ints(first), ints(last), ints(parent.length(seq_id))
+        chosen = []
+        for low in range(0, len(queries), together):
+            some = slice(low, low + together)
+            scores = retrieval.chunk_scores(
+                queries[some, None],
+                kept[:, some],
+                table,
+                begin,
+                end,
+                scale=parent.spec.attention_scale,
+                chunk=self.chunk,
+                most_chunks=last,
+                lengths=length,
+                slopes=parent.slopes,
+                absolute_bias_scale=parent.absolute_bias_scale,
+                windows=ints(*windows[some]) if any(windows) else None,
+            )
+            chosen.append(retrieval.choose_chunks(scores, count, begin, end)[0])
+        return torch.cat(chosen)
 
 
 class Streaming(StreamingSizes):

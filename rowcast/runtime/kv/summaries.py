@@ -10,8 +10,9 @@ from torch import Tensor
 from rowcast.runtime.kv.places import take
 from rowcast.runtime.kv.sizes import Summary
 
-Fetch = Callable[[Tensor, slice], Tensor]
-"""Keys of other memory: entries [n] of a layer, a slice of KV heads counted through all layers -> [heads, n, d], on the device."""
+Fetch = Callable[[Tensor, slice, int], Tensor]
+"""Keys of other memory: entries [n] of a layer, a slice of KV heads counted through all layers, entries to a chunk, of which these are
+whole ones -> [heads, n, d], on the device."""
 
 FETCHED_BYTES = 64 << 20
 """Of keys, at once."""
@@ -65,7 +66,7 @@ class Summaries:
                 some = slice(first, min(first + step, layers.stop))
                 for part in torch.split(at, max(1, FETCHED_BYTES // size)):
                     entries = part[:, None] * self.kind.chunk + torch.arange(self.kind.chunk, device=at.device)
-                    found = self._fetch(entries.flatten(), slice(some.start * heads, some.stop * heads))
+                    found = self._fetch(entries.flatten(), slice(some.start * heads, some.stop * heads), self.kind.chunk)
                     found = found.view(some.stop - some.start, heads, len(part), self.kind.chunk, -1)
                     self._summarise(some, part, found.permute(0, 2, 3, 1, 4))
 
