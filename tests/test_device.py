@@ -1,15 +1,12 @@
-"""Memory that may be taken, and what is current during a step."""
+"""Memory that may be taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
-import pytest
 import torch
 
-from rowcast.runtime.device import _control_group_bytes, available_bytes, current
+from rowcast.runtime.device import _control_group_bytes, available_bytes
 
 
 def test_cached_file_pages_of_the_control_group_count_as_free(tmp_path: Path) -> None:
@@ -33,26 +30,3 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert available_bytes(torch.device("cpu")) > 1 << 28
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_a_step_on_a_gpu_leaves_no_attention_to_cudnn(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would keep a plan of each length for good. What the process had set holds again afterwards, whatever happened."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    enabled: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
-    was = enabled()
-
-    def fail() -> None:
-        with current(torch.device("cuda", 0)):
-            assert not enabled()
-            raise ZeroDivisionError
-
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-        with current(torch.device("cpu")):
-            assert enabled() is before
-        with pytest.raises(ZeroDivisionError):
-            fail()
-        assert enabled() is before
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(was)

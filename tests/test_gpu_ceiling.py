@@ -158,7 +158,8 @@ def test_a_budget_leaves_room_for_what_is_no_tensor(gpu: Gpu, monkeypatch: pytes
     gpu.take(GIB)
     assert outside_bytes(CUDA, 1) == 1156 * MIB and outside_bytes(CUDA, 2) == (1156 + 256) * MIB
     monkeypatch.setattr(gpu_ceiling, "joined_by_nvlink", lambda: True)
-    assert outside_bytes(CUDA, 1) == 1156 * MIB and outside_bytes(CUDA, 2) == (1156 + 768) * MIB
+    assert outside_bytes(CUDA, 1) == 1156 * MIB and outside_bytes(CUDA, 2) == (1156 + 840) * MIB
+    assert outside_bytes(CUDA, 4) == (1156 + 256 + 3 * 584) * MIB
     budget, reason = devices.budget_bytes(CUDA, 24 * GIB, "gpu_memory")
     assert budget == 24 * GIB - 1156 * MIB and "without 1.1 GiB" in reason
     with pytest.raises(UserError, match=r"gpu_memory=512\.0 MiB is not more than the 1\.1 GiB that"):
@@ -286,6 +287,8 @@ def test_a_driver_that_does_not_tell(gpu: Gpu, caplog: pytest.LogCaptureFixture)
     assert gpu.limit == 23 * GIB and [each.message for each in caplog.records] == [
         "the driver does not tell what this process takes of cuda:0: beside tensors 768.0 MiB are assumed"
     ]
+    two = Ceiling(CUDA, replace(resident(budget_bytes=23 * GIB), world=2, ceiling_bytes=26 * GIB))
+    assert two._outside() == (768 + 256) * MIB
     process_memory._before[UUID] = CardMemory(0, {})
     gpu.card |= {"used": 9 * GIB, "processes": {}}
     assert gpu_ceiling._counted(CUDA) is None

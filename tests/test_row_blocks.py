@@ -52,6 +52,16 @@ def test_all_rows_in_order(stored: tuple[SafetensorsSource, Tensor], rows: slice
     assert not loading()
 
 
+@pytest.mark.parametrize("readers", READERS)
+def test_models_may_be_loaded_in_inference_mode(stored: tuple[SafetensorsSource, Tensor], readers: int) -> None:
+    """Threads have modes of their own."""
+    source, matrix = stored
+    how = {"dtype": torch.bfloat16, "device": CPU, "readers": readers}
+    with torch.inference_mode():
+        found = [block.clone() for _, block in row_blocks(source, "m", slice(0, 100), None, (6,), **how)]
+    assert torch.equal(torch.cat(found), matrix.bfloat16())
+
+
 def test_a_row_longer_than_a_block(stored: tuple[SafetensorsSource, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     source, matrix = stored
     monkeypatch.setattr(module, "BLOCK_BYTES", 5)

@@ -76,9 +76,9 @@ class Constants:
     """A GPU context with its libraries and kernels: 518 MiB before the first kernel, 768 with all of them (measured on an H100)."""
     collectives_bytes: int = 256 * MIB
     """What one of several ranks takes beside that: NCCL's kernels and buffers, what peers write for sums in one shot. Assumed."""
-    nvlink_bytes: int = 512 * MIB
-    """More of that where cards are joined by NVLink, for which NCCL has many channels. Measured on two H200, torch 2.11: 1,537 to 1,603
-    MiB beside the most that tensors took, graphs included, where one rank has 763 to 829."""
+    nvlink_bytes: int = 584 * MIB
+    """More of that for each other rank where cards are joined by NVLink, for which NCCL has many channels. Measured on H200s, torch
+    2.11, beside the most that tensors took, graphs included: 763 to 829 MiB alone, 1,537 to 1,603 of two ranks, 2,759 of four."""
     graphs_bytes: int = 64 * MIB
     """Captured graphs and the states of rounds."""
     margin_share: float = 0.02
@@ -92,7 +92,7 @@ class Constants:
 
     def outside_bytes(self, ranks: int, *, nvlink: bool) -> int:
         """What each of so many ranks takes of its GPU beside tensors and graphs. `nvlink`: the cards are joined by it."""
-        return self.context_bytes + (self.collectives_bytes + self.nvlink_bytes * nvlink if ranks > 1 else 0)
+        return self.context_bytes + self.collectives_bytes * (ranks > 1) + (ranks - 1) * self.nvlink_bytes * nvlink
 
     @property
     def layer_launch_s(self) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,23 +43,9 @@ def choose_device(asked: str, name: str = "device") -> tuple[torch.device, str]:
     return torch.device("cuda", index), f"device {device}: asked for"
 
 
-@contextmanager
-def current(device: torch.device) -> Iterator[None]:
-    """Makes it the thread's current device meanwhile, on which kernels are launched and streams are looked up.
-
-    A GPU's attention is not left to cuDNN meanwhile: torch builds a plan of it for each number of tokens and each length, on the host,
-    and keeps them all (pytorch/pytorch#190388). Prompts have any length.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        with torch.cuda.device(device):
-            yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it the thread's current device meanwhile, on which kernels are launched and streams are looked up."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_dtype(asked: str, stored: str, device: torch.device) -> tuple[str, str]:

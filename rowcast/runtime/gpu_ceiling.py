@@ -64,7 +64,8 @@ _models: WeakSet[Ceiling] = WeakSet()
 class Ceiling:
     """Holds this process to a plan's memory, beyond what it held before. On a CPU nothing is held.
 
-    Several models of a process have their ceilings' sum: none is held to less because another came later, or had a lower one.
+    Several models of a process have their ceilings' sum: none is held to less because another came later, or had a lower one. When the
+    last one is gone, the allocator has the card to itself: a limit that somebody else had set is not put back.
     """
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
@@ -72,6 +73,8 @@ class Ceiling:
         self._device = device
         self._bytes = ceiling_bytes(plan)
         self._world = plan.world
+        self._assumed = 0
+        """Beside tensors, once it had to be."""
         self._steps = 0
         self._told = False
         self._lift = finalize(self, _lift, device)
@@ -130,7 +133,7 @@ class Ceiling:
         counted = _counted(self._device)
         if counted is not None:
             return counted.bytes - torch.cuda.memory_reserved(self._device)
-        assumed = _assumed_bytes(self._world)
+        assumed = self._assumed = self._assumed or _assumed_bytes(self._world)
         if not self._told:
             self._told = True
             log.warning(

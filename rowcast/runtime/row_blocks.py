@@ -50,8 +50,11 @@ def row_blocks(
         shape = min(height, rows.stop - rows.start), *row_shape
         return _Buffer(torch.empty(shape, dtype=dtype, device=device, pin_memory=bool(gpus)))
 
+    inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own, and tensors that are made in it
+
     def read(span: slice, buffer: _Buffer) -> Tensor:
-        return source.read(name, span, cols, out=buffer.values[: span.stop - span.start])
+        with torch.inference_mode(inference):
+            return source.read(name, span, cols, out=buffer.values[: span.stop - span.start])
 
     if not readers or len(spans) <= 1:
         buffer = new_buffer()
