@@ -56,9 +56,9 @@ def test_all_rows_in_order(stored: tuple[SafetensorsSource, Tensor], rows: slice
 def test_models_may_be_loaded_in_inference_mode(stored: tuple[SafetensorsSource, Tensor], readers: int) -> None:
     """Threads have modes of their own."""
     source, matrix = stored
-    how = {"dtype": torch.bfloat16, "device": CPU, "readers": readers}
     with torch.inference_mode():
-        found = [block.clone() for _, block in row_blocks(source, "m", slice(0, 100), None, (6,), **how)]
+        blocks = row_blocks(source, "m", slice(0, 100), None, (6,), dtype=torch.bfloat16, device=CPU, readers=readers)
+        found = [block.clone() for _, block in blocks]
     assert torch.equal(torch.cat(found), matrix.bfloat16())
 
 
