@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_cluster_ranks import found
-from test_device_rounds import GREEDY, SEEDED, SOME
+from test_device_rounds import ALL_STAND, GREEDY, SEEDED, SOME
 from test_offload_llm import away, shares
 from test_sparse_ladder import calibrate
 from test_speculation import SELF
@@ -64,6 +64,19 @@ def same_tokens(launcher: WarmLauncher, model: Path, turns: list[list[SamplingPa
 def test_two_ranks_give_the_tokens_of_one(launcher: WarmLauncher, model: Path, name: str) -> None:
     turns = [[GREEDY, SEEDED], [MIN_P, SEEDED], [TRUNCATED, GREEDY]]
     same_tokens(launcher, model, turns if name == "plain" else turns[:1], ladder=LADDERS[name])
+
+
+def test_two_ranks_leave_out_the_same_passes(launcher: WarmLauncher, model: Path, tmp_path: Path) -> None:
+    """A sum that one rank runs and the other does not would never end."""
+    files = [tmp_path / str(rank) for rank in range(WORLD)]
+    launcher.faults = [{rank: f"interpret@{file}" for rank, file in enumerate(files)}]
+    once = Limits(failures=1, step_s=60)
+    how: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4, "draft": model, "ladder": ALL_STAND}
+    with LLM(model, tensor_parallel_size=WORLD, launcher=launcher, limits=once, **how) as llm:
+        llm.generate([SOME[1][:24]], replace(GREEDY, max_tokens=15))
+    ran = [file.read_text().splitlines() for file in files]
+    assert ran[0] == ran[1]
+    assert "0 0 1 0 0 1 0 0 2" in ran[0]
 
 
 @pytest.mark.parametrize(("rung", "sequences"), [("self:mlp=0.4,by=dejavu,heads=0.5", 1), ("self:heads=0.5", 2)])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from rowcast.runtime.device_round.graphs import Graphs
-from rowcast.runtime.device_round.program import Pass, Programs, lag, unroll
+from rowcast.runtime.device_round.program import Pass, Programs, lag, left_to_do, unroll
 
 
 def test_plain_is_one_pass() -> None:
@@ -33,6 +33,62 @@ def test_three_rungs() -> None:
 def test_lookups_are_judged_and_take_no_pass() -> None:
     assert unroll((5, 0), lookup=True, own_kv=(False, False), most=5) == (Pass(2, 6, True),)
     assert unroll((5, 7), lookup=True, own_kv=(False, False), most=7) == (Pass(1, 6, True), Pass(2, 8, True))
+
+
+class Told:
+    """A device that is asked. `answers`: tokens drafted, and where it stopped, each time."""
+
+    def __init__(self, *answers: tuple[int, int]) -> None:
+        self.answers = list(answers)
+        self.events: list[str] = []
+
+    def send_drafted(self) -> None:
+        self.events.append("ask")
+
+    def drafted(self) -> tuple[int, int]:
+        self.events.append("wait")
+        return self.answers.pop(0)
+
+    def plays(self, gammas: tuple[int, ...], room: int, runs: int, *, own_kv: bool = True, lookup: bool = False) -> str:
+        """What happens: passes by their rung, and questions."""
+        rungs = [own_kv] * len(gammas)
+        for p in left_to_do(unroll(gammas, lookup=lookup, own_kv=rungs, most=9, runs={1: runs, 2: runs}), gammas, room, self):
+            self.events.append(str(p.rung))
+        return " ".join(self.events)
+
+
+@pytest.mark.parametrize(
+    ("drafted", "stopped", "plays"),
+    [
+        (6, 0, "0 0 1 0 0 1 ask 0 0 wait 2"),  # all that was asked for
+        (5, 0, "0 0 1 0 0 1 ask 0 0 wait 1 2"),
+        (3, 2, "0 0 1 0 0 1 ask 0 0 wait 2"),  # no number was drawn
+        (3, 1, "0 0 1 0 0 1 ask 0 0 wait 1 2"),  # by the rung further below, which is run again after the verdict
+    ],
+)
+def test_a_run_is_left_out_where_all_is_drafted(drafted: int, stopped: int, plays: str) -> None:
+    assert Told((drafted, stopped)).plays((2, 6), 9, runs=3) == plays
+
+
+def test_the_device_is_asked_only_once_all_may_be_drafted() -> None:
+    """By two runs at most 6 tokens, whatever else their passes have to catch up with."""
+    assert Told().plays((2, 7), 9, runs=3) == "0 0 1 0 0 1 0 0 1 2"
+    assert Told((5, 0), (6, 0), (7, 0)).plays((2, 6), 9, runs=5) == "0 0 1 0 0 1 ask 0 0 wait 1 ask 0 0 wait 2"
+    assert Told((3, 0)).plays((2, 6), 3, runs=3) == "0 0 1 ask 0 0 wait 2"  # room for 3
+
+
+def test_the_device_is_not_asked_where_nothing_is_left_out() -> None:
+    assert Told().plays((2, 6), 9, runs=2) == "0 0 1 0 0 1 2"
+    assert Told().plays((6,), 3, runs=1) == "0 0 0 0 0 0 1"
+    assert Told().plays((0, 3), 9, runs=1) == "1 1 1 2"
+    assert Told().plays((4, 3), 9, runs=3, lookup=True) == "1 2"
+    assert Told().plays((0, 0), 9, runs=1) == "2"
+
+
+def test_only_the_rung_below_the_last_is_left_out() -> None:
+    assert Told((8, 0)).plays((1, 3, 8), 9, runs=3) == " ".join(
+        ["0 1"] * 3 + ["2"] + ["0 1"] * 3 + ["2 ask"] + ["0 1"] * 3 + ["wait 3"]
+    )
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -4,6 +4,7 @@ tests of ladders and of the engine run on them, captured in graphs."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from triton_interpreting import take_arrays_as_bounds
 from rowcast import LLM, RequestOutput, SamplingParams
 from rowcast.kernels import gpu
 from rowcast.placement import resident
+from rowcast.runtime.device_round.sampling import simulated
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.step import SeqStep
 
@@ -171,27 +173,36 @@ ALL_STAND = "draft:kv=full,gamma=2 / self:kv=64,chunk=4,sinks=4,recent=8,gamma=6
 """With the target as the draft, in contexts of at most 64 tokens."""
 
 
+def played(rounds: Any, events: list[str]) -> Any:
+    """While this lasts, passes go to `events` by their rung, and so do questions to the device."""
+
+    def run(state: Any, p: Any, *args: Any) -> Any:
+        events.append(str(p.rung))
+        return real(state, p, *args)
+
+    real, stack = rounds._run, ExitStack()
+    stack.enter_context(patch.object(rounds, "_run", run))
+    for name, event in (("send_drafted", "ask"), ("drafted", "wait")):
+        told = wrapped(getattr(RoundState, name), events, event)
+        stack.enter_context(patch.object(RoundState, name, autospec=True, side_effect=told))
+    return stack
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_passes_that_have_nothing_to_do_are_left_out(models: dict[str, Path]) -> None:
     """Where all proposals stand, two passes of the middle rung have drafted what three usually do."""
     llm = LLM(models["target"], draft=models["target"], dtype="float32", device="cpu", ladder=ALL_STAND, block_size=4)
     rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
-    ran: list[int] = []
-
-    def run(state: Any, p: Any, *args: Any) -> Any:
-        ran.append(p.rung)
-        return real(state, p, *args)
-
+    events: list[str] = []
     request = llm.engine.add(SOME[1][:24], replace(GREEDY, max_tokens=15))
     while not request.stats.generated_tokens:
         llm.engine.step()
-    real = rounds._run
-    with patch.object(rounds, "_run", run):
+    with played(rounds, events):
         while request.stats.rounds < 2:
             llm.engine.step()
     assert [p.rung for p in rounds._programs.of((2, 6), 6)] == [0, 0, 1] * 3 + [2]
     # The third run's drafts run beside the host's question.
-    assert ran == ([0, 0, 1] * 2 + [0, 0] + [2]) * 2
+    assert " ".join(events) == " ".join(["0 0 1 0 0 1 ask 0 0 wait 2"] * 2)
     assert request.stats.round_tokens == 14
     while llm.engine.has_work:
         llm.engine.step()
@@ -201,9 +212,47 @@ def test_passes_that_have_nothing_to_do_are_left_out(models: dict[str, Path]) ->
     )
 
 
+STANDS, FALLS, NOTHING = 5, 6, -1
+"""What the middle rung draws where all others draw 5: the draft's two proposals stand, or none does, or it has no number."""
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_is_left_out_follows_what_is_drafted(models: dict[str, Path]) -> None:
+    """By draws that are given: which passes run, and how many tokens the draft and the middle rung have proposed."""
+    llm = make_llm(models, ALL_STAND)
+    rounds: Any = llm.engine._executor._rounds  # type: ignore[attr-defined]
+    cases = [
+        ([STANDS, STANDS], "0 0 1 0 0 1 ask 0 0 wait 2", 4, 6),
+        ([STANDS, FALLS, STANDS], "0 0 1 0 0 1 ask 0 0 wait 1 2", 5, 6),
+        ([FALLS, FALLS, FALLS], "0 0 1 0 0 1 ask 0 0 wait 1 2", 6, 3),
+        ([STANDS, NOTHING], "0 0 1 0 0 1 ask 0 0 wait 2", 4, 3),
+    ]
+    request = llm.engine.add(SOME[1][:24], replace(GREEDY, max_tokens=40))
+    while not request.stats.generated_tokens:
+        llm.engine.step()
+    for middle, passes, by_draft, by_middle in cases:
+        before = [acceptance_so_far(request, rung) for rung in ("draft", "self")]
+        events: list[str] = []
+        draws = iter(middle)
+
+        def draw(state: RoundState, logits: Any, at: Any, *_: Any, draws: Any = draws) -> torch.Tensor:
+            return torch.full((len(logits),), next(draws) if at.rung == 1 else STANDS)
+
+        with played(rounds, events), patch("rowcast.runtime.device_round.rounds.draw", draw):
+            llm.engine.step()
+        now = [acceptance_so_far(request, rung) for rung in ("draft", "self")]
+        proposed = [after - then for then, after in zip(before, now, strict=True)]
+        assert (" ".join(events), *proposed, list(draws)) == (passes, by_draft, by_middle, []), middle
+
+
+def acceptance_so_far(request: Any, rung: str) -> int:
+    """Proposals of a rung that were verified."""
+    return sum(request.stats.rungs[rung].proposed) if rung in request.stats.rungs else 0
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_passes_that_have_nothing_to_do_are_counted(models: dict[str, Path]) -> None:
-    """What they read, and their time, is their rung's: here of two sequences, for which the device goes on to the end."""
+    """What they read, and their time, is their rung's: here of two sequences, for which the device goes on to the end, unasked."""
     llm = LLM(models["target"], draft=models["target"], dtype="float32", device="cpu", ladder=ALL_STAND, block_size=4)
     executor: Any = llm.engine._executor
     rungs = [*executor._lower, executor._top]
@@ -211,15 +260,57 @@ def test_passes_that_have_nothing_to_do_are_counted(models: dict[str, Path]) -> 
         rung.view.bytes_read = lambda seq_id: 0
     requests = [llm.engine.add(SOME[1][:24], replace(GREEDY, max_tokens=30)) for _ in range(2)]
 
-    def counted() -> list[list[int]]:
-        return [[request.stats.rungs[rung.name].bytes_read for rung in rungs] for request in requests]
+    def counted() -> list[list[tuple[int, float]]]:
+        counts = [[request.stats.rungs[rung.name] for rung in rungs] for request in requests]
+        return [[(each.bytes_read, each.seconds) for each in mine] for mine in counts]
 
     while not all(request.stats.rounds for request in requests):
         llm.engine.step()
     before = counted()
-    llm.engine.step()
-    each = [number * rung.decoder.weights.bytes // 2 for number, rung in zip((6, 3, 1), rungs, strict=True)]
-    assert [[now - then for now, then in zip(*pair, strict=True)] for pair in zip(counted(), before, strict=True)] == [each, each]
+    events: list[str] = []
+    with played(executor._rounds, events), patch("rowcast.runtime.device_round.rounds._seconds", lambda start, end: 64.0):
+        llm.engine.step()
+    assert " ".join(events) == "0 0 1 0 0 1 0 0 1 2"
+    gained = [
+        [(now[0] - then[0], now[1] - then[1]) for now, then in zip(*pair, strict=True)]
+        for pair in zip(counted(), before, strict=True)
+    ]
+    for mine in gained:
+        for number, rung, (bytes_read, seconds) in zip((6, 3, 1), rungs, mine, strict=True):
+            assert bytes_read == number * rung.decoder.weights.bytes // 2
+            assert seconds == pytest.approx(number * 32)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_simulated_proposals_stand_whatever_they_are(models: dict[str, Path]) -> None:
+    llm = make_llm(models, "draft:kv=full,gamma=1 / self:kv=64,chunk=4,sinks=4,recent=8,gamma=3 / plain")
+    llm.engine._executor._rounds._rates = {1: 1.0, 2: 0.0}  # type: ignore[attr-defined]
+    outputs = llm.generate([SOME[1][:24]], replace(SEEDED, max_tokens=7))
+    (by_draft, stood), (by_self, none) = acceptance(outputs, "draft"), acceptance(outputs, "self")
+    assert by_draft == stood >= 3 and by_self >= 3 and none == 0
+
+
+def test_simulated_acceptance_is_drawn_as_tokens_are() -> None:
+    """From seeds, positions and the rung, not from a generator, of which each rank has its own; of sequences in parts as in one."""
+    sequences, tokens, rate, generator = 16, 8, 0.3, torch.get_rng_state()
+    state = RoundState(sequences, tokens, [1, 1, 1], 3, torch.device("cpu"))
+    state["seeds"].copy_(torch.arange(sequences) * 7919)
+    state["path"].fill_(3)
+
+    def stands(rung: int, base: int, first: int = 0) -> torch.Tensor:
+        at = state.inputs(rung, tokens, 4)
+        at.positions.copy_((base + torch.arange(tokens)).repeat(sequences))
+        drawn = torch.full(((sequences - first) * tokens,), 8)
+        found = simulated(state, drawn, at, first * tokens, rate)
+        assert set(found.tolist()) == {3, 8}
+        return (found == 3).view(-1, tokens)
+
+    coins, later, other = stands(1, 50), stands(1, 51, 8), stands(2, 50)
+    assert torch.equal(coins[8:, 1:], later[:, :-1])
+    assert len({tuple(row.tolist()) for row in coins}) >= 10
+    assert 0.2 < coins.float().mean() < 0.4
+    assert 0.3 < (coins != other).float().mean() < 0.55  # .42 where they are independent
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 @pytest.mark.usefixtures("interpreted")

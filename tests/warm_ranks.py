@@ -75,11 +75,13 @@ class WarmRanks:
 
 
 def misbehave(fault: str) -> None:
-    """`fault`: "none"; "interpret": none, but rounds run on the device, by Triton's interpreter; WHAT@N: die or freeze when the N-th
+    """`fault`: "none"; "interpret": none, but rounds run on the device, by Triton's interpreter; interpret@FILE: each pass adds
+    its rung to FILE, the last a new line; WHAT@N: die or freeze when the N-th
     round of a ladder begins, raise in it, starve (out of memory), or lie about its tokens; die@load; whim: gammas by chance."""
     from rowcast.cluster import rank
     from rowcast.errors import OutOfMemoryError
     from rowcast.runtime.assembly import _Assembly
+    from rowcast.runtime.device_round.rounds import DeviceRounds
     from rowcast.runtime.executor import LocalExecutor
     from rowcast.runtime.ladder.control import Controller
     from rowcast.runtime.step import SeqResult, SeqStep
@@ -105,6 +107,15 @@ def misbehave(fault: str) -> None:
             return rounds
 
         _Assembly._rounds = by_itself  # type: ignore[method-assign, assignment]
+        if at:
+            run = DeviceRounds._run
+
+            def told(self: DeviceRounds, state: Any, p: Any, *arguments: Any) -> Any:
+                with open(at, "a") as file:
+                    file.write(f"{p.rung}\n" if p.rung == len(self._rungs) - 1 else f"{p.rung} ")
+                return run(self, state, p, *arguments)
+
+            DeviceRounds._run = told  # type: ignore[method-assign, assignment]
         return
     if what == "whim":
 

@@ -1,7 +1,8 @@
 """A coupled round of the ladder on the device: which tokens each pass runs, what its draws decide, what is committed.
 
 The arithmetic of `runtime/ladder/climb.py` under the coupled rule, for up to B sequences, as tensors: the host plays a fixed list of
-passes, reads one copy at the end, and asks nothing in between. A sequence that a pass has nothing to do for sits it out. On a GPU each
+passes, reads one copy at the end, and asks nothing in between, but for a lone sequence, whose host may wait while rungs below run and
+leave passes out. A sequence that a pass has nothing to do for sits it out. On a GPU each
 function is one small launch (`kernels/gpu/rounds.py`); the plain Python here defines what it does.
 
 A round: for each pass `prepare`, run the rung over its tokens, draw where `Pass.wanted` says, `verdict`; the last rung's pass ends in

@@ -1,15 +1,16 @@
 """The passes of one round, in order, known before it starts: the recursion of `ladder.climb`, unrolled. Torch-free.
 
-The host does not see how many proposals stood until the round is over, so a rung is run a fixed number of times: as often as it takes
-to reach its gamma where as much stands as usually does. Where less does, the round drafts less, where more does, a pass has nothing to
-do, and a lone sequence's is left out (`rounds`); the output is the same.
+The host does not wait for how many proposals stand, so a rung is run a fixed number of times: as often as it takes to reach its gamma
+where as much stands as usually does. Where less does, the round drafts less, where more does, a pass has nothing to do. But for a lone
+sequence, whose host may wait and leave such passes out (`left_to_do`). The output is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 from rowcast.runtime.ladder.costs import expected_tokens
 
@@ -79,6 +80,52 @@ def unroll(
 
     lower = extend(len(used) - 1, True) if used else []
     return *lower, Pass(top, 1 + most, bool(used))
+
+
+class Drafting(Protocol):
+    """How far the device is with a lone sequence, to be asked for."""
+
+    def send_drafted(self) -> None:
+        """Ask for what `drafted` says, as the passes launched so far leave it."""
+        ...
+
+    def drafted(self) -> tuple[int, int]:
+        """Tokens drafted, and the rung below which nothing more is proposed, at the last `send_drafted`; waits for that."""
+        ...
+
+
+def left_to_do(program: Sequence[Pass], gammas: Sequence[int], room: int, device: Drafting) -> Iterator[Pass]:
+    """A lone sequence's passes, each to be launched before the next is asked for: without runs of the rung below the last that find
+    all drafted, which would read its weights for nothing.
+
+    `gammas`: as `unroll`. `room`: tokens that it may draft. The device is asked once all may be drafted, and goes on with the passes of
+    the rungs further below while the host waits for the answer.
+    """
+    used = [rung for rung, gamma in enumerate(gammas) if gamma]
+    if len(used) < 2:
+        yield from program
+        return
+    below, upper = used[-2:]
+    wanted, most = min(gammas[upper], room), 0
+    *lower, last = program
+    ends = [number + 1 for number, p in enumerate(lower) if p.rung == upper]
+    for start, end in pairwise([0, *ends]):
+        *drafts, judge = lower[start:end]
+        may_be_over = most >= wanted
+        if may_be_over:
+            device.send_drafted()
+        yield from drafts
+        if may_be_over and _is_over(device, wanted, upper):
+            break
+        yield judge
+        most += gammas[below] + 1
+    yield last
+
+
+def _is_over(device: Drafting, wanted: int, rung: int) -> bool:
+    """Whether the rung has nothing left to draft, or may not."""
+    drafted, stopped = device.drafted()
+    return drafted >= wanted or stopped > rung
 
 
 class Programs:

@@ -1,9 +1,10 @@
 """A round of the ladder that the device runs by itself, under the coupled rule.
 
 The host says beforehand which passes the round has (`program`), fills the round's state (`state`), and reads the result back once,
-when all is over. In between the device never waits for the host: how many proposals stood, and so which tokens a pass runs and where
-their K/V go, is in device tensors (`kernels.rounds`). Each pass, from its tokens' ids to the verdict, is captured in a CUDA graph when
-it is used for the second time (`graphs`). Without capture the same calls are made one by one: the output is the same.
+when all is over: but for a lone sequence, whose host may wait in between while rungs below run (`program.left_to_do`). How many
+proposals stood, and so which tokens a pass runs and where their K/V go, is in device tensors (`kernels.rounds`). Each pass, from its
+tokens' ids to the verdict, is captured in a CUDA graph when it is used for the second time (`graphs`). Without capture the same calls
+are made one by one: the output is the same.
 
 Several ranks run the same passes in the same order, each over its share of the model: what they are depends on tokens and on shared
 decisions alone, never on a rank's clock. Sums and draws across ranks are part of a pass, and of its graph.
@@ -27,7 +28,7 @@ from rowcast.placement.resident import LOGIT_ELEMENTS
 from rowcast.runtime.device_round.account import reads_of, tell
 from rowcast.runtime.device_round.driven import driven_pass, needs_host
 from rowcast.runtime.device_round.graphs import Graphs
-from rowcast.runtime.device_round.program import BATCHES, MOST_LAG, MOST_PASSES, Pass, Programs, lag
+from rowcast.runtime.device_round.program import BATCHES, MOST_LAG, MOST_PASSES, Pass, Programs, lag, left_to_do
 from rowcast.runtime.device_round.refresh import Refresh
 from rowcast.runtime.device_round.sampling import Sampling, draw, fill, is_served, simulated
 from rowcast.runtime.device_round.state import RoundState
@@ -173,7 +174,11 @@ class DeviceRounds:
         else:
             rooms = [min(room, program[-1].tokens - 1) for room in rooms]
             self._sampling = self._fill(state, climbers, rooms, used)
-            program, clocks = self._launch(state, program, most, climbers, rooms)
+            passes = left_to_do(program, climbers[0].gammas, rooms[0], state) if len(climbers) == 1 else iter(program)
+            program, clocks = [], []
+            for p in passes:
+                clocks.append(self._run(state, p, most, self._sampling, len(program), climbers))
+                program.append(p)
         for view in self._choosing:
             view.send_reads()
         state.send()  # what it waits for has the others' copies before it
@@ -288,36 +293,6 @@ class DeviceRounds:
 
     # The passes.
 
-    def _launch(
-        self, state: RoundState, program: Sequence[Pass], most: int, climbers: Sequence[Climber], rooms: Sequence[int]
-    ) -> tuple[list[Pass], list[Callable[[], float]]]:
-        """Run the round's passes; which of them ran, and their clocks.
-
-        The rung below the last one is run as often as it takes where as much stands as usually does. Where more does, passes would
-        have nothing to do, and read their weights all the same: a lone sequence's are left out. The host learns of it while the device
-        is at the passes of the rungs below.
-        """
-        upper = climbers[0].below(len(self._rungs) - 1) if len(climbers) == 1 else None
-        runs = [number for number, p in enumerate(program[:-1]) if p.rung == upper and p.judges]
-        wanted = 0 if upper is None else min(climbers[0].gammas[upper], rooms[0])
-        ran: list[Pass] = []
-        clocks: list[Callable[[], float]] = []
-        most_drafted, is_sent, is_over = 0, False, False
-        for number, p in enumerate(program):
-            if is_sent and number in runs:
-                (drafted,), (stopped,) = state.drafted()
-                is_sent, is_over = False, drafted >= wanted or stopped > p.rung
-            if is_over and number < len(program) - 1:
-                continue
-            clocks.append(self._run(state, p, most, self._sampling, len(ran), climbers))
-            ran.append(p)
-            if number in runs[:-1]:
-                most_drafted += p.tokens
-                if most_drafted >= wanted:
-                    state.send_drafted()
-                    is_sent = True
-        return ran, clocks
-
     def _run(
         self, state: RoundState, p: Pass, most: int, sampling: Sampling, number: int, climbers: Sequence[Climber]
     ) -> Callable[[], float]:
@@ -348,13 +323,12 @@ class DeviceRounds:
         rounds.prepare(state.round, at)
         hidden = self._forward(state, p, at, most) if driven is None else driven_pass(runner, at, state.batch, driven)
         rows = max(1, LOGIT_ELEMENTS // (self._sampler.vocab_size * p.tokens)) * p.tokens
-        drawn = [
-            draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling) for first in range(0, len(hidden), rows)
-        ]
+        rate = self._rates.get(p.rung) if p.judges else None
+        drawn = []
+        for first in range(0, len(hidden), rows):
+            own = draw(state, runner.logits(hidden[first : first + rows]), at, first, sampling)
+            drawn.append(own if rate is None else simulated(state, own, at, first, rate))
         own = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        rate = self._rates.get(p.rung)
-        if rate is not None and p.judges:
-            own = simulated(state.round, p, own, rate)
         if runner is self._top:
             rounds.commit(state.round, at, own, state.newest, self._shared)
         else:

@@ -12,9 +12,9 @@ from torch import Tensor
 from rowcast.kernels import rounds
 from rowcast.kernels.gpu import drawing
 from rowcast.kernels.rounds import HISTORY
-from rowcast.runtime.device_round.program import Pass
 from rowcast.runtime.device_round.state import RoundState
 from rowcast.runtime.logits import keep_min_p_, keep_top_
+from rowcast.runtime.philox import Purpose
 from rowcast.runtime.sampling_batch import SampledSequence
 from rowcast.runtime.sharded_logits import Logits, whole
 
@@ -76,11 +76,21 @@ def draw(state: RoundState, logits: Logits, at: rounds.Pass, first: int, samplin
     return drawing.winners(comm.exchange(pairs))
 
 
-def simulated(state: rounds.Round, p: Pass, drawn: Tensor, rate: float) -> Tensor:
-    """Let each proposal stand with that chance: then the draw behind a token is the next token of the path, else another one."""
-    following = HISTORY + 1 + state.have[p.rung, :, None] + torch.arange(p.tokens, device=drawn.device)
-    proposed = state.path.gather(1, following.clamp(0, state.path.shape[1] - 1).long()).flatten()
-    stands = torch.rand(len(drawn), device=drawn.device) < rate
+def simulated(state: RoundState, drawn: Tensor, at: rounds.Pass, first: int, rate: float) -> Tensor:
+    """Let each proposal stand with that chance: then the draw behind a token is the next token of the path, else another one.
+
+    `drawn`, `first`: as `draw` returns and takes them. What stands depends on seeds, positions and the rung, as draws do: ranks agree.
+    """
+    tokens, some = at.tokens, slice(first, first + len(drawn))
+    of = slice(first // tokens, (first + len(drawn)) // tokens)
+    path = state.round.path[of]
+    following = HISTORY + 1 + state.round.have[at.rung, of, None] + torch.arange(tokens, device=drawn.device)
+    proposed = path.gather(1, following.clamp(0, path.shape[1] - 1).long()).flatten()
+    chances = torch.full((len(drawn), 2), 1 - rate, dtype=torch.float32, device=drawn.device)
+    chances[:, 0] = rate
+    noise = state["seeds"][of], state["sample_index"][of], at.positions[some]
+    how: dict[str, Any] = {"purpose": Purpose.ACCEPT, "rung": at.rung, "group": tokens, "offset": 1}
+    stands = drawing.draw(chances.log(), torch.ones_like(state["temperature"][of]), None, *noise, **how) == 0
     return torch.where(stands, proposed, torch.where(drawn == proposed, (drawn + 1) % 2, drawn))
 
 

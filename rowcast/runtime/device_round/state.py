@@ -121,17 +121,18 @@ class RoundState:
         self._stats[number].copy_(self._stats[self.newest], non_blocking=True)
 
     def send_drafted(self) -> None:
-        """Copy how much is drafted so far to the host, for `drafted`."""
+        """Copy how much is drafted so far to the host, for `drafted`. Precondition: a state of one sequence."""
+        assert self.batch == 1
         self._drafting_sent.copy_(self._drafting, non_blocking=True)
         if self._drafting_event is not None:
             self._drafting_event.record()
 
-    def drafted(self) -> tuple[Any, Any]:
+    def drafted(self) -> tuple[int, int]:
         """`Round.drafted` and `Round.stopped` on the host, as they were at the last `send_drafted`. Waits for that."""
         if self._drafting_event is not None:
             self._drafting_event.synchronize()
         found = self._drafting_sent.numpy().view(np.int32)
-        return found[: self.batch], found[-self.batch :]
+        return int(found[0]), int(found[-1])
 
     def send(self) -> None:
         """Copy what the round leaves to the host, for `read`. Work that is launched from here on may change it on the device."""
