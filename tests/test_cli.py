@@ -312,6 +312,12 @@ def test_truncated_safetensors(refused: Callable[..., str], model_dir: Path, siz
     assert "model.safetensors" in refused("generate", "hi", "--model", model_dir)
 
 
+def test_text_without_a_tokenizer(refused: Callable[..., str], model_dir: Path) -> None:
+    """Token ids, which would do, cannot be given here."""
+    told = refused("generate", "hi", "--model", model_dir)
+    assert "no tokenizer" in told and told.rstrip().endswith("; copy one there.")
+
+
 def test_corrupt_safetensors(refused: Callable[..., str], model_dir: Path) -> None:
     with (model_dir / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * 64)

@@ -216,6 +216,21 @@ def test_the_address_given_has_the_last_word(cluster: jobs.Cluster, monkeypatch:
     assert jobs.find(gcs).address == cluster.address
 
 
+def test_a_killed_cluster_that_is_found(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray would try for minutes to reach it."""
+    address = f"127.0.0.1:{jobs._free_port()}"
+    for name in jobs.ADDRESS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jobs, "found_here", lambda: address)
+    monkeypatch.setattr(jobs, "_client", lambda _: pytest.fail("it was not asked first whether one answers"))
+    own = jobs.Cluster(None, "http://127.0.0.1:1", started=True, here=True)
+    monkeypatch.setattr(jobs, "_start", lambda cpus: own if cpus == 3 else None)
+    assert jobs.find(cpus=3) is own
+    assert f"the Ray cluster that was found at {address} does not answer: one is started here" in caplog.text
+    with pytest.raises(UserError, match="no Ray cluster runs on this machine"):
+        jobs.find(start=False)
+
+
 def test_a_token_that_is_not_shown(cluster: jobs.Cluster) -> None:
     """Another process, which Ray has not told of its cluster's."""
     if os.environ.get("RAY_AUTH_MODE") != "token":

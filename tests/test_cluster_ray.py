@@ -19,6 +19,7 @@ from rowcast.errors import UserError
 
 ray: Any = pytest.importorskip("ray")
 
+from rowcast.cluster import jobs  # noqa: E402
 from rowcast.cluster.ray_launcher import RayLauncher, RayRanks, _device, connect  # noqa: E402
 
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=20, detokenize=False, ignore_eos=True)
@@ -92,9 +93,14 @@ def test_actors_give_the_same_tokens_and_survive_a_death(model: Path, caplog: py
     assert free_cpus(2, 30)
 
 
-def test_a_place_that_there_is_not(model: Path) -> None:
-    with pytest.raises(UserError, match=r"no place within 1 s for 2 ranks of 1 CPU, 2 GPU each .* have 2 CPU, 2 GPU"):
+def test_a_place_that_there_is_not(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        UserError, match=r"no place within 1 s for 2 ranks of 1 CPU, 2 GPU each .* have 2 CPU, 2 GPU.* `ray status`"
+    ):
         LLM(model, tensor_parallel_size=2, launcher=RayLauncher(gpus=2, place_s=1))
+    with pytest.raises(UserError, match=r"have 2 CPU, 2 GPU.*, or start a node with `ray start --num-cpus 3`"):
+        LLM(model, tensor_parallel_size=2, launcher=RayLauncher(cpus=1.5, place_s=1))
+    assert "no node of the Ray cluster has room for 2 ranks of 1.5 CPU, 0 GPU each: waiting up to 1 s" in caplog.text
     assert free_cpus(2, 30)
 
 
@@ -113,7 +119,14 @@ def test_a_ray_that_went_first_is_not_asked(gone: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("named", "runs", "joined"),
-    [(None, True, ["auto"]), (None, False, ["auto", "local"]), ("local", True, ["local"]), ("10.1.2.3:6379", True, ["auto"])],
+    [
+        (None, True, ["auto"]),
+        (None, False, ["local"]),
+        ("local", True, ["local"]),
+        ("auto", True, ["auto"]),
+        ("10.1.2.3:6379", True, ["auto"]),
+        ("ray://10.1.2.3", True, ["auto"]),
+    ],
 )
 def test_whose_cluster_is_used(
     named: str | None, runs: bool, joined: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -121,13 +134,10 @@ def test_whose_cluster_is_used(
     """One that nobody named is joined, and said to be."""
     asked: list[str] = []
 
-    def init(address: str, **_: object) -> None:
-        asked.append(address)
-        if address == "auto" and not runs:
-            raise ConnectionError
-
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(asked))
-    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    monkeypatch.setattr(jobs, "found_here", lambda: "10.1.2.3:6379" if runs else None)
+    monkeypatch.setattr(jobs, "answers", lambda address: address.removeprefix("ray://").startswith("10.1.2.3"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if named:
         monkeypatch.setenv("RAY_ADDRESS", named)
@@ -137,8 +147,39 @@ def test_whose_cluster_is_used(
     assert any("RAY_ADDRESS=local starts" in line for line in warned) == (named is None and runs)
 
 
-def test_a_named_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a cluster that was killed, which Ray finds."""
+    address = f"127.0.0.1:{jobs._free_port()}"
+    monkeypatch.setattr(ray._private.services, "find_gcs_addresses", set)
+    monkeypatch.setattr(ray._private.services, "find_bootstrap_address", lambda _: address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return address.replace("127.0.0.1", ray.util.get_node_ip_address())
+
+
+def test_a_killed_cluster_that_is_found(killed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray would try for minutes to reach it."""
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    connect(1)
+    assert asked == ["local"]
+    assert f"the Ray cluster that was found at {killed} does not answer: ranks are placed by one of their own" in caplog.text
+
+
+@pytest.mark.parametrize("named", ["HOST:PORT", "HOST", "ray://HOST:PORT", "auto"])
+def test_a_named_cluster_that_does_not_answer(named: str, killed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks elsewhere were asked for: none of this machine's own take their place."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("it was not asked first whether one answers"))
+    host, port = killed.split(":")
+    monkeypatch.setenv("RAY_ADDRESS", named.replace("HOST", host).replace("PORT", port))
+    where = f"auto, {killed}" if named == "auto" else os.environ["RAY_ADDRESS"]
+    with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={where}: start one there, or set it to local"):
+        connect(1)
+
+
+def test_a_named_cluster_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something answers there, which Ray cannot connect to."""
 
     def init(address: str, **_: object) -> None:
         assert address == "auto"
@@ -146,8 +187,7 @@ def test_a_named_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(jobs, "answers", lambda _: True)
     monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
-    with pytest.raises(
-        UserError, match=r"no Ray cluster answers at RAY_ADDRESS=10\.1\.2\.3:6379: start one there, or set it to local"
-    ):
+    with pytest.raises(UserError, match=r"no Ray cluster answers at RAY_ADDRESS=10\.1\.2\.3:6379: start"):
         connect(1)

@@ -158,6 +158,9 @@ def test_several_nodes_need_a_rate_between_them() -> None:
 
 def test_a_lower_budget_for_a_card() -> None:
     assert machine_from("H200", gpu_memory_bytes=24 * GIB).cards[0].memory_bytes == 24 * GIB
+    assert machine_from("2xRTX4090", gpu_memory_bytes=24 * GIB) == machine_from("2xRTX4090")
+    with pytest.raises(UserError, match=r"gpu_memory=24\.5 GiB is more than the 24\.0 GiB of a RTX4090"):
+        machine_from("2xRTX4090", gpu_memory_bytes=49 * GIB // 2)
     with pytest.raises(UserError, match=r"gpu_memory=48\.0 GiB is more than the 24\.0 GiB of a RTX4090"):
         machine_from("H200+RTX4090", gpu_memory_bytes=48 * GIB)
 
@@ -199,6 +202,16 @@ def test_two_cards_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts.pairs == (nvml.DriverPair(0, 1, "one host bridge", False),)
     assert nvml.pcie_link("b") == nvml.PcieLink(1, 16)
     assert nvml.pcie_link("c") is None
+
+
+def test_a_cards_size_as_it_is_sold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver tells of 12 MiB less than 24 GiB."""
+    monkeypatch.setattr(cache, "load_probe", lambda: None)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml(PAIR))
+    cards = here.this_machine(gpu_memory_bytes=24 * GIB).machine.cards
+    assert [card.memory_bytes for card in cards] == [PAIR[0]["memory"]] * 2
+    with pytest.raises(UserError, match=r"gpu_memory=25\.0 GiB is more than the 24\.0 GiB of this machine's RTX4090"):
+        here.this_machine(gpu_memory_bytes=25 * GIB)
 
 
 def test_links_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,7 @@ def test_smollm2_fetches_rows(smollm2: dict[str, list[list[int]]]) -> None:
 
 
 def test_the_cap_of_a_gpu_that_is_not_there(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="the model runs on the CPU"):
+    with pytest.raises(UserError, match="the model runs on the CPU: give host_memory=400MiB instead"):
         make(target, "plain", gpu_memory="400MiB")
     monkeypatch.setenv("ROWCAST_CPU_AS_GPU", "1")
     resident = make(target, "plain", gpu_memory="400MiB")

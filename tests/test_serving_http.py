@@ -627,7 +627,10 @@ def test_mistakes_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
         "submit" in frame or "pieces" in frame for frame in errors[-1]["traceback"]
     )
     assert response.status_code == 200 and "[DONE]" not in response.text
-    assert "no tokenizer" in of_stub(Stub("ready"), "/tokenize", {"prompt": "a"}).json()["error"]["message"]
+    refused = of_stub(Stub("ready"), "/tokenize", {"prompt": "a"}).json()["error"]["message"]
+    assert refused == "there is no tokenizer."
+    refused = of_stub(Stub("ready"), "/v1/completions", {"model": NAME, "prompt": "a"}).json()["error"]["message"]
+    assert refused == "there is no tokenizer, or pass prompts as token ids."
 
 
 def test_the_log() -> None:

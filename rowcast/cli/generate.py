@@ -73,9 +73,10 @@ def generate(
         gpu_memory=gpu_memory, host_memory=host_memory, max_model_len=max_model_len, eager=eager,
         plan=None if plan is None else Plan.load(plan),
     )  # fmt: skip
+    tokenizer = llm.tokenizer  # raises where there is none: no advice to pass token ids, which Python can
     prompts: list[str] | list[list[int]] = texts
     if chat:
-        prompts = [llm.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
 
     if not as_json:
         print_placement(llm.plan)

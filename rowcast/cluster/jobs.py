@@ -220,19 +220,49 @@ def find(address: str | None = None, *, start: bool = True, cpus: int = 1) -> Cl
     return _connect(named)
 
 
+def found_here() -> str | None:
+    """HOST:PORT of the cluster that Ray finds on this machine. One that was killed leaves its address behind: see `answers`."""
+    from ray._private import services
+
+    try:
+        with _unnamed():
+            return str(services.canonicalize_bootstrap_address("auto"))
+    except ConnectionError:
+        return None
+
+
+def answers(address: str) -> bool:
+    """Whether a connection to HOST:PORT, or SCHEME://HOST:PORT, is taken within seconds: Ray itself tries for minutes.
+
+    True for SCHEME:// without a port, where the scheme is Ray's to judge.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        port = parts.port or _PORTS.get(parts.scheme)
+        if port is None and parts.scheme:
+            return True
+        socket.create_connection((parts.hostname or "", port or 0), _REACH_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _running(start: bool, cpus: int) -> Cluster:
     """That of this machine."""
+    address = found_here()
+    if address is None or not answers(address):
+        if not start:
+            raise UserError("no Ray cluster runs on this machine: name one with --address, or start one with `ray start --head`")
+        if address is not None:
+            log.warning("the Ray cluster that was found at %s does not answer: one is started here", address)
+        return _start(cpus)
     try:
         return _client("auto")
-    except ConnectionError:
-        if start:
-            return _start(cpus)
     except Exception as error:  # Ray's own, where the cluster has no dashboard
         _check_token(error, "of this machine")
         raise UserError(
             f"the Ray cluster of this machine takes no jobs ({_line(error)}): start it with a dashboard, or name another with --address"
         ) from None
-    raise UserError("no Ray cluster runs on this machine: name one with --address, or start one with `ray start --head`")
 
 
 def _connect(address: str) -> Cluster:
@@ -283,22 +313,28 @@ def _start(cpus: int) -> Cluster:
         raise UserError(
             "the Ray cluster of this process has no dashboard, so it takes no jobs: start it with include_dashboard=True"
         )
-    found = _client(context.dashboard_url if "://" in context.dashboard_url else f"http://{context.dashboard_url}")
-    return Cluster(found.client, found.address, started=True, here=True)
+    own = _client(context.dashboard_url if "://" in context.dashboard_url else f"http://{context.dashboard_url}")
+    return Cluster(own.client, own.address, started=True, here=True)
 
 
 def _client(address: str) -> Cluster:
-    """Raises what Ray raises, such as ConnectionError where `address` is auto and nothing runs here. Ray would let its variables
-    override it."""
+    """Raises what Ray raises."""
     from ray.job_submission import JobSubmissionClient
 
+    with _unnamed():
+        client: Any = JobSubmissionClient(address)
+    dashboard = str(client.get_address())
+    return Cluster(client, dashboard, started=False, here=_is_here(urlsplit(dashboard).hostname or ""))
+
+
+@contextmanager
+def _unnamed() -> Iterator[None]:
+    """Without Ray's variables, which would override an address that is given."""
     kept = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
-        client: Any = JobSubmissionClient(address)
+        yield
     finally:
         os.environ.update(kept)
-    found = str(client.get_address())
-    return Cluster(client, found, started=False, here=_is_here(urlsplit(found).hostname or ""))
 
 
 def _is_here(host: str) -> bool:

@@ -6,6 +6,7 @@ Ray places them, says when they die and ends them with their driver's job; no st
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import ray as untyped_ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rowcast.cluster import jobs
 from rowcast.cluster.launcher import Ranks
 from rowcast.errors import UserError
 from rowcast.settings import PREFIX
@@ -29,6 +31,8 @@ OBJECT_STORE_BYTES = 100 << 20
 PLACE_S = 60.0
 """For the cluster to find a place for all ranks."""
 
+_SOON_S = 2.0
+"""Until it is said that no node has that place. One may still join, or come back."""
 _POLL_S = 0.02
 _GONE_S = 10.0
 
@@ -95,13 +99,24 @@ class RayLauncher:
 
     def _wait(self, group: PlacementGroup, bundle: dict[str, float], world: int) -> None:
         # Not `group.ready()`, which is a task: it would need a process started in the bundle first.
-        if group.wait(self._place_s):
+        soon = min(_SOON_S, self._place_s)
+        if group.wait(soon):
+            return
+        fix = "see `ray status`"
+        if not _fitting(bundle, world):
+            if not self._gpus:
+                fix = f"start a node with `ray start --num-cpus {math.ceil(world * self._cpus)}`"
+            log.warning(
+                "no node of the Ray cluster has room for %d ranks of %s each: waiting up to %g s for one to join",
+                world, _resources(bundle), self._place_s,
+            )  # fmt: skip
+        if group.wait(self._place_s - soon):
             return
         nodes = [_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         raise UserError(
             f"Ray found no place within {self._place_s:g} s for {world} ranks of {_resources(bundle)} each on one node: its nodes have "
             f"{'; '.join(nodes) or 'nothing'}, free are {_resources(ray.available_resources())} in all: lower tensor_parallel_size, or "
-            "see `ray status`"
+            f"{fix}"
         )
 
 
@@ -147,13 +162,13 @@ def connect(world: int) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    named = os.environ.get("RAY_ADDRESS")
-    if named != "local":
+    named = os.environ.get("RAY_ADDRESS") or None
+    address = jobs.found_here() if named in (None, "auto") else named
+    if named != "local" and address is not None and jobs.answers(address):
         try:
             ray.init(address="auto", **quiet)
         except ConnectionError:
-            if named:
-                raise UserError(f"no Ray cluster answers at RAY_ADDRESS={named}: start one there, or set it to local") from None
+            pass  # as one that does not answer
         else:
             address = ray.get_runtime_context().gcs_address
             if named:
@@ -163,6 +178,13 @@ def connect(world: int) -> None:
                     "ranks are placed by the Ray cluster that runs at %s; RAY_ADDRESS=local starts one of their own", address
                 )
             return
+    if named not in (None, "local"):
+        where = named if address in (None, named) else f"{named}, {address}"
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={where}: start one there, or set it to local, or HOST:PORT of another"
+        )
+    if named is None and address is not None:
+        log.warning("the Ray cluster that was found at %s does not answer: ranks are placed by one of their own", address)
     cpus = max(world, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **quiet)
     log.info("ranks are placed by a Ray cluster of this machine's own")
@@ -181,12 +203,17 @@ def _settings() -> dict[str, str]:
 
 def _node(replica: int, bundle: dict[str, float], world: int) -> str | None:
     """The node that a replica had best be on: replicas go round those that can hold one."""
-    fits = [
+    fits = _fitting(bundle, world)
+    return sorted(fits)[replica % len(fits)] if fits else None
+
+
+def _fitting(bundle: dict[str, float], world: int) -> list[str]:
+    """Nodes that could hold the ranks if nothing else were on them."""
+    return [
         str(node["NodeID"])
         for node in ray.nodes()
         if node["Alive"] and all(node["Resources"].get(kind, 0) >= world * amount for kind, amount in bundle.items())
     ]
-    return sorted(fits)[replica % len(fits)] if fits else None
 
 
 def _how(run: Any) -> str:

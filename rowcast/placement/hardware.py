@@ -81,6 +81,11 @@ class Card:
     board: Board = "server"
 
     @property
+    def sold_bytes(self) -> int:
+        """Its memory as people say it: a card of 24 GiB has some MiB less."""
+        return max(self.memory_bytes, self.nominal_gib * GIB)
+
+    @property
     def natural_link(self) -> Link:
         """How such cards reach one another when nothing else is said."""
         if self.nvlink == "built-in":
@@ -237,7 +242,8 @@ def machine_from(
 
     `host_memory_bytes`: of each node; None assumes what the cards' usual hosts have. `link`: how peers reach one another ("nvlink",
     "pcie", "host") and the bus to the host ("pcie4x8", "25GB/s"), either or both, joined by a plus. `inter_node`: bytes ("25GB/s") or
-    bits ("200Gb/s") a second and direction, needed for several nodes. `gpu_memory_bytes`: the most of each card that may be used.
+    bits ("200Gb/s") a second and direction, needed for several nodes. `gpu_memory_bytes`: the most of each card that may be used; the
+    size that a card is sold as is all of it.
 
     Raises UserError for what it cannot read and what the cards cannot do.
     """
@@ -245,12 +251,12 @@ def machine_from(
     cards, peers = _linked(groups[0], link)
     if gpu_memory_bytes is not None:
         least = min(cards, key=lambda card: card.memory_bytes)
-        if not 0 < gpu_memory_bytes <= least.memory_bytes:
+        if not 0 < gpu_memory_bytes <= least.sold_bytes:
             raise UserError(
                 f"gpu_memory={format_bytes(gpu_memory_bytes)} is more than the {format_bytes(least.memory_bytes)} of a {least.name}: "
                 "use at most that, or another card"
             )
-        cards = tuple(replace(card, memory_bytes=gpu_memory_bytes) for card in cards)
+        cards = tuple(replace(card, memory_bytes=min(gpu_memory_bytes, card.memory_bytes)) for card in cards)
     node = Node(cards=cards, host=assumed_host(cards, host_memory_bytes), link=peers)
     if len(groups) > 1 and inter_node is None:
         raise UserError(f"gpus={gpus!r:.80} has {len(groups)} nodes and no rate between them: add inter_node=25GB/s, or 200Gb/s")

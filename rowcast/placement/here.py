@@ -30,7 +30,8 @@ class Here:
 
 
 def this_machine(*, gpu_memory_bytes: int | None = None, host_memory_bytes: int | None = None) -> Here:
-    """The GPUs of this machine with its host, or its CPU where it has none; at most so much memory of each.
+    """The GPUs of this machine with its host, or its CPU where it has none; at most so much memory of each, and all that a card has for
+    the size that it is sold as.
 
     Raises UserError for a card that is neither in the table nor probed, and for more memory than there is.
     """
@@ -144,13 +145,17 @@ def _assumed_cpu() -> Host:
 
 def _at_most(machine: Machine, gpu_memory_bytes: int) -> Machine:
     least = min(machine.cards, key=lambda card: card.memory_bytes)
-    if gpu_memory_bytes > least.memory_bytes:
+    if gpu_memory_bytes > least.sold_bytes:
         raise UserError(
             f"gpu_memory={format_bytes(gpu_memory_bytes)} is more than the {format_bytes(least.memory_bytes)} of this machine's "
             f"{least.name}: ask for less"
         )
     nodes = tuple(
-        replace(node, cards=tuple(replace(card, memory_bytes=gpu_memory_bytes) for card in node.cards)) for node in machine.nodes
+        replace(
+            node,
+            cards=tuple(replace(card, memory_bytes=min(gpu_memory_bytes, card.memory_bytes)) for card in node.cards),
+        )
+        for node in machine.nodes
     )
     return replace(machine, nodes=nodes)
 

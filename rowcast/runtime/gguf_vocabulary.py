@@ -50,7 +50,7 @@ def read_vocabulary(path: Path, metadata: dict[str, Any]) -> GGUFVocabulary:
         backend, add_bos = _sentencepiece_bpe(keys)
         special_types = {_CONTROL, _UNKNOWN}
     else:
-        raise UserError(f"{path} has a tokenizer of kind {kind}, supported are gpt2 and llama; pass prompts as token ids")
+        raise UserError(f"{path} has a tokenizer of kind {kind}, supported are gpt2 and llama; name a file with one of those")
 
     typed = list(zip(keys.tokens, keys.types, strict=True))
     special = [AddedToken(token, special=True, normalized=False) for token, kind in typed if kind in special_types]
@@ -213,7 +213,7 @@ def _byte_level_bpe(keys: _Keys) -> tuple[Tokenizer, bool]:
     rule = _SPLIT_RULES.get(name)
     if rule is None:
         known = ", ".join(_SPLIT_RULES)
-        raise UserError(f"{keys.path} splits text by the rule {name}, supported are {known}; pass prompts as token ids")
+        raise UserError(f"{keys.path} splits text by the rule {name}, supported are {known}; name a file with one of those")
     merges = []
     for merge in keys.array("merges", str):
         left, _, right = merge.partition(" ")

@@ -145,7 +145,7 @@ class LLM:
         try:
             self._tokenizer = load_tokenizer(self.checkpoint)
         except UserError as error:  # Token ids do without; whoever needs text gets the error.
-            self._tokenizer = str(error)
+            self._tokenizer = str(error).removesuffix(".")
         opened = {str(draft.path): draft} if isinstance(draft, Checkpoint) else {}
         wish = Wish(
             ladder=ladder if isinstance(ladder, Ladder) else _text("ladder", ladder),
@@ -297,6 +297,8 @@ class LLM:
         self, prompt: str | list[int], params: SamplingParams, *, ladder: str | None = None, mode: str | None = None
     ) -> Request:
         """Queue a request; `ladder` and `mode` as in `Engine.add`. Raises UserError."""
+        if isinstance(prompt, str) and isinstance(self._tokenizer, str):
+            raise UserError(f"{self._tokenizer}, or pass prompts as token ids")
         text, ids = (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
         bad_words = [ids for word in params.bad_words or () for ids in self._bad_word_ids(word)]
         return self.engine.add(ids, params, prompt=text, bad_word_ids=bad_words, ladder=ladder, mode=mode)
@@ -327,7 +329,7 @@ def _detokenizers(tokenizer: Tokenizer | str) -> MakeDetokenizer:
 
     def make(params: SamplingParams, prompt_ids: Seq[int]) -> Detokenizer:
         if isinstance(tokenizer, str):
-            raise UserError(tokenizer)
+            raise UserError(f"{tokenizer}, or ask for token ids alone, by SamplingParams(detokenize=False)")
         return Detokenizer(
             tokenizer,
             stop=params.stop_strings,

@@ -129,8 +129,8 @@ def _make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint], for
     stand_in = device.type == "cpu" and wish.gpu_memory is not None and settings().cpu_as_gpu
     if device.type == "cpu" and wish.gpu_memory is not None and not stand_in:
         raise UserError(
-            f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory instead, or set "
-            "ROWCAST_CPU_AS_GPU=1 to let the CPU stand in for a card of that size"
+            f"gpu_memory={wish.gpu_memory} was given, but the model runs on the CPU: give host_memory={wish.gpu_memory} instead, or "
+            "set ROWCAST_CPU_AS_GPU=1 to let the CPU stand in for a card of that size"
         )
     limit = "gpu_memory" if device.type == "cuda" or stand_in else "host_memory"
     world = wish.tensor_parallel_size

@@ -145,17 +145,14 @@ def load_tokenizer(checkpoint: TokenizerSource) -> Tokenizer:
         found = read_vocabulary(checkpoint.path, checkpoint.gguf_metadata)
         return Tokenizer(found.backend, special_tokens=found.special_tokens, chat_template=found.chat_template)
     if checkpoint.format == "random":
-        raise UserError(
-            f"{checkpoint.path} has random weights and no tokenizer: pass prompts as token ids from Python, or time it by rowcast "
-            "bench latency --shape"
-        )
+        raise UserError(f"{checkpoint.path} has random weights and no tokenizer: time it by rowcast bench latency --shape")
     return _from_directory(checkpoint.path)
 
 
 def _from_directory(path: Path) -> Tokenizer:
     if not any((path / name).is_file() for name in _VOCABULARY_FILES):
         names = " or ".join(_VOCABULARY_FILES)
-        raise UserError(f"{path} has no tokenizer (no {names}); copy one there, or pass prompts as token ids")
+        raise UserError(f"{path} has no tokenizer (no {names}); copy one there")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

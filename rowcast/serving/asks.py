@@ -164,7 +164,9 @@ class Asker:
         if not size:
             return [list(prompt) for prompt in prompts if not isinstance(prompt, str)]
         return await self._encode(
-            lambda tokenizer: [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts], size
+            lambda tokenizer: [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+            size,
+            otherwise=", or pass prompts as token ids",
         )
 
     async def _conversation(self, turns: Sequence[dict[str, str]], **options: bool) -> list[int]:
@@ -172,10 +174,13 @@ class Asker:
         size = sum(len(turn["content"]) for turn in turns)
         return await self._encode(lambda tokenizer: tokenizer.chat(turns, **options), max(size, _SHORT_CHARS + 1))
 
-    async def _encode(self, work: Callable[[Tokenizer], T], size: int) -> T:
-        """Raises UserError where the model has no tokenizer."""
+    async def _encode(self, work: Callable[[Tokenizer], T], size: int, *, otherwise: str = "") -> T:
+        """Raises UserError where the model has no tokenizer; `otherwise`: what to do then."""
         _ = self.card
-        tokenizer = self._backend.tokenizer
+        try:
+            tokenizer = self._backend.tokenizer
+        except UserError as error:
+            raise UserError(str(error).removesuffix(".") + otherwise) from None
         if size <= _SHORT_CHARS:
             return work(tokenizer)
         threads = self._threads if size <= _LONG_CHARS else self._long
