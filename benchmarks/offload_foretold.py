@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
+from offload_given import foretell_given
+
 from rowcast.errors import UserError
 from rowcast.placement.constants import Constants
 from rowcast.placement.forecast import Share
-from rowcast.placement.given import foretell_given
 from rowcast.placement.hardware import Machine, Quantity
 from rowcast.placement.plan import Plan
 from rowcast.runtime.forecast import workload

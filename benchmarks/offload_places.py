@@ -47,7 +47,7 @@ class Budget:
         """What a rank takes beside tensors and graphs."""
         if self.device != "cuda" or self.outside is not None:
             return self.outside or 0
-        return Constants().outside_bytes(self.world, nvlink=True)
+        return Constants().outside_bytes(self.world, nvlink_peers=self.world - 1)
 
     @property
     def tensor_bytes(self) -> int:

@@ -370,9 +370,13 @@ def _only(at: str, small: ModelSpec) -> Decision:
 
 
 def test_ranks_leave_room_for_collectives() -> None:
-    """On every card, more of it where NVLink joins them."""
+    """On every card, more of it for each other one that NVLink joins it to; those of another node it does not reach."""
     constants, asked = Constants(), work()
-    for cards, more in (("H200", 0), ("2xH200", constants.collectives_bytes + constants.nvlink_bytes), ("2xRTX4090", 256 << 20)):
+    together, each = constants.collectives_bytes, constants.nvlink_bytes
+    assert machine_from("4xH200", GIB).nodes[0].nvlink_peers == 3
+    [node, _] = machine_from("2x4xH200", GIB, inter_node="25GB/s").nodes
+    assert constants.outside_bytes(8, nvlink_peers=node.nvlink_peers) == constants.context_bytes + together + 3 * each
+    for cards, more in (("H200", 0), ("2xH200", together + each), ("2xRTX4090", 256 << 20)):
         found = plan(asked, machine(cards), tensor_parallel=int(cards[0]) if cards[0] == "2" else 1).forecast
         held = [device.classes["graphs"] for device in found.memory if device.card != "host"]
         assert held == [constants.context_bytes + constants.graphs_bytes + more] * len(held) and len(held) == len(found.gpus)

@@ -90,9 +90,9 @@ class Constants:
     spread: float = 0.10
     """Rates may be so much higher or lower: the ends of a predicted range."""
 
-    def outside_bytes(self, ranks: int, *, nvlink: bool) -> int:
-        """What each of so many ranks takes of its GPU beside tensors and graphs. `nvlink`: the cards are joined by it."""
-        return self.context_bytes + self.collectives_bytes * (ranks > 1) + (ranks - 1) * self.nvlink_bytes * nvlink
+    def outside_bytes(self, ranks: int, *, nvlink_peers: int) -> int:
+        """What each of so many ranks takes of its GPU beside tensors and graphs; so many of the others are reached over NVLink."""
+        return self.context_bytes + self.collectives_bytes * (ranks > 1) + nvlink_peers * self.nvlink_bytes
 
     @property
     def layer_launch_s(self) -> float:

@@ -163,7 +163,7 @@ class CostModel:
     def _outside_bytes(self, site: Site) -> int:
         """Of a rank of the site."""
         machine = self.layout.machine
-        return self.constants.outside_bytes(machine.num_gpus, nvlink=machine.nodes[site.node].link == "nvlink")
+        return self.constants.outside_bytes(machine.num_gpus, nvlink_peers=machine.nodes[site.node].nvlink_peers)
 
     def price(self, mode: Mode, corrections: Sequence[float] | None = None) -> Priced:
         """Of this mode. `corrections`: for each rung, measured seconds of a pass over predicted ones."""
@@ -267,7 +267,7 @@ class CostModel:
                 chain(len(rungs), site.stage, i, "bus", copied, 0.0)
         launches = tuple(self._launch_seconds(rung, mode) for rung in rungs)
         constant = self.constants.round_s / ladder.tokens_per_round
-        constant += sum(each * sum(lost) for each, lost in zip(per_token, launches, strict=False))
+        constant += sum(each * sum(lost) for each, lost in zip(per_token[: len(rungs)], launches, strict=True))
         limits, names, sizes = self._limits(mode, tiers)
         problem = Problem(
             allowed=self._allowed(mode, tiers),

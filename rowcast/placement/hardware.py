@@ -133,6 +133,11 @@ class Node:
     """Bytes/s from the host to all cards at once; None: each has its own."""
 
     @property
+    def nvlink_peers(self) -> int:
+        """Other cards that a card reaches over NVLink."""
+        return len(self.cards) - 1 if self.link == "nvlink" else 0
+
+    @property
     def peer_rate(self) -> Quantity:
         """Bytes/s from one card to another, one direction. Over `host` every byte also crosses host memory, once each way."""
         rates = [card.peer_rate if self.link == "nvlink" else card.bus_rate for card in self.cards]

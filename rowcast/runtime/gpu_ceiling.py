@@ -175,7 +175,7 @@ def ceiling_bytes(plan: Plan) -> int | None:
 
 def _assumed_bytes(world: int) -> int:
     """What plans assume of one of so many ranks beside tensors and graphs."""
-    return Constants().outside_bytes(world, nvlink=world > 1 and joined_by_nvlink())
+    return Constants().outside_bytes(world, nvlink_peers=world - 1 if world > 1 and joined_by_nvlink() else 0)
 
 
 def _counted(device: torch.device) -> OwnBytes | None:

@@ -170,7 +170,7 @@ def _plan(
             break
         # The engine counts its work space to the byte and is short of some: less has to be next to the compute.
     machine = chosen.machine
-    outside = Constants().outside_bytes(machine.num_gpus, nvlink=machine.nodes[0].link == "nvlink") if on_gpu else 0
+    outside = Constants().outside_bytes(machine.num_gpus, nvlink_peers=machine.nodes[0].nvlink_peers) if on_gpu else 0
     plan = split_plan(work, forecast, needs, number, notes, "cuda" if on_gpu else "cpu", outside)
     lacking = not_yet(plan, plan.world)
     told = [f"{NOT_YET}: {'; '.join(lacking)}; {instead(plan, spec)}"] if lacking else []

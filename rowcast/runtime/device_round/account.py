@@ -55,10 +55,9 @@ def tell(
             work.note(p.rung, [climber.counts[runner.name] for climber, _ in took], ran_so, read, clock())
             continue
         # Nobody had tokens for it: it took its time and read its weights nevertheless.
-        users = [climber for climber in climbers if climber.gammas[p.rung]]
+        users, seconds = [climber for climber in climbers if climber.gammas[p.rung]], clock()
         for climber in users:
-            idle = RungCounts(seconds=clock() / len(users), bytes_read=read.bytes // len(users))
-            climber.counts[runner.name].add(idle)
+            climber.counts[runner.name].add(RungCounts(seconds=seconds / len(users), bytes_read=read.bytes // len(users)))
 
 
 def reads_of(
