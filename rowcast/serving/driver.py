@@ -205,6 +205,7 @@ class Driver(threading.Thread):
                 if taken is None or not fits:
                     return
                 desk.queue.pop(len(taken.prompt_ids))
+                desk.room = max(0, desk.room - taken.params.n)  # at once: others come while the engine takes this one in
             self._running.append(taken)
             if taken.cancelled:
                 self._leave(taken)
