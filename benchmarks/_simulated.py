@@ -29,7 +29,7 @@ from rowcast.runtime.step import Executor
 
 LAST = 64
 """Tokens of a prompt that are run in any case: those whose queries choose what a retrieval view shows."""
-_TIMEOUT_S, _DUMP_S = 240.0, 60.0
+_TIMEOUT_S, _DUMP_S = 240.0, 600.0
 """Ranks wait for one another; stacks are told."""
 
 Result = TypeVar("Result")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -180,9 +181,9 @@ def drafted(llm: SimulatedLLM, wish: Wish) -> dict[str, Any]:
         steps = rounds(llm, ids, None if rate else "plain", wish.tokens if rate else min(4, wish.tokens))
         mean = sum((rate or 0.0) ** place for place in range(wish.gamma + 1)) if rate else 1.0
         found["plain" if rate is None else f"{rate}"] = {
-            "s_per_round": sum(steps) / len(steps),
+            "s_per_round": median(steps),
             "tokens_per_round": mean,
-            "s_per_token": sum(steps) / len(steps) / mean,
+            "s_per_token": median(steps) / mean,
             "rounds": len(steps),
         }
     found["s_per_token"] = found["plain"]["s_per_token"]

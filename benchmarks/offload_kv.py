@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from rowcast.runtime.request import Request
 from rowcast.runtime.spec import kv_bytes_per_token
 
 DRAFT = "random:llama-68m"
-PLAIN_TOKENS, WARM_ROUNDS = 5, 3
+PLAIN_TOKENS, WARM_ROUNDS = 5, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def timed(llm: LLM, request: Request, rounds: int, rate: float) -> dict[str, Any
         llm.engine.step()
         times.append(time.perf_counter() - began)
         moved.append(elsewhere.counts().kv.bytes)
-    each = sum(times[warm:]) / rounds
+    each = median(times[warm:])
     names = list(stats.rungs)
     proposed = stats.rungs[names[-2]].proposed if drafts and len(names) > 1 else []
     # Each proposal stands with the outer rate where all before it did.

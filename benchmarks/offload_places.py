@@ -20,8 +20,8 @@ from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, layer_parameters
 WIDTH = 2
 GROUPS = 1024
 """Of a layer's neurons."""
-SLACK = 0.01
-"""Of the cap, left to the allocator where caches take all else."""
+SLACK, MEASURED_SLACK = 0.01, 0.004
+"""Of the cap, left to the allocator where caches take all else; the second where what lies beside tensors was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ class Budget:
     @property
     def tensor_bytes(self) -> int:
         """What is left to tensors and graphs."""
-        return self.cap_bytes - self.outside_bytes - round(SLACK * self.cap_bytes)
+        slack = SLACK if self.outside is None else MEASURED_SLACK
+        return self.cap_bytes - self.outside_bytes - round(slack * self.cap_bytes)
 
 
 def placed(case: str, spec: ModelSpec, budget: Budget, ladder: str, calibration: Calibration | None) -> Plan:

@@ -48,6 +48,7 @@ MODEL, OTHER, DRAFT = "yarn-llama-2-7b-128k", "llama-3.1-8b", "llama-68m"
 CASES = ("on-chip", "llama-3.1-8b", "batches")
 BATCHES = ((2, 57_344, 1024), (6, 19_456, 768), (10, 12_288, 768))
 """Sequences, tokens of each prompt, entries of the retrieval rung (table 4)."""
+SEQUENCES = tuple(batch[0] for batch in BATCHES)
 ROUNDS, WARM_ROUNDS, MOST_WARM_ROUNDS = 48, 8, 64
 """WARM_ROUNDS: in a row, none of which has a pass that was not captured before; MOST_WARM_ROUNDS: with or without."""
 BUDGET = 4096
@@ -104,7 +105,7 @@ def cases(args: argparse.Namespace, folder: Path) -> list[Case]:
         chosen = ladders(min(BUDGET, prompt // 2), args.gammas, {"triforce": "", "middle bits=4": "bits=4"})
         found.append(Case("llama-3.1-8b", other, small, 1, prompt, chosen, {"triforce": 1.9}))
     if "batches" in args.case:
-        for sequences, tokens, budget in BATCHES:
+        for sequences, tokens, budget in (batch for batch in BATCHES if batch[0] in args.sequences):
             prompt = scaled(tokens)
             chosen = ladders(min(budget, prompt // 2), args.batch_gammas, {"triforce": ""})
             found.append(Case(f"{sequences} x {prompt}", model, draft, sequences, prompt, chosen, {"triforce": 1.9}))
@@ -278,6 +279,9 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of all prompts")
     parser.add_argument("--gammas", nargs="+", default=["2,6", "2,10"], help="of the draft and of the middle rung")
     parser.add_argument("--batch-gammas", nargs="+", default=["2,6"])
+    parser.add_argument(
+        "--sequences", nargs="+", type=int, choices=SEQUENCES, default=list(SEQUENCES), help="of batches: those of so many"
+    )
     parser.add_argument("--middle", nargs="*", default=["bits=4", "mlp=0.3,by=q4"], help="middle rungs that read fewer weights")
     parser.add_argument("--outer", type=float, default=0.92)
     parser.add_argument("--inner", type=float, default=0.6)

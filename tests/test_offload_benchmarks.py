@@ -67,7 +67,8 @@ def test_a_plan_leaves_room_beside_what_a_rank_takes_in_the_end() -> None:
         assert offload_places.planned_bytes(plan, spec, budget) == budget.outside_bytes + needed
     assert offload_places.planned_bytes(plans[0], spec, budget) > 0.95 * budget.cap_bytes
     measured = offload_places.placed("filled", spec, replace(budget, outside=1028 * MIB), "plain", None)
-    assert measured.budget_bytes - plans[0].budget_bytes == (768 + 840 - 1028) * MIB
+    more = measured.budget_bytes - plans[0].budget_bytes - (768 + 840 - 1028) * MIB  # and less is left to what is not known
+    assert more == pytest.approx(0.006 * budget.cap_bytes, abs=1)
 
 
 def test_the_row_cache_is_planned(profile: str) -> None:
@@ -175,6 +176,7 @@ def test_each_figure_has_floor_bus_plan_and_projection() -> None:
     }
     assert {what: claims[what].bound for what in wanted} == wanted
     assert claims["streamed: GPU memory over what is allowed"].value == pytest.approx(110 / 120)
+    assert session.end() == 0
     assert claims["streamed: GPU memory off its plan"].met and claims["streamed: host memory off its plan"].value == 0
 
 

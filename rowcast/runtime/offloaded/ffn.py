@@ -7,7 +7,7 @@ neurons a token uses does not depend on where they lie. In memory they stand tie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,8 +23,13 @@ from rowcast.runtime.banks import FfnBank, neuron_order
 from rowcast.runtime.loader import Loader
 from rowcast.runtime.offloaded.parts import Ring
 from rowcast.runtime.offloaded.tiers import CPU, RESIDENT, ROWS, STREAMED, Spans
+from rowcast.runtime.row_blocks import BLOCK_BYTES
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weights import plus
+
+
+DEALT_BYTES = 8 * BLOCK_BYTES
+"""Left free on the device beside tables that are put together there: for blocks, turned, and the rows chosen of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,10 @@ class PlacedFfn:
     def up_down(self) -> Tensor:
         """[n, 2, D] of the resident ones."""
         return self._resident.up_down
+
+    @property
+    def gated(self) -> bool:
+        return self.spec.gated
 
     @property
     def gate(self) -> Tensor | None:
@@ -357,8 +366,7 @@ class PlacedFfn:
         self._rows: HostBank | None = banks.get(ROWS)
         self._at_cpu: HostBank | None = banks.get(CPU)
         # What is made on the device is put together there.
-        made_there = load.made == device and device.type != "cpu"
-        staged = {tier: torch.empty_like(bank.tensor, device=device) for tier, bank in banks.items() if made_there}
+        staged = _staged(banks, device) if load.made == device and device.type != "cpu" else {}
         tables = {RESIDENT: self._table} | {tier: staged.get(tier, bank.tensor) for tier, bank in banks.items()}
         inner, hidden = spec.intermediate_size, spec.hidden_size
         stems = [*([names.gate] if spec.gated else []), names.up, names.down]
@@ -404,6 +412,17 @@ class PlacedFfn:
             assert there is not None
             tables.append(there.to(self._rooms.device))
         return torch.cat(tables)[self.place]
+
+
+def _staged(banks: Mapping[str, HostBank], device: torch.device) -> dict[str, Tensor]:
+    """Tables on the device in which to put these together; none where it has no room for all of them, as for the last layers of a card
+    that gets full: they are then filled in host memory."""
+    try:
+        tables = {tier: torch.empty_like(bank.tensor, device=device) for tier, bank in banks.items()}
+        torch.empty(DEALT_BYTES, dtype=torch.uint8, device=device)
+        return tables
+    except torch.OutOfMemoryError:
+        return {}
 
 
 def _bank(table: Tensor, spec: ModelSpec, up_bias: Tensor | None, gate_bias: Tensor | None) -> FfnBank:

@@ -136,7 +136,7 @@ def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None, 
         return Oracle(bank)
     if name == "gate":
         return Gate(bank)
-    gated = bank.gate is not None
+    gated = bank.gated
     reads: Reads = "ahead" if ahead else "own"
     if name in BITS:
         tables = [table for table in (bank.gate, bank.up) if table is not None]
@@ -145,7 +145,7 @@ def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None, 
         return Proxy(few, bank.norms, bank.activation, gated, reads, _input_map(layer, calibration, bank) if ahead else None)
     assert calibration is not None
     device = bank.up_down.device
-    hidden, rows = bank.up.shape[1], (neurons or len(bank.order)) * (2 if gated else 1)
+    hidden, rows = bank.up_down.shape[-1], (neurons or len(bank.order)) * (2 if gated else 1)
     a = calibration.tensor(f"layers.{layer}.{by}.a", (None, hidden)).float().to(device)
     b = calibration.tensor(f"layers.{layer}.{by}.b", (rows, len(a))).float().to(device)
     bias = calibration.tensor(f"layers.{layer}.{by}.bias", (rows,)).float().to(device)
@@ -156,5 +156,5 @@ def scorer(by: str, bank: FfnBank, layer: int, calibration: Calibration | None, 
 
 def _input_map(layer: int, calibration: Calibration | None, bank: FfnBank) -> InputMap:
     assert calibration is not None
-    matrix = calibration.tensor(f"layers.{layer}.ahead.matrix", (bank.up.shape[1],) * 2).float().to(bank.up_down.device)
+    matrix = calibration.tensor(f"layers.{layer}.ahead.matrix", (bank.up_down.shape[-1],) * 2).float().to(bank.up_down.device)
     return InputMap(lowbit.quantise(matrix, 8))
