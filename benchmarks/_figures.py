@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,29 @@ def known_versions() -> dict[str, str]:
     return {name: each for name, each in versions().items() if each}
 
 
+class Line:
+    """A benchmark's line of JSON. Until it is told, SIGINT and SIGTERM tell what there is, with `cut_off`, and end the process with 130
+    or 143; forked children tell nothing. Made in the main thread."""
+
+    def __init__(self, report: Callable[[], Mapping[str, Any]]) -> None:
+        self._report, self._process = report, os.getpid()
+        self._before = {number: signal.signal(number, self._cut_off) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def tell(self, **more: Any) -> None:
+        """Print it, whole: signals are lost meanwhile, and afterwards do what they did before."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        print(json.dumps({**self._report(), **more}), flush=True)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _cut_off(self, number: int, _: object) -> None:
+        if os.getpid() == self._process:
+            self.tell(cut_off=True)
+            signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+        sys.exit(128 + number)
+
+
 class Session:
     """What was found in one run, told as it comes."""
 
@@ -72,6 +97,7 @@ class Session:
         self.claims: list[Claim] = []
         self.failed: list[str] = []
         self._began, self._limit_s = time.monotonic(), limit_s
+        self._line = Line(self._report)
 
     @property
     def left_s(self) -> float:
@@ -107,10 +133,12 @@ class Session:
 
     def end(self) -> int:
         """The line of JSON, and the exit code: 1 where a part failed; what was claimed and missed is a result."""
-        report = {**self.head, "figures": [asdict(each) for each in self.figures]}
-        report |= {"claims": [{**asdict(each), "met": each.met} for each in self.claims], "failed": self.failed}
-        print(json.dumps(report), flush=True)
+        self._line.tell()
         return int(bool(self.failed))
+
+    def _report(self) -> dict[str, Any]:
+        report = {**self.head, "figures": [asdict(each) for each in self.figures]}
+        return report | {"claims": [{**asdict(each), "met": each.met} for each in self.claims], "failed": self.failed}
 
 
 def told(figure: Figure) -> str:

@@ -1,6 +1,6 @@
 """A real model under a memory cap: the same tokens as without, in float32, and no growth over many requests.
 
-    python benchmarks/offload_exact.py --gpu-memory 1100MiB
+    python benchmarks/offload_exact.py --gpu-memory 1100MiB 1350MiB 1500MiB      # of each ladder
     python benchmarks/offload_exact.py --gpu-memory 1100MiB --ranks 2 --requests 0
     ROWCAST_CPU_AS_GPU=1 python benchmarks/offload_exact.py --gpu-memory 400MiB --requests 20       # a CPU stands in for a card
 
@@ -32,23 +32,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--gpu-memory", required=True, help="of each rank")
+    parser.add_argument("--gpu-memory", nargs="+", required=True, help="of each rank: one for all ladders, or one for each")
     parser.add_argument("--ladder", nargs="+", default=list(LADDERS))
     parser.add_argument("--prompt", type=int, default=600, help="tokens of the longest prompt")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--requests", type=int, default=1000, help="short ones; 0: none")
     args = parser.parse_args()
+    caps = args.gpu_memory * len(args.ladder) if len(args.gpu_memory) == 1 else args.gpu_memory
+    if len(caps) != len(args.ladder):
+        parser.error(f"--gpu-memory has {len(caps)} values for {len(args.ladder)} ladders: give one for all, or one for each")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = Session("offload_exact", args.model, device, ranks=args.ranks, gpu_memory=args.gpu_memory)
+    session = Session("offload_exact", args.model, device, ranks=args.ranks, gpu_memory=", ".join(args.gpu_memory))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # which leaves nothing on the GPU
         expected = pool.submit(without_cap, args).result()
     session.head["places"] = {}
-    for number, ladder in enumerate(args.ladder):
+    for number, (ladder, cap) in enumerate(zip(args.ladder, caps, strict=True)):
         try:
-            capped = LLM(args.model, ladder=ladder, gpu_memory=args.gpu_memory, **common(args))
+            capped = LLM(args.model, ladder=ladder, gpu_memory=cap, **common(args))
             session.head["places"][ladder] = places = capped.plan.places_text()
-            session.say(f"{ladder}: {places}")
+            session.say(f"{ladder}, {cap}: {places}")
             if args.ranks == 1:
                 away = capped.engine._executor.elsewhere  # type: ignore[attr-defined]
                 session.claim(f"{ladder}: MiB in host memory", 0 if away is None else away.host_bytes / 2**20, 1)

@@ -17,7 +17,6 @@ one GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from typing import Any
 import opt_175b_ranks
 import torch
 from _eager import eager_layers
-from _figures import Claim, known_versions, variant
+from _figures import Claim, Line, known_versions, variant
 from opt_175b_floors import Bytes, kept, mean_kept
 from opt_175b_parts import Session, batches, foretell, kill, memory, params, prompts, token
 from opt_175b_ranks import watched
@@ -239,6 +238,7 @@ def main() -> None:
         "bandwidth": session.bandwidth,
         "versions": known_versions(),
     }
+    line = Line(lambda: {**session.found, "failed": session.failed})
     session.say(f"{args.model}, {args.ranks} x {name}, a copy reaches {session.bandwidth / 1e12:.2f} TB/s")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool_of_one:
         if args.layers is not None:
@@ -274,8 +274,7 @@ def main() -> None:
     session.found["claims"] = [{**asdict(each), "met": each.met} for each in claims(session.found)]
     for each in session.found["claims"]:
         session.say(f"{each['what']}: {each['value']:.3g}, {each['bound']:g} wanted: {'met' if each['met'] else 'MISSED'}")
-    session.found["failed"] = session.failed
-    print(json.dumps(session.found), flush=True)
+    line.tell()
     sys.exit(1 if session.failed else 0)
 
 

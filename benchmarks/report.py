@@ -253,6 +253,8 @@ def page(results: Sequence[Result]) -> str:
             f"    {result['command']}",
             "",
         ]
+        if report.get("cut_off"):
+            lines += ["**It was cut off: what it had not measured by then is not here.**", ""]
         if note := report.get("note"):
             lines += [f"**{note}.**", ""]
         other = with_figures if has_figures(result) else anything

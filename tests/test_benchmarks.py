@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,53 @@ def test_claims_and_figures_are_one_line_of_json(capsys: pytest.CaptureFixture[s
     assert [claim["met"] for claim in told["claims"]] == [True, False]
     assert told["failed"] == ["more: no room"] and told["figures"][0]["peers"] == {"other": 0.1}
     assert "planned 30.000 ms (+50%), other 100.00 ms (5.00x)" in err
+
+
+CUT_OFF = """
+import os, signal, sys, time
+from _figures import Figure, Session
+session = Session("tried", "a shape", "a device")
+session.add(Figure(name="plain", s_per_token=0.02))
+if sys.argv[1] == "forked" and not os.fork():
+    signal.raise_signal(signal.SIGINT)
+if sys.argv[1] == "ended":
+    session.end()
+try:
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+finally:
+    time.sleep(0.2)
+    print("cleaned", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "code"),
+    [
+        ("alone", signal.SIGINT, 130),
+        ("alone", signal.SIGTERM, 143),
+        ("forked", signal.SIGINT, 130),
+        ("ended", signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
+def test_a_benchmark_that_is_cut_off_tells_what_it_has(how: str, number: signal.Signals, code: int) -> None:
+    """Once, whoever else is sent the signal and however often, as `timeout` does; what it holds is given back."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    process = subprocess.Popen(
+        [sys.executable, "-c", CUT_OFF, how], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert any(line == "ready\n" for line in process.stderr)
+    process.send_signal(number)
+    time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    [line] = out.splitlines()
+    assert process.returncode == code
+    assert json.loads(line)["figures"][0]["name"] == "plain" and json.loads(line).get("cut_off") is (
+        None if how == "ended" else True
+    )
+    assert ("cleaned" in err) is (code > 0) and "Traceback" not in err
 
 
 def test_the_page_says_what_was_simulated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import offload_exact
 import offload_foretold
 import offload_places
 import offload_report
@@ -21,6 +23,7 @@ from offload_places import Budget
 from offload_profile import write_profile
 
 from rowcast.bench.shapes import open_shape
+from rowcast.errors import OutOfMemoryError
 from rowcast.placement.hardware import machine_from
 from rowcast.placement.plan import Plan
 from rowcast.runtime.config import spec_from_config
@@ -178,6 +181,30 @@ def test_each_figure_has_floor_bus_plan_and_projection() -> None:
     assert claims["streamed: GPU memory over what is allowed"].value == pytest.approx(110 / 120)
     assert session.end() == 0
     assert claims["streamed: GPU memory off its plan"].met and claims["streamed: host memory off its plan"].value == 0
+
+
+def test_each_ladder_may_have_a_cap_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def full(model: str, *, ladder: str, gpu_memory: str, **_: Any) -> None:
+        asked.append((ladder, gpu_memory))
+        raise OutOfMemoryError("it does not fit")
+
+    monkeypatch.setattr(offload_exact, "LLM", full)
+    monkeypatch.setattr(offload_exact, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(offload_exact, "without_cap", lambda _: [])
+
+    def caps(*given: str) -> list[str]:
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["offload_exact.py", "--gpu-memory", *given, "--ladder", "plain", "ngram / plain"])
+        assert offload_exact.main() == 1
+        assert [ladder for ladder, _ in asked] == ["plain", "ngram / plain"]
+        return [cap for _, cap in asked]
+
+    assert caps("1GiB") == ["1GiB", "1GiB"] and caps("1GiB", "2GiB") == ["1GiB", "2GiB"]
+    with pytest.raises(SystemExit, match="2"):
+        caps("1GiB", "2GiB", "3GiB")
+    assert "--gpu-memory has 3 values for 2 ladders: give one for all, or one for each" in capsys.readouterr().err
 
 
 def test_all_jobs_of_two_small_cards_fit(profile: str) -> None:

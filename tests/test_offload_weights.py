@@ -6,16 +6,19 @@ import gc
 import json
 import random
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_sparse_ladder import calibrate
 from thread_comm import ThreadComm, run_ranks
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 
+from rowcast.offload.host_store import HostStore
 from rowcast.placement.constants import Constants
 from rowcast.placement.costs import CostModel, Mode
 from rowcast.placement.hardware import machine_from
@@ -23,6 +26,7 @@ from rowcast.placement.layout import layouts
 from rowcast.placement.workload import Workload, assumed_hotness
 from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.checkpoint.random_source import RandomSource
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
 from rowcast.runtime.comm import SoloComm
 from rowcast.runtime.config import spec_from_config
@@ -30,6 +34,8 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.ladder.uses import ladder_use
+from rowcast.runtime.offloaded import ffn
+from rowcast.runtime.offloaded.ffn import PlacedFfn, _staged
 from rowcast.runtime.offloaded.sizes import Buffers
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Spans, Tiers
@@ -37,6 +43,7 @@ from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Piece
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import build, sizes
+from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.weights import SparseWeights
@@ -203,6 +210,66 @@ def test_a_layer_that_keeps_all_neurons_is_asked_for_rows_only(llama: Model, tie
     expected = llama.logits(build.build_view(llama.banks, rung, None))
     torch.testing.assert_close(llama.logits(view), expected, atol=TOLERANCE, rtol=1e-5)
     banks.close()
+
+
+@pytest.mark.parametrize(("by", "rows"), [("dejavu", []), ("q4", [0, -2])])
+def test_a_view_puts_no_rows_together_but_those_that_it_rounds(
+    by: Any, rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for their shape: a card that is nearly full has no room for a whole matrix. Few bits are of gate and up, once each."""
+    model = Model("llama-bias", tmp_path)
+    calibration = Calibration.open(calibrate(tmp_path, tmp_path / "calibration"), None)
+    banks: Any = model.placed(everything("rows", 2), rows_bytes=90 * 3 * model.spec.hidden_size * 4)
+    real, found = PlacedFfn._assembled, []
+
+    def counted(bank: PlacedFfn, row: int) -> Tensor:
+        found.append(row)
+        return real(bank, row)
+
+    monkeypatch.setattr(PlacedFfn, "_assembled", counted)
+    view = build.build_view(banks, Rung(kind="self", mlp=0.5, by=by), calibration, OffloadedSparse)
+    assert all(view._neurons) and found == 2 * rows
+    banks.close()
+
+
+@pytest.mark.parametrize("full_at", [None, 1, 2])
+def test_a_layer_is_put_together_on_the_device_where_all_of_it_has_room(
+    full_at: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what that itself takes. Else none of it, and what had room is given back."""
+    cpu = torch.device("cpu")
+    made: list[weakref.ref[Tensor]] = []
+    banks = {tier: HostStore(cpu).bank((rows, 3, 8), torch.float32) for tier, rows in (("streamed", 5), ("rows", 7))}
+
+    def on_card(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **how: Any) -> Tensor:
+            if len(made) == full_at:
+                raise torch.OutOfMemoryError
+            made.append(weakref.ref(found := real(*args, **how)))
+            return found
+
+        return make
+
+    for name in ("empty_like", "empty"):
+        monkeypatch.setattr(torch, name, on_card(getattr(torch, name)))
+    tables = _staged(banks, cpu)
+    shapes = {tier: bank.tensor.shape for tier, bank in banks.items()}
+    assert {tier: table.shape for tier, table in tables.items()} == (shapes if full_at is None else {})
+    assert [table() is not None for table in made] == ([True, True, False] if full_at is None else [False] * full_at)
+
+
+@pytest.mark.gpu
+def test_where_a_layer_is_put_together_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = Model("llama-bias", tmp_path, "cuda"), []
+    source: Any = RandomSource(model.spec, device=model.device)
+    model.source = source
+    for room in (True, False):
+        if not room:
+            monkeypatch.setattr(ffn, "_staged", lambda *_: {})
+        view = model.placed(mixed(random.Random(2), 2))
+        found.append(model.logits(view))
+        view.close()
+    assert torch.equal(*found)
 
 
 def test_candidates_are_fetched_once(tmp_path: Path) -> None:

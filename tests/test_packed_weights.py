@@ -140,6 +140,17 @@ def test_packed_where_a_cpus_memory_is_short() -> None:
         smollm2(host_memory=short - (1 << 20))
 
 
+def test_what_is_too_large_is_told_of_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacked weights do not fit, and packed ones, for which nobody asked, cannot be had with the ladder: by how much they do not."""
+    monkeypatch.setenv("ROWCAST_CPU_AS_GPU", "1")
+    ladder = "ngram:gamma=3 / self:mlp=0.5,by=q4,gamma=2 / plain"
+    with pytest.raises(OutOfMemoryError, match=r"it would with \d+ MiB more") as told:
+        smollm2(ladder=ladder, gpu_memory="60MiB")
+    assert "packed" not in str(told.value)
+    with pytest.raises(UserError, match=r"weights=packed was given, and rung self:mlp=0.5.* chooses rows of weights"):
+        smollm2(ladder=ladder, gpu_memory="60MiB", weights="packed")
+
+
 def test_a_plan_file(tmp_path: Path) -> None:
     plan = made("awq-4", weights="packed").plan
     plan.save(tmp_path / "plan")

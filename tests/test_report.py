@@ -46,7 +46,8 @@ def test_the_page_is_that_of_the_results_kept(tmp_path: Path) -> None:
     alike = "Copies:\n\n| bits | share |\n|---|---|\n| 3 | 0.5123 |\n| 4 | 0.75 |\n"
     assert str(tmp_path) not in page + (tmp_path / "docs/results/tried.json").read_text()
     assert (
-        "2026-01-02, SmolLM2 ([results/tried.json](results/tried.json)):" in page and "gaps" not in page.partition("## Tried")[2]
+        "2026-01-02, SmolLM2 ([results/tried.json](results/tried.json)):" in page
+        and "gaps" not in page.partition("## Tried")[2].partition("\n## ")[0]
     )
     lines = (
         "| tokens per s | 12.35 |",
@@ -69,6 +70,12 @@ def test_the_page_is_that_of_the_results_kept(tmp_path: Path) -> None:
     assert "- ladder over plain: 2.71, at least 2.6 wanted: met" in page
     assert "- not measured: other: no time" in page
     assert "| Tried | plain | 21.000 | 20.000 | 1.05 |" in page.partition("## Predicted and measured")[2]
+
+
+def test_a_benchmark_that_was_cut_off_says_so() -> None:
+    told: dict[str, Any] = {"figures": [], "claims": [], "failed": []}
+    words = "**It was cut off: what it had not measured by then is not here.**"
+    assert words in section("tried", told | {"cut_off": True}) and words not in section("tried", told)
 
 
 def section(name: str, told: dict[str, Any]) -> str:

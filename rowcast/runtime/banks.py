@@ -55,6 +55,10 @@ class FfnBank:
     """[N] float32: length of each neuron's column of the down projection."""
 
     @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
     def up(self) -> Tensor:
         """[N, D], rows 2 D apart."""
         return self.up_down[:, 0]

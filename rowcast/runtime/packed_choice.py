@@ -58,8 +58,13 @@ def with_weights(
     why = "packed were not asked for" if on_gpu else "a CPU runs prompts faster with them"
     try:
         made = make(None, f"weights unpacked: {why}")
-    except OutOfMemoryError:
-        return make(forms, short)
+    except OutOfMemoryError as error:
+        try:
+            return make(forms, short)
+        except OutOfMemoryError:
+            raise
+        except UserError:  # nobody asked for packed ones
+            raise error from None
     if not plan_of(made).places():
         return made
     try:

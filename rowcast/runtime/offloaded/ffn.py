@@ -27,7 +27,6 @@ from rowcast.runtime.row_blocks import BLOCK_BYTES
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.weights import plus
 
-
 DEALT_BYTES = 8 * BLOCK_BYTES
 """Left free on the device beside tables that are put together there: for blocks, turned, and the rows chosen of them."""
 
