@@ -319,13 +319,13 @@ def test_what_windows_begin_with_is_recorded(model: Path, text: Path, tmp_path: 
         with pytest.raises(UserError, match=other):
             calibrate(then, [text], output, settings)
     windows: list[Tensor] = []
-    laws = Judge._laws
+    drafts = Judge._drafts
 
     def noted(self: Judge, views: Any) -> Any:
         windows.append(self.windows)
-        return laws(self, views)
+        return drafts(self, views)
 
-    monkeypatch.setattr(Judge, "_laws", noted)
+    monkeypatch.setattr(Judge, "_drafts", noted)
     made = calibrate(begun, [text], tmp_path / "of-begun", settings)
     assert made.description["settings"]["windows_begin_with"] == [1]
     assert windows and all((each[:, 0] == 1).all() for each in windows)

@@ -16,7 +16,7 @@ from tiny import VOCAB, model_with_words, tiny_model, tiny_words
 from torch import Tensor
 
 import rowcast.cli
-from rowcast.calibration.evaluate import bytes_per_token, evaluate
+from rowcast.calibration.evaluate import bytes_per_token, drafts_of, evaluate, laws_of
 from rowcast.calibration.metrics import Laws, Sets, recall
 from rowcast.calibration.quality import LEAST_WINDOW, cut
 from rowcast.calibration.recording import OneLayerKV, window_steps
@@ -146,7 +146,7 @@ def test_all_neurons_are_the_dense_model(family: str, tmp_path: Path) -> None:
     found = evaluate(banks, {by: view(banks, by, 1.0, over) for by, over in selectors}, [ids[:40] for ids in WINDOWS], device=CPU)
     for one in found.views.values():
         assert abs(one.laws.kl) < 1e-5 and one.laws.greedy == 1
-        assert one.laws.acceptance == pytest.approx(1, abs=1e-4)
+        assert one.laws.acceptance == pytest.approx(1, abs=1e-4) and one.drafts.acceptance == pytest.approx(1, abs=1e-4)
         assert one.laws.perplexity == pytest.approx(found.dense.perplexity, rel=1e-4)
         assert one.neurons.overall().recall_min == one.neurons.overall().density == 1
         assert one.neurons.overall().mass == pytest.approx(1)
@@ -163,6 +163,41 @@ def test_the_oracle_bounds_and_candidates_help(banks: BankWeights) -> None:
     assert all(one.neurons.overall().mass <= found["oracle"].neurons.overall().mass for one in found.values())
     assert found["oracle"].laws.acceptance > found["q2 1.0"].laws.acceptance
     assert found["q2 4.0"].laws.kl == pytest.approx(found["oracle"].laws.kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("judged_by", ["itself", "another"])
+@pytest.mark.parametrize("length", [23, 24, 25])
+def test_drafts_stand_behind_the_exact_models_entries(banks: BankWeights, tmp_path: Path, judged_by: str, length: int) -> None:
+    """Token by token: runs of four, each behind K/V that the exact model writes anew, against passes over whole windows."""
+    sparse, windows = view(banks, "oracle", 0.25), [tokens(length, seed) for seed in range(2)]
+    judge = banks if judged_by == "itself" else load(tmp_path, "llama-gqa", intermediate_size=NEURONS // 2)
+    exact, rung, judging = (Decoder(weights, SoloComm(), CPU) for weights in (banks, sparse, judge))
+
+    def run(decoder: Decoder, kv: PagedKV, ids: list[int], start: int) -> Tensor:
+        step = SeqStep(seq_id=0, tokens=ids, start=start, blocks=[0], prompt_length=1, sample=False)
+        found = decoder.logits(decoder.run([step], kv)).log_softmax(-1)
+        kv.commit(0, len(ids))
+        return found
+
+    def store() -> PagedKV:
+        return PagedKV(banks.spec, Shard(), num_blocks=1, block_size=length, dtype=torch.float32, device=CPU)
+
+    wanted = Laws()
+    for window in windows:
+        laws, rows = run(judging, store(), window, 0), []
+        for first in range(0, length, 4):
+            kv = store()
+            if first:
+                run(exact, kv, window[:first], 0)
+            rows += [run(rung, kv, [token], first + i) for i, token in enumerate(window[first : first + 4])]
+        wanted.add(laws[1:-1], torch.cat(rows)[1:-1], torch.tensor(window[2:]))
+    settings = {"device": CPU, "dtype": torch.float32}
+    found = drafts_of(banks, {"rung": sparse}, windows, judge=None if judged_by == "itself" else judge, **settings)["rung"]  # type: ignore[arg-type]
+    assert found.tokens == wanted.tokens == 2 * (length - 2)
+    assert found.acceptance == pytest.approx(wanted.acceptance, rel=1e-5) and found.kl == pytest.approx(wanted.kl, rel=1e-4)
+    if judged_by == "itself":
+        alone = laws_of(banks, {"rung": sparse}, windows, **settings)[1]["rung"]  # type: ignore[arg-type]
+        assert alone.kl > found.kl > 0
 
 
 def test_heads_are_measured_as_neurons_are(tmp_path: Path) -> None:
@@ -404,7 +439,9 @@ def test_figures_are_those_of_windows_that_begin_with_bos(run: Run, directory: P
     wanted = evaluate(banks, {"half": view(banks, "oracle", 0.5)}, windows, device=CPU)
     assert text["tokens"] == wanted.dense.tokens == 6 * 62
     assert text["dense"]["perplexity"] == pytest.approx(wanted.dense.perplexity, rel=1e-5)
-    assert text["views"]["mlp=0.5,by=oracle"]["acceptance"] == pytest.approx(wanted.views["half"].laws.acceptance, rel=1e-5)
+    half = wanted.views["half"]
+    assert text["views"]["mlp=0.5,by=oracle"]["acceptance"] == pytest.approx(half.drafts.acceptance, rel=1e-5)
+    assert text["views"]["mlp=0.5,by=oracle"]["acceptance_alone"] == pytest.approx(half.laws.acceptance, rel=1e-5)
     assert text["dense"]["perplexity"] != pytest.approx(without["dense"]["perplexity"], rel=1e-3)
 
 

@@ -3,6 +3,9 @@
 A window runs in one pass, its first token as the prompt, so that all others count as generated. Such a pass reads all rows, and each
 token still uses its own set: the law is that of decoding token by token, and many tokens at once are fast. Bytes are those of
 decoding one token at a time, measured by doing so for a few tokens.
+
+A view that answers by itself (`laws_of`) sees K/V of its own. One that drafts (`drafts_of`) sees the exact model's, which has judged
+all tokens that stand, and its own of the tokens of the same run alone: it is right more often.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ LOGIT_ROWS = 128
 """Rows of logits that are held at a time, of the dense model and of one view."""
 DECODED_PROMPT, DECODED_TOKENS = 8, 8
 """Of the text that bytes are measured on."""
+DRAFTED = 4
+"""Tokens of a run of drafts: the first one sees the exact model's K/V alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,9 @@ class Measured:
     """One sparse or low-bit view."""
 
     laws: Laws
+    """By itself."""
+    drafts: Laws
+    """As a rung."""
     neurons: Sets
     heads: Sets
     bytes_per_token: float
@@ -53,7 +61,8 @@ class Measured:
             "perplexity": laws.perplexity,
             "perplexity_over_dense": laws.perplexity - dense.perplexity,
             "kl": laws.kl,
-            "acceptance": laws.acceptance,
+            "acceptance": self.drafts.acceptance,
+            "acceptance_alone": laws.acceptance,
             "greedy": laws.greedy,
             **{kind: sets.overall().to_json() for kind, sets in chosen.items()},
             "bytes_per_token": self.bytes_per_token,
@@ -101,8 +110,9 @@ def evaluate(
     dense, laws = laws_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
     for view in sparse.values():
         view.observe(None, None)
+    drafts = drafts_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
     read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
-    measured = {name: Measured(laws[name], sets[name], head_sets[name], read[name]) for name in views}
+    measured = {name: Measured(laws[name], drafts[name], sets[name], head_sets[name], read[name]) for name in views}
     return Evaluation(dense, banks.bytes, measured)
 
 
@@ -132,14 +142,78 @@ def laws_of(
             return found
 
         expected, found = hidden(dense), {name: hidden(decoder) for name, decoder in decoders.items()}
-        for start in range(0, len(expected), LOGIT_ROWS):
-            rows = slice(start, start + LOGIT_ROWS)
-            targets = ids[2:][rows]
-            log_p = _log_softmax(dense, expected[rows])
-            dense_laws.add(log_p, log_p, targets)
+        for rows, log_p in _rows(dense, expected):
+            dense_laws.add(log_p, log_p, ids[2:][rows])
             for name, decoder in decoders.items():
-                laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), targets)
+                laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), ids[2:][rows])
     return dense_laws, laws
+
+
+@torch.inference_mode()
+def drafts_of(
+    banks: BankWeights,
+    views: Mapping[str, WeightView],
+    windows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[], None] = lambda: None,
+    judge: BankWeights | None = None,
+) -> dict[str, Laws]:
+    """Laws of each view that drafts, in runs of `DRAFTED` tokens, for `banks`, whose K/V stands behind them.
+
+    `judge`: whose laws they are compared with, `banks`' if not given. Other arguments as in `evaluate`. Memory beside that of
+    `laws_of`: K/V of two windows in all layers.
+    """
+    decoders = {name: Decoder(view, SoloComm(), device) for name, view in views.items()}
+    dense, laws = Decoder(banks, SoloComm(), device), {name: Laws() for name in views}
+    judging = None if judge is None else Decoder(judge, SoloComm(), device)
+    most = -(-max(map(len, windows)) // DRAFTED)
+    kv = PagedKV(banks.spec, Shard(), num_blocks=2 * most, block_size=DRAFTED, dtype=dtype, device=device)
+    for window in windows:
+        ids, stands = torch.tensor(window, device=device), list(range(-(-len(window) // DRAFTED)))
+        whole = SeqStep(seq_id=0, tokens=list(window), start=0, blocks=stands, prompt_length=1, sample=False)
+        runs = [
+            SeqStep(
+                seq_id=i,
+                tokens=list(window[i * DRAFTED : (i + 1) * DRAFTED]),
+                start=i * DRAFTED,
+                blocks=[*stands[:i], most + i],
+                prompt_length=1,
+                sample=False,
+            )
+            for i in stands
+        ]
+
+        def judged(decoder: Decoder, step: SeqStep = whole) -> Tensor:
+            found = decoder.run([step], kv)[1:-1]
+            kv.free(0)
+            advance()
+            return found
+
+        def drafted(decoder: Decoder, steps: Sequence[SeqStep] = runs) -> Tensor:
+            for step in steps[1:]:
+                kv.adopt(step.seq_id, step.start, step.blocks)
+            found = decoder.run(steps, kv)[1:-1]
+            for step in steps:
+                kv.free(step.seq_id)
+            advance()
+            return found
+
+        expected = None if judging is None else judged(judging)
+        own = judged(dense)  # the last to write what stands
+        found = {name: drafted(decoder) for name, decoder in decoders.items()}
+        for rows, log_p in _rows(judging or dense, own if expected is None else expected):
+            for name, decoder in decoders.items():
+                laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), ids[2:][rows])
+    return laws
+
+
+def _rows(decoder: Decoder, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """`LOGIT_ROWS` at a time, with their laws."""
+    for start in range(0, len(hidden), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        yield rows, _log_softmax(decoder, hidden[rows])
 
 
 @torch.inference_mode()

@@ -89,7 +89,7 @@ def measure_quality(
     where, _ = choose_device(device)
     kind, _ = choose_dtype(dtype, checkpoint.stored_dtype, where)
     banks = BankWeights(spec, checkpoint.source, SoloComm(), dtype=DTYPES[kind], device=where)
-    passes = (len(rungs) + 1) * sum(map(len, windows.values()))
+    passes = 2 * (len(rungs) + 1) * sum(map(len, windows.values()))
     found: dict[str, Any] = {"model": model, "dtype": kind, "device": str(where), "window": window, "texts": {}}
     views = {
         name: build_view(banks, rung, learnt)

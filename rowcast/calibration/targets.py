@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rowcast.calibration.evaluate import laws_of
+from rowcast.calibration.evaluate import drafts_of, laws_of
 from rowcast.calibration.metrics import Laws
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.ladder.feasible import offered
@@ -30,7 +30,7 @@ TOGETHER = 4
 """Rungs whose views, with their proxies, are in memory at the same time."""
 
 Figures = dict[str, float]
-"""perplexity, acceptance and bytes, the share of the dense model's that a token reads."""
+"""perplexity where it answers, acceptance where it drafts, and bytes, the share of the dense model's that a token reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +55,21 @@ class Judge:
             say(f"quality of rung {start + 1} of {len(rungs)}")
             some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
             views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
-            dense, laws = self._laws(views)
-            found.setdefault(DENSE, _figures(dense, 1.0))
-            found |= {name: _figures(laws[name], self.bytes_share(rung)) for name, rung in some.items()}
+            dense, laws = laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
+            drafts = self._drafts(views)
+            found.setdefault(DENSE, _figures(dense, dense, 1.0))
+            found |= {name: _figures(laws[name], drafts[name], self.bytes_share(rung)) for name, rung in some.items()}
         return found
 
     def layerwise(self, density: float) -> tuple[float, float]:
         """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
         rung = Rung(kind="self", mlp=density, by="oracle")
         views = {"filled": build_view(self.banks, rung, self.calibration), "alike": build_view(self.banks, rung, None)}
-        _, laws = self._laws(views)
-        return laws["filled"].acceptance, laws["alike"].acceptance
+        drafts = self._drafts(views)
+        return drafts["filled"].acceptance, drafts["alike"].acceptance
 
-    def _laws(self, views: Mapping[str, WeightView]) -> tuple[Laws, dict[str, Laws]]:
-        return laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
+    def _drafts(self, views: Mapping[str, WeightView]) -> dict[str, Laws]:
+        return drafts_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
 
     def bytes_share(self, rung: Rung) -> float:
         """Of the dense model's bytes, what a token reads."""
@@ -115,5 +116,5 @@ def shown_rungs(judge: Judge) -> list[Rung]:
     return rungs
 
 
-def _figures(laws: Laws, share: float) -> Figures:
-    return {"perplexity": laws.perplexity, "acceptance": laws.acceptance, "bytes": share}
+def _figures(laws: Laws, drafts: Laws, share: float) -> Figures:
+    return {"perplexity": laws.perplexity, "acceptance": drafts.acceptance, "bytes": share}

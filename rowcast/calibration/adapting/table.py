@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from rowcast.calibration.evaluate import laws_of
+from rowcast.calibration.evaluate import drafts_of, laws_of
 from rowcast.calibration.metrics import Laws
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import Checkpoint
@@ -35,7 +36,9 @@ class Row:
     """What chooses; "": nothing does."""
     perplexity: float
     acceptance: float
-    """sum(min(p, q)) with the original's dense law."""
+    """sum(min(p, q)) with the original's dense law, K/V being its own."""
+    draft: float
+    """The same, where the model's own dense passes have written the K/V of what stands (`drafts_of`)."""
     own: float
     """The same with the model's own dense law: what its rung is worth as a draft of it."""
 
@@ -70,27 +73,31 @@ def measure(
             source = (original if name == "original" else adapted).source
             rounded = LowBitWeights.beside(bank, source, SoloComm(), bits, dtype=dtype, device=device)
             views[str(Rung(kind="self", bits=bits))] = rounded  # type: ignore[arg-type]
-        _, before = laws_of(banks["original"], views, windows, **settings)
-        own = before if name == "original" else laws_of(bank, views, windows, **settings)[1]
-        rows += [_row(name, text, before[text], own[text]) for text in views]
+        _, alone = laws_of(banks["original"], views, windows, **settings)
+        own = drafts_of(bank, views, windows, **settings)
+        drafts = own if name == "original" else drafts_of(bank, views, windows, judge=banks["original"], **settings)
+        rows += [_row(name, text, alone[text], drafts[text], own[text]) for text in views]
     return rows
 
 
 def passes(densities: Sequence[float], windows: int, bits: int | None) -> int:
     """Of `measure`."""
     views = 1 + len(BY) * sum(density < 1 for density in densities) + (bits is not None)
-    return 3 * (views + 1) * windows
+    return (5 * (views + 1) + 1) * windows
 
 
-def _row(model: str, text: str, laws: Laws, own: Laws) -> Row:
-    rung = Rung.parse(text)
-    return Row(model, text, rung.mlp or 1.0, rung.by or "", laws.perplexity, laws.acceptance, own.acceptance)
+def _row(model: str, text: str, alone: Laws, draft: Laws, own: Laws) -> Row:
+    rung, shares = Rung.parse(text), (alone.acceptance, draft.acceptance, own.acceptance)
+    return Row(model, text, rung.mlp or 1.0, rung.by or "", alone.perplexity, *shares)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """A table by density."""
-    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'of its own':>10}"]
-    told += [f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.own:10.3f}" for row in rows]
+    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'as a draft':>10} {'of its own':>10}"]
+    told += [
+        f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.draft:10.3f} {row.own:10.3f}"
+        for row in rows
+    ]
     return told
 
 
@@ -99,5 +106,5 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
-    """What `to_json` made."""
-    return [Row(**row) for row in rows]
+    """What `to_json` made; before `draft` was told, it is not known."""
+    return [Row(**{"draft": math.nan, **row}) for row in rows]
