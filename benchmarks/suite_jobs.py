@@ -100,11 +100,11 @@ JOBS: Final = (
     ),
     Job(
         name="triforce-98304", title="TriForce on chip: Llama-2-7B-128K, 98,304 tokens",
-        command="{python} benchmarks/triforce.py --case on-chip --prompt 98304", seconds=120,
+        command="{python} benchmarks/triforce.py --case on-chip --prompt 98304 --gammas 2,6 4,8 --middle bits=4", seconds=80,
     ),
     Job(
         name="triforce-8b", title="TriForce on chip: a Llama-3.1-8B shape, 129,024 tokens",
-        command="{python} benchmarks/triforce.py --case llama-3.1-8b", seconds=120,
+        command="{python} benchmarks/triforce.py --case llama-3.1-8b --gammas 2,6 4,6 4,8", seconds=120,
     ),
     Job(
         name="triforce-batches", title="TriForce on chip: batches",
@@ -153,12 +153,12 @@ JOBS: Final = (
     Job(
         name="offload-opt-66b", title="OPT-66B on two cards of 24 GiB",
         command=f"{{python}} benchmarks/offload.py --case filled rows accelerate --model opt-66b {TWO_CARDS} --heads 0.5 "
-        "--cache 0.1 --prompt 32 --tokens 12",
+        "--cache 0.02 --prompt 32 --tokens 12",
         gpus=2, seconds=130,
     ),
     Job(
         name="offload-70b-exact", title="A 70B shape, exact: 4 bits draft, 16 bits are streamed",
-        command=f"{{python}} benchmarks/offload.py --case lowbit --model llama-2-70b {TWO_CARDS} --rates 0.8 0.9 --tokens 6",
+        command=f"{{python}} benchmarks/offload.py --case lowbit --model llama-2-70b {TWO_CARDS} --rates 0.8 0.9 --tokens 8",
         gpus=2, seconds=130,
     ),
     Job(
@@ -168,7 +168,7 @@ JOBS: Final = (
     Job(
         name="offload-kv-13b", title="KV in host memory: Llama-2-13B-128K, 127,000 tokens, two cards",
         command=f"{{python}} benchmarks/offload.py --case kv --model yarn-llama-2-13b-128k {TWO_CARDS} --gammas 2,20 "
-        "--kv-rounds 6",
+        "--kv-rounds 8 --inner 0.6 0.8",
         gpus=2, seconds=130,
     ),
     Job(
@@ -181,7 +181,7 @@ JOBS: Final = (
     ),
     Job(
         name="offload-exact", title="SmolLM2 under a cap: the same tokens, 1,000 requests",
-        command="{python} benchmarks/offload_exact.py --model {model} --gpu-memory 1100MiB", seconds=330,
+        command="{python} benchmarks/offload_exact.py --model {model} --gpu-memory 1100MiB 1350MiB 1500MiB", seconds=330,
     ),
     Job(
         name="offload-disk", title="Layers on disk",

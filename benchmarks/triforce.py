@@ -292,7 +292,8 @@ def main() -> int:
     parser.add_argument("--pace", type=float, default=1.0, help="times what a part is thought to take")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    session = Session("triforce", args.model or MODEL, device, args.seconds, outer=args.outer, inner=args.inner, rule="coupled")
+    models = sorted({args.model or (OTHER if case == "llama-3.1-8b" else MODEL) for case in args.case})
+    session = Session("triforce", ", ".join(models), device, args.seconds, outer=args.outer, inner=args.inner, rule="coupled")
     session.head["note"] = (
         f"Acceptance is simulated: each proposal stands with {args.outer:g} before the whole model and {args.inner:g} before the rungs "
         "below it (rule coupled), all verification done; a token's time is a round's over the tokens that it has on average. Weights "
