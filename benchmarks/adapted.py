@@ -3,9 +3,9 @@
     python benchmarks/adapted.py ADAPTED [--original MODEL] --text FILE [--density 0.15 ...] [--device cpu] [--tokens 128]
 
 Quality: every text in windows of `--window` tokens, teacher-forced, all tokens but a window's first sparse. Perplexity; acceptance,
-the mean of sum(min(p, q)) with the law of all of the *original's* neurons; the same as a draft, in runs of four behind K/V of the
-model's own dense passes; and so with the law of the model's own neurons ("of its own"), which is what its rung is worth as a draft
-for it. By the oracle and by q4, before (original) and after (adapted).
+the mean of sum(min(p, q)) with the law of all of the *original's* neurons, by itself; and with that of the model's own, in runs of four
+behind K/V of its dense passes ("as a draft"), which is what its rung is worth. By the oracle and by q4, before (original) and after
+(adapted).
 
 Speed: greedy, one sequence; time of a token behind the first, median over `--repeat` turns, each density beside plain decoding of the
 same model in turns. `sparse`: the density has the last word (approximate). `ladder`: it drafts for plain, so that the output is

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from rowcast.calibration.adapting.neurons import Neurons, above, top
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
 from rowcast.calibration.adapting.streams import Streams
-from rowcast.calibration.adapting.table import Row, measure
+from rowcast.calibration.adapting.table import Row, from_json, measure
+from rowcast.calibration.evaluate import drafts_of, laws_of
 from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module
 from rowcast.calibration.learning.part import Unfinished
@@ -48,6 +50,7 @@ from rowcast.runtime.forecast import LadderWish, candidates, spec_digest, worklo
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.sparse.build import build_view
 from rowcast.runtime.sparse.scorers import Oracle
 from rowcast.runtime.sparse.selection import Selector, shards_for
 
@@ -298,8 +301,30 @@ def test_the_result_is_an_ordinary_checkpoint(adapted: tuple[Path, dict[str, Any
     assert read_metadata(output / "model.safetensors")["adapted_to"] == "0.2"
     spec = spec_from_config(checkpoint.config)
     assert spec.adapted is not None and spec.adapted.density == 0.2
-    assert dict(spec.adapted.acceptance)[0.2] == pytest.approx(row(found, "adapted", 0.2, "q4")["own"], abs=1e-3)
+    assert dict(spec.adapted.acceptance)[0.2] == pytest.approx(row(found, "adapted", 0.2, "q4")["draft"], abs=1e-3)
     assert spec_digest(spec) == spec_digest(spec_from_config(open_checkpoint(str(model)).config))
+
+
+def test_the_table_is_of_each_model_by_itself_and_as_its_own_draft(adapted: tuple[Path, dict[str, Any]], model: Path) -> None:
+    output, _ = adapted
+    checkpoints = {"original": open_checkpoint(str(model)), "adapted": open_checkpoint(str(output))}
+    banks, rung = {name: banks_of(each) for name, each in checkpoints.items()}, Rung(kind="self", mlp=0.2, by="oracle")
+    windows = [torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(4)).tolist()]
+    settings: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
+    rows = measure(checkpoints["original"], checkpoints["adapted"], [1.0, 0.2], windows, **settings)
+    for name, own in banks.items():
+        [found] = [one for one in rows if (one.model, one.density, one.by) == (name, 0.2, "oracle")]
+        view: dict[str, WeightView] = {"it": build_view(own, rung, None)}
+        alone = laws_of(banks["original"], view, windows, **settings)[1]["it"]
+        assert found.acceptance == pytest.approx(alone.acceptance, rel=1e-5)
+        assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+        assert found.draft == pytest.approx(drafts_of(own, view, windows, **settings)["it"].acceptance, rel=1e-5)
+        assert abs(found.draft - found.acceptance) > 1e-3
+    older = [{**asdict(one), "own": 0.5} for one in rows]
+    for one in older:
+        del one["draft"]
+    assert [one.acceptance for one in from_json(older)] == [one.acceptance for one in rows]
+    assert all(math.isnan(one.draft) for one in from_json(older))
 
 
 def test_its_density_is_the_default_of_its_rungs(
@@ -422,7 +447,7 @@ def test_rungs_are_weighed_by_what_the_config_measured(adapted: tuple[Path, dict
     output, found = adapted
     spec = spec_from_config(open_checkpoint(str(output)).config)
     chance = Acceptances.of(None, spec, None).find(Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True)
-    assert chance.origin == "measured" and chance.value == pytest.approx(row(found, "adapted", 0.2, "q4")["own"], abs=1e-3)
+    assert chance.origin == "measured" and chance.value == pytest.approx(row(found, "adapted", 0.2, "q4")["draft"], abs=1e-3)
     assert Acceptances.of(None, replace(spec, adapted=None), None).find(
         Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True
     ).origin == "assumed"  # fmt: skip

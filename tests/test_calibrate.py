@@ -20,6 +20,7 @@ from torch import Tensor
 from rowcast.calibration import Settings, calibrate, fitting, progress, run
 from rowcast.calibration.curves import Rows, found, lost_curve, thresholds
 from rowcast.calibration.densities import water_fill
+from rowcast.calibration.evaluate import drafts_of, laws_of
 from rowcast.calibration.fits import Factors, least_squares, linear_map, low_rank
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
@@ -42,9 +43,10 @@ from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.ladder.feasible import offered
 from rowcast.runtime.ladder.presets import Circumstances, resolve
 from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.artefact import TENSORS, Calibration
-from rowcast.runtime.sparse.build import build_neurons
+from rowcast.runtime.sparse.build import build_neurons, build_view
 from rowcast.runtime.sparse.scorers import contribution
 from rowcast.runtime.step import SeqStep
 from rowcast.runtime.tokenizer import load_tokenizer
@@ -319,13 +321,13 @@ def test_what_windows_begin_with_is_recorded(model: Path, text: Path, tmp_path: 
         with pytest.raises(UserError, match=other):
             calibrate(then, [text], output, settings)
     windows: list[Tensor] = []
-    drafts = Judge._drafts
+    laws = Judge._laws
 
     def noted(self: Judge, views: Any) -> Any:
         windows.append(self.windows)
-        return drafts(self, views)
+        return laws(self, views)
 
-    monkeypatch.setattr(Judge, "_drafts", noted)
+    monkeypatch.setattr(Judge, "_laws", noted)
     made = calibrate(begun, [text], tmp_path / "of-begun", settings)
     assert made.description["settings"]["windows_begin_with"] == [1]
     assert windows and all((each[:, 0] == 1).all() for each in windows)
@@ -525,7 +527,7 @@ def test_targets_choose_the_density(calibrated: Calibration, model: Path, text: 
 
     def acceptance(density: float) -> float:
         rung = Rung(kind="self", mlp=density, by="oracle")
-        return judge.quality([rung])[str(rung)]["acceptance"]
+        return judge.quality([rung])[str(rung)]["draft_acceptance"]
 
     assert acceptance(1.0) == pytest.approx(1.0, abs=1e-5)
     density = choose_density(judge, "oracle", accept=0.9, bytes_share=None)
@@ -533,6 +535,22 @@ def test_targets_choose_the_density(calibrated: Calibration, model: Path, text: 
     smaller = choose_density(judge, "q4", accept=None, bytes_share=0.75)
     shares = [judge.bytes_share(Rung(kind="self", mlp=share, by="q4")) for share in (smaller, smaller + 0.01)]
     assert shares[0] <= 0.75 < shares[1]
+
+
+def test_quality_is_told_by_itself_and_as_a_draft(calibrated: Calibration, model: Path) -> None:
+    checkpoint = open_checkpoint(str(model))
+    spec = spec_from_config(checkpoint.config)
+    weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
+    windows = torch.randint(VOCAB, (2, WINDOW), generator=torch.Generator().manual_seed(9))
+    rung = Rung(kind="self", mlp=0.25, by="oracle")
+    found = Judge(weights, calibrated, windows, torch.float32, CPU).quality([rung])
+    views: dict[str, WeightView] = {"it": build_view(weights, rung, calibrated)}
+    _, alone = laws_of(weights, views, windows.tolist(), device=CPU, dtype=torch.float32)
+    drafts = drafts_of(weights, views, windows.tolist(), device=CPU, dtype=torch.float32)
+    assert found[str(rung)]["perplexity"] == pytest.approx(alone["it"].perplexity, rel=1e-6)
+    assert found[str(rung)]["acceptance"] == pytest.approx(alone["it"].acceptance, rel=1e-6)
+    assert found[str(rung)]["draft_acceptance"] == pytest.approx(drafts["it"].acceptance, rel=1e-6)
+    assert abs(alone["it"].acceptance - drafts["it"].acceptance) > 1e-4
 
 
 @pytest.mark.parametrize(

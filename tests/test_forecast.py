@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from rowcast.errors import UserError
 from rowcast.placement.models import known_config
 from rowcast.placement.workload import LadderUse
-from rowcast.runtime.acceptances import Acceptances
+from rowcast.runtime.acceptances import Acceptance, Acceptances
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.forecast import LadderWish as Wish
 from rowcast.runtime.forecast import candidates, gamma_grid, ladder_use, open_spec, spec_digest, with_gammas, workload
@@ -318,6 +318,20 @@ def test_where_acceptances_are_from(calibration: Calibration) -> None:
     # The same weights over a part of the KV lose by that part only.
     same = use("self:bits=4,kv=512,gamma=2 / self:bits=4").inputs
     assert same[0].value == 0.9234
+
+
+def test_a_calibration_tells_what_a_rung_is_worth_as_a_draft(calibration: Calibration) -> None:
+    """Its mean over a run, and at most that of a run's first token; older ones tell acceptance by itself alone."""
+    rung = Rung.parse("self:mlp=0.3,by=q4")
+
+    def found(**figures: float) -> Acceptance:
+        quality = {**calibration.description["quality"], str(rung): {"perplexity": 9.5, **figures}}
+        learnt = replace(calibration, description={**calibration.description, "quality": quality})
+        return Acceptances({}, learnt, relu=False).find(rung, Rung.parse("plain"), top=True)
+
+    drafts, older = found(acceptance=0.8, draft_acceptance=0.9), found(acceptance=0.8)
+    assert drafts.origin == "measured" and drafts.value == 0.9 > drafts.low and drafts.high == pytest.approx(0.95)
+    assert (older.value, older.high) == (0.8, 0.8)
 
 
 def test_candidates_of_auto() -> None:

@@ -328,7 +328,7 @@ def test_deja_vu_drafts_and_decides(
     assert ids(outputs) == plain["seeded"]
     caplog.clear()
     last = approximate(target, "dejavu", calibration=calibration)
-    assert "perplexity 12.50, with all weights 10.00, and acceptance as a draft 0.900" in caplog.text
+    assert "perplexity 12.50, with all weights 10.00, and acceptance 0.900" in caplog.text
     assert last.plan.rung_weight_bytes == added_bytes(last, banks=False)
     alone = [last.generate(prompt, SEEDED)[0] for prompt in prompts(6)]
     assert ids(last.generate(prompts(6), SEEDED)) == ids(alone) != plain["seeded"]

@@ -37,7 +37,7 @@ LOGIT_ROWS = 128
 DECODED_PROMPT, DECODED_TOKENS = 8, 8
 """Of the text that bytes are measured on."""
 DRAFTED = 4
-"""Tokens of a run of drafts: the first one sees the exact model's K/V alone."""
+"""Tokens of a run of drafts: its first one sees, beside its own, the exact model's K/V alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Measured:
             "perplexity": laws.perplexity,
             "perplexity_over_dense": laws.perplexity - dense.perplexity,
             "kl": laws.kl,
-            "acceptance": self.drafts.acceptance,
-            "acceptance_alone": laws.acceptance,
+            "acceptance": laws.acceptance,
+            "draft_acceptance": self.drafts.acceptance,
             "greedy": laws.greedy,
             **{kind: sets.overall().to_json() for kind, sets in chosen.items()},
             "bytes_per_token": self.bytes_per_token,
@@ -101,7 +101,7 @@ def evaluate(
     """Measure `views` over `banks` by name, beside `banks` itself.
 
     `windows`: token ids, at least 3 each; every token behind the second is predicted. `advance` is called after each pass. Memory
-    beside the models: hidden states of one window for each view, and `LOGIT_ROWS` rows of logits.
+    beside the models: hidden states of one window for each view, K/V of two in all layers, and `LOGIT_ROWS` rows of logits.
     """
     sets, head_sets = {name: Sets() for name in views}, {name: Sets() for name in views}
     sparse = {name: view for name, view in views.items() if isinstance(view, SparseWeights)}
@@ -158,16 +158,11 @@ def drafts_of(
     device: torch.device,
     dtype: torch.dtype,
     advance: Callable[[], None] = lambda: None,
-    judge: BankWeights | None = None,
 ) -> dict[str, Laws]:
-    """Laws of each view that drafts, in runs of `DRAFTED` tokens, for `banks`, whose K/V stands behind them.
-
-    `judge`: whose laws they are compared with, `banks`' if not given. Other arguments as in `evaluate`. Memory beside that of
-    `laws_of`: K/V of two windows in all layers.
-    """
+    """Laws of each view that drafts, in runs of `DRAFTED` tokens, for `banks`, whose K/V stands behind them; arguments as in
+    `evaluate`. The first run of a window has one draft less: its first token is the prompt."""
     decoders = {name: Decoder(view, SoloComm(), device) for name, view in views.items()}
     dense, laws = Decoder(banks, SoloComm(), device), {name: Laws() for name in views}
-    judging = None if judge is None else Decoder(judge, SoloComm(), device)
     most = -(-max(map(len, windows)) // DRAFTED)
     kv = PagedKV(banks.spec, Shard(), num_blocks=2 * most, block_size=DRAFTED, dtype=dtype, device=device)
     for window in windows:
@@ -185,8 +180,8 @@ def drafts_of(
             for i in stands
         ]
 
-        def judged(decoder: Decoder, step: SeqStep = whole) -> Tensor:
-            found = decoder.run([step], kv)[1:-1]
+        def judged(step: SeqStep = whole) -> Tensor:
+            found = dense.run([step], kv)[1:-1]
             kv.free(0)
             advance()
             return found
@@ -200,10 +195,8 @@ def drafts_of(
             advance()
             return found
 
-        expected = None if judging is None else judged(judging)
-        own = judged(dense)  # the last to write what stands
-        found = {name: drafted(decoder) for name, decoder in decoders.items()}
-        for rows, log_p in _rows(judging or dense, own if expected is None else expected):
+        expected, found = judged(), {name: drafted(decoder) for name, decoder in decoders.items()}
+        for rows, log_p in _rows(dense, expected):
             for name, decoder in decoders.items():
                 laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), ids[2:][rows])
     return laws

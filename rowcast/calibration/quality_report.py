@@ -9,7 +9,7 @@ _COLUMNS = {
     "perplexity": "{:11.3f}",
     "kl": "{:8.4f}",
     "acceptance": "{:11.3f}",
-    "acceptance_alone": "{:17.3f}",
+    "draft_acceptance": "{:17.3f}",
     "greedy": "{:8.3f}",
     "recall": "{:8.3f}",
     "recall_p1": "{:10.3f}",

@@ -83,10 +83,16 @@ def _quality_plot(quality: Mapping[str, Mapping[str, float]]) -> str:
 
 def _quality_table(quality: Mapping[str, Mapping[str, float]]) -> str:
     rows = [
-        [text, f"{figures['perplexity']:.2f}", f"{figures['acceptance']:.3f}", f"{figures['bytes']:.2f}"]
+        [
+            text,
+            f"{figures['perplexity']:.2f}",
+            f"{figures['acceptance']:.3f}",
+            f"{figures['draft_acceptance']:.3f}" if "draft_acceptance" in figures else "",
+            f"{figures['bytes']:.2f}",
+        ]
         for text, figures in quality.items()
     ]
-    return table(["rung", "perplexity", "acceptance", "bytes"], rows)
+    return table(["rung", "perplexity", "acceptance", "as a draft", "bytes"], rows)
 
 
 def _density_plot(description: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from rowcast.runtime.progress import LoadProgress
 from rowcast.runtime.sparse.artefact import FORMAT, Calibration
 from rowcast.runtime.sparse.checks import DIRECTIONS, check_scorer, needs_calibration
 from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead, directions
-from rowcast.runtime.spec import ModelSpec, parameter_count
+from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 from rowcast.runtime.tokenizer import load_tokenizer
 
 HEAD_DIRECTIONS = 64
@@ -121,7 +121,7 @@ def calibrate(
     )
     chosen_device, _ = devices.choose_device(device)
     dtype_name, _ = devices.choose_dtype(dtype, checkpoint.stored_dtype, chosen_device)
-    _check_memory(spec, devices.DTYPES[dtype_name], chosen_device)
+    _check_memory(spec, devices.DTYPES[dtype_name], chosen_device, windows.fit.shape[1])
     fingerprint = checkpoint.source.fingerprint()
     begun_with = {
         "format": FORMAT, "fingerprint": fingerprint, "texts": windows.texts, "dtype": dtype_name, "device": chosen_device.type,
@@ -280,11 +280,13 @@ def _scorers(figures: list[dict[str, Any]]) -> dict[str, Any]:
     return scorers
 
 
-def _check_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise OutOfMemoryError where weights, a layer's moments and fits, and the rows that they read do not fit."""
+def _check_memory(spec: ModelSpec, dtype: torch.dtype, device: torch.device, window: int) -> None:
+    """Raise OutOfMemoryError where weights, a layer's moments and fits, and the rows that they read do not fit, or K/V of two windows
+    beside weights."""
     layer = 4 * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
     moments = 8 * 16 * spec.hidden_size**2
-    needed = parameter_count(spec) * dtype.itemsize + 4 * layer + moments + 6 * FIT_BYTES
+    entries = 2 * window * kv_bytes_per_token(spec, dtype.itemsize)
+    needed = parameter_count(spec) * dtype.itemsize + max(4 * layer + moments + 6 * FIT_BYTES, entries)
     free = devices.available_bytes(device)
     if needed > free:
         raise OutOfMemoryError(

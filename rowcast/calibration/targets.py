@@ -30,7 +30,7 @@ TOGETHER = 4
 """Rungs whose views, with their proxies, are in memory at the same time."""
 
 Figures = dict[str, float]
-"""perplexity where it answers, acceptance where it drafts, and bytes, the share of the dense model's that a token reads."""
+"""perplexity and acceptance by itself, draft_acceptance as a rung, and bytes, the share of the dense model's that a token reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Judge:
             say(f"quality of rung {start + 1} of {len(rungs)}")
             some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
             views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
-            dense, laws = laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
-            drafts = self._drafts(views)
+            dense, laws = self._laws(views)
+            drafts = drafts_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
             found.setdefault(DENSE, _figures(dense, dense, 1.0))
             found |= {name: _figures(laws[name], drafts[name], self.bytes_share(rung)) for name, rung in some.items()}
         return found
@@ -65,11 +65,11 @@ class Judge:
         """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
         rung = Rung(kind="self", mlp=density, by="oracle")
         views = {"filled": build_view(self.banks, rung, self.calibration), "alike": build_view(self.banks, rung, None)}
-        drafts = self._drafts(views)
-        return drafts["filled"].acceptance, drafts["alike"].acceptance
+        _, laws = self._laws(views)
+        return laws["filled"].acceptance, laws["alike"].acceptance
 
-    def _drafts(self, views: Mapping[str, WeightView]) -> dict[str, Laws]:
-        return drafts_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
+    def _laws(self, views: Mapping[str, WeightView]) -> tuple[Laws, dict[str, Laws]]:
+        return laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
 
     def bytes_share(self, rung: Rung) -> float:
         """Of the dense model's bytes, what a token reads."""
@@ -88,7 +88,7 @@ def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_
         middle = (low + high) // 2
         rung = Rung(kind="self", mlp=middle * STEP, by=by)
         if accept is not None:
-            enough = judge.quality([rung])[str(rung)]["acceptance"] >= accept
+            enough = judge.quality([rung])[str(rung)]["draft_acceptance"] >= accept
         else:
             assert bytes_share is not None
             enough = judge.bytes_share(rung) > bytes_share
@@ -117,4 +117,5 @@ def shown_rungs(judge: Judge) -> list[Rung]:
 
 
 def _figures(laws: Laws, drafts: Laws, share: float) -> Figures:
-    return {"perplexity": laws.perplexity, "acceptance": drafts.acceptance, "bytes": share}
+    shares = {"acceptance": laws.acceptance, "draft_acceptance": drafts.acceptance}
+    return {"perplexity": laws.perplexity, **shares, "bytes": share}

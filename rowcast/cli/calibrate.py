@@ -57,8 +57,9 @@ def calibrate(
     if not as_json:
         print(f"{found['tokens']} tokens; default density {found['density']:.2f}; {output / 'report.html'} shows the rest")
         for rung, figures in found["quality"].items():
+            drafts = f"as a draft {figures['draft_acceptance']:.3f}, " if "draft_acceptance" in figures else ""
             print(
-                f"{rung}: perplexity {figures['perplexity']:.2f}, acceptance {figures['acceptance']:.3f}, "
+                f"{rung}: perplexity {figures['perplexity']:.2f}, acceptance {figures['acceptance']:.3f}, {drafts}"
                 f"{figures['bytes']:.2f} of the bytes"
             )
     if as_json or not sys.stdout.isatty():

@@ -41,9 +41,10 @@ def evaluate(
     device: options.Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, layer by layer.")] = False,
 ) -> None:
-    """Measure sparse and low-bit rungs beside the oracle and the dense model: perplexity, acceptance as a draft, recall, bytes.
+    """Measure sparse and low-bit rungs beside the oracle and the dense model: perplexity, acceptance, recall, bytes.
 
-    Text is teacher-forced; every token but a window's first is sparse. Bytes are weights that a token reads when it is decoded alone.
+    Text is teacher-forced; every token but a window's first is sparse. Acceptance is told by itself, and as a draft: in runs of four
+    tokens, behind the dense model's K/V. Bytes are weights that a token reads when it is decoded alone.
     """
     from rowcast.calibration.quality import Wanted, measure_quality
     from rowcast.calibration.quality_report import lines

@@ -24,7 +24,7 @@ def quality(rung: Rung, calibration: Calibration | None, model: str) -> str:
         return f"mode approximate: the quality of {rung} was not measured: run {run}"
     return (
         f"mode approximate: with {rung} the calibration measured perplexity {found['perplexity']:.2f}, with all weights "
-        f"{dense['perplexity']:.2f}, and acceptance as a draft {found['acceptance']:.3f}"
+        f"{dense['perplexity']:.2f}, and acceptance {found['acceptance']:.3f}"
     )
 
 

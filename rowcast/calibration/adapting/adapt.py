@@ -200,6 +200,6 @@ class _Adapting:
         for path in stored.iterdir():
             shutil.move(path, folder / path.name)
         config = json.loads((folder / "config.json").read_bytes())
-        found = {f"{row.density:g}": round(row.own, 4) for row in rows if row.model == "adapted" and row.by == "q4"}
+        found = {f"{row.density:g}": round(row.draft, 4) for row in rows if row.model == "adapted" and row.by == "q4"}
         config[ADAPTED]["acceptance"] = found
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -36,11 +36,9 @@ class Row:
     """What chooses; "": nothing does."""
     perplexity: float
     acceptance: float
-    """sum(min(p, q)) with the original's dense law, K/V being its own."""
+    """sum(min(p, q)) with the original's dense law, by itself: all K/V are its own."""
     draft: float
-    """The same, where the model's own dense passes have written the K/V of what stands (`drafts_of`)."""
-    own: float
-    """The same with the model's own dense law: what its rung is worth as a draft of it."""
+    """The same with the model's own dense law, behind K/V of its dense passes (`drafts_of`): what its rung is worth."""
 
 
 def measure(
@@ -74,30 +72,26 @@ def measure(
             rounded = LowBitWeights.beside(bank, source, SoloComm(), bits, dtype=dtype, device=device)
             views[str(Rung(kind="self", bits=bits))] = rounded  # type: ignore[arg-type]
         _, alone = laws_of(banks["original"], views, windows, **settings)
-        own = drafts_of(bank, views, windows, **settings)
-        drafts = own if name == "original" else drafts_of(bank, views, windows, judge=banks["original"], **settings)
-        rows += [_row(name, text, alone[text], drafts[text], own[text]) for text in views]
+        drafts = drafts_of(bank, views, windows, **settings)
+        rows += [_row(name, text, alone[text], drafts[text]) for text in views]
     return rows
 
 
 def passes(densities: Sequence[float], windows: int, bits: int | None) -> int:
     """Of `measure`."""
     views = 1 + len(BY) * sum(density < 1 for density in densities) + (bits is not None)
-    return (5 * (views + 1) + 1) * windows
+    return 4 * (views + 1) * windows
 
 
-def _row(model: str, text: str, alone: Laws, draft: Laws, own: Laws) -> Row:
-    rung, shares = Rung.parse(text), (alone.acceptance, draft.acceptance, own.acceptance)
-    return Row(model, text, rung.mlp or 1.0, rung.by or "", alone.perplexity, *shares)
+def _row(model: str, text: str, alone: Laws, drafts: Laws) -> Row:
+    rung = Rung.parse(text)
+    return Row(model, text, rung.mlp or 1.0, rung.by or "", alone.perplexity, alone.acceptance, drafts.acceptance)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """A table by density."""
-    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'as a draft':>10} {'of its own':>10}"]
-    told += [
-        f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.draft:10.3f} {row.own:10.3f}"
-        for row in rows
-    ]
+    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'as a draft':>10}"]
+    told += [f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.draft:10.3f}" for row in rows]
     return told
 
 
@@ -106,5 +100,6 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def from_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
-    """What `to_json` made; before `draft` was told, it is not known."""
-    return [Row(**{"draft": math.nan, **row}) for row in rows]
+    """What `to_json` made. Older versions told `own` in place of `draft`: by itself, before the model's own law."""
+    known = {each.name for each in fields(Row)}
+    return [Row(**{"draft": math.nan, **{key: value for key, value in row.items() if key in known}}) for row in rows]

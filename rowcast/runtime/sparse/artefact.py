@@ -39,7 +39,8 @@ The description, beside format, fingerprint, model, texts, settings and tokens:
                     where the number format has no rows
     layers          for each layer: lost, active, hot (share of contributions by share of the most frequent neurons), scorers (as above,
                     its own), trained (lost output after and before training, by what is read), heads (recall by heads kept, 1..H)
-    quality         by a rung's text, and for "dense": perplexity, acceptance as a draft and share of the bytes, on held-out tokens
+    quality         by a rung's text, and for "dense": perplexity, acceptance by itself, draft_acceptance as a rung (older versions did
+                    not tell it) and share of the bytes, on held-out tokens
 """
 
 from __future__ import annotations
