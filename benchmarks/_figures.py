@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -63,7 +64,7 @@ def known_versions() -> dict[str, str]:
 
 class Line:
     """A benchmark's line of JSON. Until it is told, SIGINT and SIGTERM tell what there is, with `cut_off`, and end the process with 130
-    or 143; forked children tell nothing. Made in the main thread."""
+    or 143, its spawned children before it; forked children tell nothing. Made in the main thread."""
 
     def __init__(self, report: Callable[[], Mapping[str, Any]]) -> None:
         self._report, self._process = report, os.getpid()
@@ -81,6 +82,8 @@ class Line:
         if os.getpid() == self._process:
             self.tell(cut_off=True)
             signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+            for child in multiprocessing.active_children():  # the pool that is left waits for its own
+                child.terminate()
         sys.exit(128 + number)
 
 

@@ -29,8 +29,9 @@ from rowcast.runtime.step import Executor
 
 LAST = 64
 """Tokens of a prompt that are run in any case: those whose queries choose what a retrieval view shows."""
-_TIMEOUT_S, _DUMP_S = 240.0, 600.0
-"""Ranks wait for one another; stacks are told."""
+_TIMEOUT_S, _DUMP_S = 240.0, 200.0
+"""Ranks wait for one another; before they give up, stacks are told. Once: faulthandler reads the frames of threads that go on, and told
+every 60 s a rank of Python 3.12 crashed as it dumped."""
 
 Result = TypeVar("Result")
 Task = Callable[[Any, torch.device, "DistributedComm | None"], Result]
@@ -84,7 +85,7 @@ def device_of(rank: int) -> torch.device:
 
 
 def _rank(task: Task[Result], wish: Any, rank: int, ranks: int, port: int) -> Result:
-    faulthandler.dump_traceback_later(_DUMP_S, repeat=True)
+    faulthandler.dump_traceback_later(_DUMP_S)
     device = device_of(rank)
     join(find_store("127.0.0.1", port, _TIMEOUT_S), rank, ranks, timeout_s=_TIMEOUT_S, device=device)
     torch.manual_seed(1)  # what stands in a round on the device is drawn on each rank

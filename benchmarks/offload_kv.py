@@ -127,7 +127,8 @@ def started_on(llm: LLM, ids: list[int]) -> tuple[Request, float]:
 
 
 def timed(llm: LLM, request: Request, rounds: int, rate: float) -> dict[str, Any]:
-    """So many rounds, after three in which the draft reads the prompt, kernels are compiled and graphs captured."""
+    """So many rounds, after WARM_ROUNDS in which the draft reads the prompt, kernels are compiled and graphs captured, or one of plain
+    decoding. A round's time is the median."""
     elsewhere, stats = llm.engine._executor.elsewhere, request.stats  # type: ignore[attr-defined]
     drafts = len(llm.plan.ladder) > 1
     elsewhere.counts()

@@ -80,7 +80,8 @@ def _kv(session: Session, name: str, found: dict[str, Any]) -> None:
         one = found[way]
         rungs = {f"{rung}, s a round": each["s"] for rung, each in one["rungs"].items()}
         moved = found["kv_bytes"] if way == "plain" else one["kv_bytes_per_round"] / one["expected_tokens_per_round"]
-        more = {key: one[key] for key in _KV_KEYS} | rungs | _projected(one, found["ranks"]) | {"slowest bus, GB/s": rate / 1e9}
+        more = {"as run, ms a token": one["s_per_token_as_run"] * 1e3} | {key: one[key] for key in _KV_KEYS} | rungs
+        more |= _projected(one, found["ranks"]) | {"slowest bus, GB/s": rate / 1e9}
         session.add(
             Figure(
                 name=f"{shape}, {way}" if way == "plain" else f"{shape}, {way}, outer {found['outer']}",

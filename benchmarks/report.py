@@ -3,7 +3,8 @@
     python benchmarks/report.py --keep OUTPUT --command "rowcast bench kernels" --date 2026-11-27 --as kernels-h100    # add a result
     python benchmarks/report.py                                                                                       # write the page
 
-`--keep` takes the last line of a benchmark's output, which is JSON, and keeps it with the command and the date.
+`--keep` takes the last line of a benchmark's output, which is JSON, and keeps it with the command and the date, and with what a reader
+has to know of this run (`--remark`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ HEAD = """# Benchmarks
 
 Written by `python benchmarks/report.py` from the JSON lines in [results](results), which the commands beside them printed. Times on a
 GPU are medians over warm runs with fresh random inputs. Shapes have random weights, unless a model is named: they show time and say
-nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows all of
-them but serving; without `--list` it runs them side by side on the GPUs of a machine.
+nothing of quality. What was tried on the way is in [experiments.md](experiments.md). `python benchmarks/suite.py --list` shows most of
+them; without `--list` it runs those side by side on the GPUs of a machine.
 
 What stands in the commands:
 
@@ -44,7 +45,8 @@ Words of the tables and lists:
   reads can be a little faster.
 - **GB**: 1e9 bytes; beside a time a token, those that one GPU reads for it. **planned**: what `rowcast plan` foretells.
 - **peers**, **beside**: others that did the same work in the same run. **x**: their time over ours; above 1 ours is faster.
-- **wanted**: a bound that was set before it was measured; met or missed.
+- **wanted**: a bound that was set before it was measured; met or missed. Settings may have been changed after a first measurement:
+  [experiments.md](experiments.md) says where.
 - **round**: rungs of a ladder propose tokens, and the whole model judges them in one pass. **tokens per round** are those that stood,
   with the model's own; **acceptance** is the share of a rung's proposals that stood. Where it is simulated, rounds vary by chance:
   **on average** is what the given acceptances make of the tokens of a round, and a token's time is taken over that.
@@ -120,17 +122,17 @@ def _cases(result: Result) -> list[dict[str, Any]]:
 
 def with_figures(result: Result) -> Iterator[str]:
     """Of a benchmark that prints figures and claims."""
-    if rate := result["report"].get("bandwidth"):
-        yield from (f"Floors are bytes at {rate / 1e9:.0f} GB/s, which was measured in the same run.", "")
-    if lines := list(verdict(result)):
-        yield from (*lines, "")
     head, *rows = figures(result)
-    yield from table(head, iter(rows))
-    if len(rows) > 1:
-        yield from ("", f"![Times beside floors and plans](images/{result['name']}.svg)")
-    for lines in (list(claims(result)), list(details(result))):
-        if lines:
-            yield from ("", *lines)
+    rate = result["report"].get("bandwidth")
+    blocks = (
+        [f"Floors are bytes at {rate / 1e9:.0f} GB/s, which was measured in the same run."] if rate else [],
+        list(verdict(result)),
+        list(table(head, iter(rows))) if rows else [],
+        [f"![Times beside floors and plans](images/{result['name']}.svg)"] if len(rows) > 1 else [],
+        list(claims(result)),
+        list(details(result)),
+    )
+    yield from "\n\n".join("\n".join(lines) for lines in blocks if lines).splitlines()
 
 
 def predictions(results: Sequence[Result]) -> Iterator[str]:
@@ -257,6 +259,8 @@ def page(results: Sequence[Result]) -> str:
             lines += ["**It was cut off: what it had not measured by then is not here.**", ""]
         if note := report.get("note"):
             lines += [f"**{note}.**", ""]
+        if remark := result.get("remark"):
+            lines += [remark, ""]
         other = with_figures if has_figures(result) else anything
         lines += [*TABLES.get(result["name"].partition("-")[0], other)(result), ""]
     return "\n".join([*lines, *predictions(results)])
@@ -279,6 +283,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a benchmark's output; its last line is JSON")
     parser.add_argument("--as", dest="name", help="the result's name: KIND-WHERE")
     parser.add_argument("--title", help="of its section")
+    parser.add_argument("--remark", help="a sentence of its section: what a reader has to know of this run")
     parser.add_argument("--command", help="what printed it")
     parser.add_argument("--date", help="when, as 2026-11-27")
     parser.add_argument("--where", help="on what, if the line itself does not say so")
@@ -290,7 +295,15 @@ def main() -> None:
         if missing:
             parser.error(f"--keep needs {', '.join(missing)}, too")
         report = without_places(json.loads(given.keep.read_text().strip().splitlines()[-1]))
-        result = {"title": given.title, "date": given.date, "where": given.where, "command": given.command, "report": report}
+        remark = {"remark": given.remark} if given.remark else {}
+        result = {
+            "title": given.title,
+            **remark,
+            "date": given.date,
+            "where": given.where,
+            "command": given.command,
+            "report": report,
+        }
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{given.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     results = kept()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import _simulated
 import cluster_requests
 import hire
 import offload_places
@@ -164,6 +167,51 @@ def test_a_benchmark_that_is_cut_off_tells_what_it_has(how: str, number: signal.
         None if how == "ended" else True
     )
     assert ("cleaned" in err) is (code > 0) and "Traceback" not in err
+
+
+BUSY_CHILD = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from _figures import Session
+session = Session("tried", "a shape", "a device")
+with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool.submit(exec, "import sys; print('ready', file=sys.stderr, flush=True)\\nwhile True: pass").result()
+"""
+
+
+def test_a_benchmark_that_is_cut_off_does_not_wait_for_its_ranks() -> None:
+    """Nor do they go on: they would hold its output."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY_CHILD],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    try:
+        assert any(line == "ready\n" for line in process.stderr)
+        process.terminate()
+        out, err = process.communicate(timeout=15)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 143 and json.loads(out)["cut_off"] and "Traceback" not in err
+
+
+def test_a_rank_tells_stacks_once_while_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, dict[str, Any]]] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda after_s, **how: asked.append((after_s, how)))
+    monkeypatch.setattr(_simulated, "find_store", lambda *_: None)
+    monkeypatch.setattr(_simulated, "join", lambda *_, **how: asked.append((how["timeout_s"], {})))
+    monkeypatch.setattr(_simulated, "DistributedComm", lambda: None)
+    monkeypatch.setattr(_simulated, "device_of", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert _simulated._rank(lambda wish, *_: wish, "done", 0, 2, 1) == "done"
+    (dumped_s, how), (waited_s, _) = asked
+    assert dumped_s < waited_s and not how.get("repeat")
 
 
 def test_the_page_says_what_was_simulated(capsys: pytest.CaptureFixture[str]) -> None:

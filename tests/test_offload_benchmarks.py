@@ -160,11 +160,15 @@ def test_each_figure_has_floor_bus_plan_and_projection() -> None:
     kv = rounds | {"first_token_s": 1.0, "first_round_s": 1.0, "kv_bytes_per_round": 1e9, "expected_tokens_per_round": 4.0}
     kv |= {"rungs": {"plain": {"s": 0.02}}} | {key: case_of("kv")[key] for key in case_of("kv") if key.endswith("_bytes")}
     kv |= {"ladder": "plain", "load_s": 1.0, "places": {"streamed": 1.0}}
-    kvs = {"plain": kv | {"s_per_token": 0.04}, "triforce 0.6": kv | {"s_per_token": 0.005}}
+    kvs = {
+        "plain": kv | {"s_per_token": 0.04, "s_per_token_as_run": 0.04},
+        "triforce 0.6": kv | {"s_per_token": 0.005, "s_per_token_as_run": 0.0075},
+    }
     offload_report.tell(session, "streamed", case_of("streamed"))
     offload_report.tell(session, "lowbit", case_of("lowbit", **ways))
     offload_report.tell(session, "kv", case_of("kv", prompt=100, kv_bytes=1e9, floor_s=0.02, outer=0.92, **kvs))
     assert len(session.figures) == 6
+    assert [figure.more["as run, ms a token"] for figure in session.figures[-2:]] == [40, 7.5]
     for figure in session.figures:
         assert figure.floor_s > 0 and figure.planned_s and figure.more["slowest bus, GB/s"] == 50
         [(told, ms)] = [(key, value) for key, value in figure.more.items() if key.startswith("projected")]

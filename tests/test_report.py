@@ -64,8 +64,10 @@ def test_the_page_is_that_of_the_results_kept(tmp_path: Path) -> None:
     claim = {"what": "ladder over plain", "value": 2.71, "bound": 2.6, "at_most": False, "met": True}
     report = {"benchmark": "triforce", "model": "a shape", "figures": [figure], "claims": [claim], "failed": ["other: no time"]}
     output.write_text(json.dumps(report) + "\n")
-    subprocess.run([sys.executable, tmp_path / "benchmarks/report.py", *keep], check=True, capture_output=True)
+    remark = ["--remark", "It was a warm day."]
+    subprocess.run([sys.executable, tmp_path / "benchmarks/report.py", *keep, *remark], check=True, capture_output=True)
     page = (tmp_path / "docs/benchmarks.md").read_text()
+    assert "    try it\n\nIt was a warm day.\n\n|  | ms a token" in page.partition("## Tried")[2]
     assert "| plain | 20.000 | 80.000 | 19.000 | 0.95 | 21.000 | Transformers 60.00 ms (3.00x) |" in page
     assert "- ladder over plain: 2.71, at least 2.6 wanted: met" in page
     assert "- not measured: other: no time" in page
@@ -76,6 +78,13 @@ def test_a_benchmark_that_was_cut_off_says_so() -> None:
     told: dict[str, Any] = {"figures": [], "claims": [], "failed": []}
     words = "**It was cut off: what it had not measured by then is not here.**"
     assert words in section("tried", told | {"cut_off": True}) and words not in section("tried", told)
+
+
+def test_without_a_figure_there_is_no_table() -> None:
+    claim = {"what": "outputs equal", "value": 6, "bound": 6, "at_most": False, "met": True}
+    found = section("tried", {"figures": [], "claims": [claim], "failed": ["plain: no time"]})
+    assert "    try it\n\n- outputs equal: 6, at least 6 wanted: met\n- not measured: plain: no time\n" in found
+    assert "|" not in found
 
 
 def section(name: str, told: dict[str, Any]) -> str:
