@@ -329,9 +329,19 @@ def test_a_calibration_tells_what_a_rung_is_worth_as_a_draft(calibration: Calibr
         learnt = replace(calibration, description={**calibration.description, "quality": quality})
         return Acceptances({}, learnt, relu=False).find(rung, Rung.parse("plain"), top=True)
 
+    def at(text: str) -> Acceptance:
+        return Acceptances({}, calibration, relu=False).find(Rung.parse(text), Rung.parse("plain"), top=True)
+
     drafts, older = found(acceptance=0.8, draft_acceptance=0.9), found(acceptance=0.8)
     assert drafts.origin == "measured" and drafts.value == 0.9 > drafts.low and drafts.high == pytest.approx(0.95)
     assert (older.value, older.high) == (0.8, 0.8)
+    assert at("self:mlp=0.65,by=q4").origin == "measured" and at("self:mlp=0.65,by=q4").value == pytest.approx((0.87 + 1) / 2)
+    for text in (
+        "self:mlp=0.2,by=q4",
+        "self:mlp=0.65,by=q2",
+        "self:mlp=0.65,by=q4,heads=0.5",
+    ):  # below, another scorer, more than it
+        assert at(text).origin == "assumed"
 
 
 def test_candidates_of_auto() -> None:

@@ -126,13 +126,11 @@ class Acceptances:
         return parts[0] if len(parts) == 1 else _both(*parts)
 
     def _of_weights(self, rung: Rung) -> Acceptance:
-        found = None if self.calibration is None else self.calibration.description.get("quality", {}).get(str(rung.over_all_kv))
-        if found is not None:
-            alone = float(found["acceptance"])
-            value = float(found.get("draft_acceptance", alone))
+        if self.calibration is not None and (found := _calibrated(rung.over_all_kv, self.calibration)) is not None:
+            value, alone, how = found
             # The first draft of a run lies about half as far above the mean as that lies above acceptance by itself.
             most = min(1.0, value + max(0.0, value - alone) / 2)
-            source = f"calibration {self.calibration.path}; {_LEAST}; most: of a run's first" if self.calibration else ""
+            source = f"calibration {self.calibration.path}, {how}; {_LEAST}; most: of a run's first"
             return Acceptance(value, _worst(value), most, "measured", source)
         if rung.bits is not None:
             return _BITS[rung.bits]
@@ -188,6 +186,29 @@ def _both(weights: Acceptance, view: Acceptance) -> Acceptance:
 def _worst(value: float) -> float:
     """The least that the rule coupled accepts where 1 - TV is `value`: (1 - TV) / (1 + TV)."""
     return value / (2 - value)
+
+
+def _calibrated(rung: Rung, calibration: Calibration) -> tuple[float, float, str] | None:
+    """As a draft, by itself (the same in older calibrations, which told nothing else), and how it was found: measured, or on a straight
+    line between the densities of the same scorer that were."""
+    quality = calibration.description.get("quality", {})
+
+    def both(figures: Mapping[str, float]) -> tuple[float, float]:
+        return float(figures.get("draft_acceptance", figures["acceptance"])), float(figures["acceptance"])
+
+    if (found := quality.get(str(rung))) is not None:
+        return (*both(found), "as a draft in runs of four")
+    if rung.mlp is None or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
+        return None
+    points = {1.0: (1.0, 1.0)}
+    for text, figures in quality.items():
+        other = None if text == "dense" else Ladder.parse(text).rungs[0]
+        if other is not None and other.mlp is not None and other == Rung(kind="self", mlp=other.mlp, by=rung.by):
+            points[other.mlp] = both(figures)
+    if len(points) == 1 or rung.mlp < min(points):
+        return None
+    drafts, alone = (_line(rung.mlp, tuple((at, points[at][which]) for at in sorted(points))) for which in range(2))
+    return drafts, alone, "as a draft in runs of four, between the densities that it measured"
 
 
 def _line(x: float, points: tuple[tuple[float, float], ...]) -> float:
