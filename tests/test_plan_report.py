@@ -103,7 +103,8 @@ def test_ratios_by_rung() -> None:
     assert report(one(), measured(rounds(0.012, sequences=2, tokens=2))).ratios == {}
     plan = forecast_plan()
     seen = measured(rounds(2 * FORECAST.seconds_per_token * FORECAST.tokens_per_round, tokens=6, context=FORECAST.context))
-    assert report(plan, seen).ratios == {rung.rung: pytest.approx(2.0) for rung in FORECAST.rungs}
+    kinds = [corrections.kind_of(rung.rung, FORECAST.ladder) for rung in FORECAST.rungs]
+    assert report(plan, seen).ratios == dict.fromkeys(kinds, pytest.approx(2.0)) and "plain" not in kinds
     assert report(replace(plan, adaptive=True), seen).ratios == {}
 
 
@@ -111,6 +112,25 @@ def test_a_correction_is_not_corrected_again() -> None:
     """A forecast that a ratio of 1.5 was applied to and that came true says 1.5 again."""
     applied = [Input("plain: measured over predicted", 1.5, "measured")]
     assert report(one(inputs=applied), measured(rounds(0.010))).ratios == {"plain": pytest.approx(1.5)}
+
+
+def test_what_a_correction_is_of() -> None:
+    """A rung among others, whatever the gammas; what a rung takes alone says something of it there, and not the other way round."""
+    ladder = "ngram:gamma=5 / self:bits=8,kv=512,gamma=16 / plain"
+    assert (
+        corrections.kind_of("plain", "plain") == "plain" and corrections.kind_of("self:mlp=0.5", "self:mlp=0.5") == "self:mlp=0.5"
+    )
+    bare = "ngram / self:bits=8,kv=512 / plain"
+    kinds = [corrections.kind_of(rung, ladder) for rung in ladder.split(" / ")]
+    assert kinds == [f"ngram in {bare}", f"self:bits=8,kv=512 in {bare}", f"plain in {bare}"]
+    assert kinds == [corrections.kind_of(rung, bare) for rung in bare.split(" / ")]
+    assert corrections.kind_of("self:gamma=4,kv=512", ladder) == f"self:kv=512 in {bare}"
+    learnt = {f"plain in {bare}": 2.5, f"self:bits=8,kv=512 in {bare}": 1.5}
+    assert (
+        corrections.factor(learnt, "plain", ladder.replace("16", "4")) == 2.5
+        and corrections.factor(learnt, "plain", "plain") is None
+    )
+    assert corrections.factor({"plain": 1.2}, "plain", ladder) == 1.2 and corrections.factor(None, "plain", ladder) is None
 
 
 def test_the_next_plan_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rowcast.errors import OutOfMemoryError, UserError
 from rowcast.placement.constants import Constants
+from rowcast.placement.corrections import kind_of
 from rowcast.placement.costs import RESIDENT, ROWS, CostModel, Mode
 from rowcast.placement.groups import ATTENTION, NEURONS, make_groups
 from rowcast.placement.hardware import HostProducts, Machine, Quantity, machine_from
@@ -509,6 +510,8 @@ def test_corrections_move_the_prediction() -> None:
     slower = plan(work(), machine("RTX4090"), corrections={"plain": 1.3}).forecast
     assert 1.2 < slower.seconds_per_token / base.seconds_per_token <= 1.3
     assert any(given.origin == "measured" and given.name.startswith("plain") for given in slower.inputs)
+    learnt = {kind_of("plain", drafted("ranks", SPEC).name): 1.3}
+    assert plan(work(), machine("RTX4090"), corrections=learnt).forecast.seconds_per_token == base.seconds_per_token
 
 
 def test_ten_thousand_groups_take_no_time() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from rowcast.placement.corrections import factor
 from rowcast.placement.costs import CPU, HOST, PEER, RESIDENT, ROWS, STREAMED, CostModel, Mode, Priced
 from rowcast.placement.forecast import (
     MEMORY_CLASSES,
@@ -345,9 +346,9 @@ def _inputs(found: Found, corrections: Mapping[str, float] | None) -> list[Input
         told.append(Input("between nodes, bytes/s", rate.value, rate.origin, rate.source))
     told += [*work.inputs, *found.ladder.inputs]
     told += [
-        Input(f"{rung}: measured over predicted", factor, "measured", "earlier runs of this machine")
-        for rung, factor in (corrections or {}).items()
-        if any(each.name == rung for each in found.ladder.rungs)
+        Input(f"{rung.name}: measured over predicted", ratio, "measured", "earlier runs of this machine")
+        for rung in found.ladder.rungs
+        if (ratio := factor(corrections, rung.name, found.ladder.name)) is not None
     ]
     if any(rung.neurons < 1 for rung in found.ladder.rungs):
         layers = work.hotness.layers

@@ -15,6 +15,7 @@ from itertools import groupby
 from rowcast.errors import OutOfMemoryError
 from rowcast.placement import solver
 from rowcast.placement.constants import Constants
+from rowcast.placement.corrections import factor
 from rowcast.placement.costs import CostModel, Mode, Priced, modes
 from rowcast.placement.forecast import Alternative, Forecast, WhatIf
 from rowcast.placement.foretell import Found, foretell
@@ -74,8 +75,8 @@ def decide(
     """The plan with the least seconds per committed token within all memory limits.
 
     `groups`: that the weights and KV of one rank are placed in, about. `gap`: how much worse than the best placement of its ladder and
-    layout it may be. `corrections`: by a rung's name, measured seconds of its passes over those predicted. `explain`: also look for
-    what a different machine would change. Raises OutOfMemoryError, which names the nearest change that fits, and UserError.
+    layout it may be. `corrections`: by kind (`corrections.kind_of`), measured seconds of a rung's passes over those predicted.
+    `explain`: also look for what a different machine would change. Raises OutOfMemoryError, which names the nearest change that fits, and UserError.
     """
     started = time.perf_counter()
     constants = constants or Constants()
@@ -209,7 +210,7 @@ def _rough(
 
 
 def _factors(ladder: LadderUse, corrections: Mapping[str, float] | None) -> list[float]:
-    return [(corrections or {}).get(rung.name, 1.0) for rung in ladder.rungs]
+    return [factor(corrections, rung.name, ladder.name) or 1.0 for rung in ladder.rungs]
 
 
 def _place(model: CostModel, same: list[_Rough], factors: list[float], gap: float) -> tuple[Priced, solver.Solution, Mode] | None:

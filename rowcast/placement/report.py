@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from rowcast.placement.corrections import kind_of
 from rowcast.placement.forecast import Forecast, RungTime
 from rowcast.placement.plan import Plan
 from rowcast.placement.process_memory import OwnBytes
@@ -87,7 +88,8 @@ class PlanReport:
 
     lines: tuple[Compared, ...]
     ratios: Mapping[str, float]
-    """By rung, measured seconds of its passes over predicted ones before any correction; where enough rounds told them."""
+    """By kind (`corrections.kind_of`), measured seconds of passes over predicted ones before any correction; where enough rounds told
+    them."""
 
     def to_json(self) -> dict[str, Any]:
         """By figure: predicted, measured, error and what they differ in."""
@@ -167,16 +169,15 @@ def _ratios(plan: Plan, forecast: Forecast, measured: Measured) -> dict[str, flo
         lacking = _lacking_kv_s(forecast, context) / last.passes_per_token if last.passes_per_token else 0.0
         predicted = last.pass_s - lacking
         seconds = median(each.seconds for each in alone) - _outside_s(forecast)
-        return _corrected(forecast, [last], seconds / predicted) if min(seconds, predicted) > 0 else {}
+        return _corrected(forecast, [last], seconds / predicted, last.rung) if min(seconds, predicted) > 0 else {}
     together = tuple(each for each in steady if each.drafted and each.sequences == forecast.batch)
     if plan.adaptive or len(together) < ENOUGH_ROUNDS:
         return {}
     predicted = forecast.seconds_per_token - _lacking_kv_s(forecast, _context(together))
     predicted *= forecast.tokens_per_round
     seconds = sum(each.seconds for each in together) / len(together)
-    return (
-        _corrected(forecast, [rung for rung in forecast.rungs if rung.pass_s > 0], seconds / predicted) if predicted > 0 else {}
-    )
+    rungs = [rung for rung in forecast.rungs if rung.pass_s > 0]
+    return _corrected(forecast, rungs, seconds / predicted, forecast.ladder) if predicted > 0 else {}
 
 
 def _outside_s(forecast: Forecast) -> float:
@@ -185,10 +186,11 @@ def _outside_s(forecast: Forecast) -> float:
     return max(0.0, forecast.seconds_per_token - passes) * forecast.tokens_per_round
 
 
-def _corrected(forecast: Forecast, rungs: list[RungTime], ratio: float) -> dict[str, float]:
-    """The ratio to what would have been predicted without corrections: those that the forecast holds are taken out."""
+def _corrected(forecast: Forecast, rungs: list[RungTime], ratio: float, ladder: str) -> dict[str, float]:
+    """The ratio to what would have been predicted without corrections: those that the forecast holds are taken out. `ladder`: that
+    ran, a rung alone or all."""
     applied = {each.name: each.value for each in forecast.inputs if each.name.endswith(CORRECTION)}
-    return {rung.rung: ratio * applied.get(rung.rung + CORRECTION, 1.0) for rung in rungs}
+    return {kind_of(rung.rung, ladder): ratio * applied.get(rung.rung + CORRECTION, 1.0) for rung in rungs}
 
 
 CORRECTION = ": measured over predicted"
