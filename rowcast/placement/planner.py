@@ -76,7 +76,8 @@ def decide(
 
     `groups`: that the weights and KV of one rank are placed in, about. `gap`: how much worse than the best placement of its ladder and
     layout it may be. `corrections`: by kind (`corrections.kind_of`), measured seconds of a rung's passes over those predicted.
-    `explain`: also look for what a different machine would change. Raises OutOfMemoryError, which names the nearest change that fits, and UserError.
+    `explain`: also look for what a different machine would change. Raises OutOfMemoryError, which names the nearest change that fits,
+    and UserError.
     """
     started = time.perf_counter()
     constants = constants or Constants()
