@@ -112,7 +112,7 @@ def test_the_deadline_ends_what_runs_and_begins_nothing_late(tmp_path: Path, mon
     deaf = job("deaf", "trap '' INT; echo $$; while true; do sleep 0.05; done")
     late = job("late", "true", seconds=60)
     began = time.monotonic()
-    made = run(tmp_path, heeds, deaf, late, gpus=(80.0, 80.0), limit_s=2)
+    made = run(tmp_path, heeds, deaf, late, gpus=(80.0, 80.0), limit_s=5)
     assert (
         time.monotonic() - began < 15 and sorted(made.failed) == ["deaf", "heeds"] and made.told[-1].endswith("late: not begun")
     )
