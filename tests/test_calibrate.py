@@ -543,13 +543,15 @@ def test_quality_is_told_by_itself_and_as_a_draft(calibrated: Calibration, model
     weights = RecordingWeights(spec, checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
     windows = torch.randint(VOCAB, (2, WINDOW), generator=torch.Generator().manual_seed(9))
     rung = Rung(kind="self", mlp=0.25, by="oracle")
-    found = Judge(weights, calibrated, windows, torch.float32, CPU).quality([rung])
+    judge = Judge(weights, calibrated, windows, torch.float32, CPU)
+    found = judge.quality([rung])
     views: dict[str, WeightView] = {"it": build_view(weights, rung, calibrated)}
     _, alone = laws_of(weights, views, windows.tolist(), device=CPU, dtype=torch.float32)
     drafts = drafts_of(weights, views, windows.tolist(), device=CPU, dtype=torch.float32)
     assert found[str(rung)]["perplexity"] == pytest.approx(alone["it"].perplexity, rel=1e-6)
     assert found[str(rung)]["acceptance"] == pytest.approx(alone["it"].acceptance, rel=1e-6)
     assert found[str(rung)]["draft_acceptance"] == pytest.approx(drafts["it"].acceptance, rel=1e-6)
+    assert judge.draft_acceptance(rung) == pytest.approx(drafts["it"].acceptance, rel=1e-6)
     assert abs(alone["it"].acceptance - drafts["it"].acceptance) > 1e-4
 
 

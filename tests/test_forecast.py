@@ -325,7 +325,7 @@ def test_a_calibration_tells_what_a_rung_is_worth_as_a_draft(calibration: Calibr
     rung = Rung.parse("self:mlp=0.3,by=q4")
 
     def found(**figures: float) -> Acceptance:
-        quality = {**calibration.description["quality"], str(rung): {"perplexity": 9.5, **figures}}
+        quality = {str(rung): {"perplexity": 9.5, **figures}}
         learnt = replace(calibration, description={**calibration.description, "quality": quality})
         return Acceptances({}, learnt, relu=False).find(rung, Rung.parse("plain"), top=True)
 
@@ -335,6 +335,7 @@ def test_a_calibration_tells_what_a_rung_is_worth_as_a_draft(calibration: Calibr
     drafts, older = found(acceptance=0.8, draft_acceptance=0.9), found(acceptance=0.8)
     assert drafts.origin == "measured" and drafts.value == 0.9 > drafts.low and drafts.high == pytest.approx(0.95)
     assert (older.value, older.high) == (0.8, 0.8)
+    assert "as a draft in runs of four" in drafts.source and "by itself" in older.source
     assert at("self:mlp=0.65,by=q4").origin == "measured" and at("self:mlp=0.65,by=q4").value == pytest.approx((0.87 + 1) / 2)
     for text in (
         "self:mlp=0.2,by=q4",

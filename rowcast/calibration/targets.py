@@ -56,10 +56,15 @@ class Judge:
             some = {str(rung): rung for rung in rungs[start : start + TOGETHER]}
             views = {name: build_view(self.banks, rung, self.calibration) for name, rung in some.items()}
             dense, laws = self._laws(views)
-            drafts = drafts_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
+            drafts = self._drafts(views)
             found.setdefault(DENSE, _figures(dense, dense, 1.0))
             found |= {name: _figures(laws[name], drafts[name], self.bytes_share(rung)) for name, rung in some.items()}
         return found
+
+    def draft_acceptance(self, rung: Rung) -> float:
+        """As `quality` has it, and nothing else. Raises UserError for a rung that cannot be had."""
+        check_rung(rung, self.banks.spec, self.calibration)
+        return self._drafts({"it": build_view(self.banks, rung, self.calibration)})["it"].acceptance
 
     def layerwise(self, density: float) -> tuple[float, float]:
         """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
@@ -70,6 +75,9 @@ class Judge:
 
     def _laws(self, views: Mapping[str, WeightView]) -> tuple[Laws, dict[str, Laws]]:
         return laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
+
+    def _drafts(self, views: Mapping[str, WeightView]) -> dict[str, Laws]:
+        return drafts_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
 
     def bytes_share(self, rung: Rung) -> float:
         """Of the dense model's bytes, what a token reads."""
@@ -88,7 +96,7 @@ def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_
         middle = (low + high) // 2
         rung = Rung(kind="self", mlp=middle * STEP, by=by)
         if accept is not None:
-            enough = judge.quality([rung])[str(rung)]["draft_acceptance"] >= accept
+            enough = judge.draft_acceptance(rung) >= accept
         else:
             assert bytes_share is not None
             enough = judge.bytes_share(rung) > bytes_share

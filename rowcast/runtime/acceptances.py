@@ -196,8 +196,9 @@ def _calibrated(rung: Rung, calibration: Calibration) -> tuple[float, float, str
     def both(figures: Mapping[str, float]) -> tuple[float, float]:
         return float(figures.get("draft_acceptance", figures["acceptance"])), float(figures["acceptance"])
 
+    how = "as a draft in runs of four" if all("draft_acceptance" in each for each in quality.values()) else "by itself"
     if (found := quality.get(str(rung))) is not None:
-        return (*both(found), "as a draft in runs of four")
+        return (*both(found), how)
     if rung.mlp is None or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
         return None
     points = {1.0: (1.0, 1.0)}
@@ -208,7 +209,7 @@ def _calibrated(rung: Rung, calibration: Calibration) -> tuple[float, float, str
     if len(points) == 1 or rung.mlp < min(points):
         return None
     drafts, alone = (_line(rung.mlp, tuple((at, points[at][which]) for at in sorted(points))) for which in range(2))
-    return drafts, alone, "as a draft in runs of four, between the densities that it measured"
+    return drafts, alone, f"{how}, between the densities that it measured"
 
 
 def _line(x: float, points: tuple[tuple[float, float], ...]) -> float:
