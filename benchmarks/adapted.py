@@ -5,7 +5,7 @@
 Quality: every text in windows of `--window` tokens, teacher-forced, all tokens but a window's first sparse. Perplexity; acceptance,
 the mean of sum(min(p, q)) with the law of all of the *original's* neurons, by itself; and with that of the model's own, in runs of four
 behind K/V of its dense passes ("as a draft"), which is what its rung is worth. By the oracle and by q4, before (original) and after
-(adapted).
+(adapted; neurons above the levels of the calibration that it carries, if it does, and `used` says what share that was).
 
 Speed: greedy, one sequence; time of a token behind the first, median over `--repeat` turns, each density beside plain decoding of the
 same model in turns. `sparse`: the density has the last word (approximate). `ladder`: it drafts for plain, so that the output is
@@ -28,6 +28,7 @@ from rowcast.calibration.text import read_text
 from rowcast.runtime.checkpoint import open_checkpoint
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
+from rowcast.runtime.sparse.artefact import Calibration, beside
 from rowcast.runtime.tokenizer import load_tokenizer
 
 PROMPT = "The history of the town begins with"
@@ -39,10 +40,13 @@ def quality(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     encoder = load_tokenizer(adapted)
     device, _ = choose_device(args.device)
     dtype, _ = choose_dtype(args.dtype, adapted.stored_dtype, device)
+    calibration = Calibration.find(None, adapted.path, adapted.source.fingerprint())
     found = {}
     for path in args.text:
         windows = cut(read_text(path)[0], encoder, args.text_tokens, args.window, path.name)
-        rows = measure(original, adapted, args.density, windows, dtype=DTYPES[dtype], device=device, bits=args.bits)
+        rows = measure(
+            original, adapted, args.density, windows, dtype=DTYPES[dtype], device=device, bits=args.bits, calibration=calibration
+        )
         print(f"{path.name}: {sum(map(len, windows))} tokens, {dtype} on {device}")
         print("\n".join(lines(rows)), flush=True)
         found[path.name] = to_json(rows)
@@ -60,7 +64,8 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         )  # fmt: skip
 
     plain, found = made("plain"), {}
-    rungs = [f"self:mlp={density:g},by=q4" for density in args.density if density < 1]
+    cut = "" if beside(args.adapted) is None else ",cut=threshold"
+    rungs = [f"self:mlp={density:g},by=q4{cut}" for density in args.density if density < 1]
     for rung in [*rungs, *([f"self:bits={args.bits}"] if args.bits else [])]:
         sides = {"sparse": made(rung, "approximate"), "ladder": made(f"{rung} / plain")}
         for llm in (plain, *sides.values()):
@@ -72,7 +77,7 @@ def speed(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             "sparse_bytes_share": median(turn["sparse"][1] / turn["plain"][1] for turn in turns),
             "ladder_tokens_a_round": median(turn["ladder"][2] for turn in turns),
         }
-        print(f"{rung:24}" + "".join(f"  {name} {value:.3f}" for name, value in found[rung].items()), flush=True)
+        print(f"{rung:38}" + "".join(f"  {name} {value:.3f}" for name, value in found[rung].items()), flush=True)
         del sides
     return found
 

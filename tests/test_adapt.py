@@ -25,7 +25,7 @@ from rowcast.calibration import calibrate
 from rowcast.calibration.adapting.adapt import adapt, balanced
 from rowcast.calibration.adapting.divergence import divergence, mean_divergences
 from rowcast.calibration.adapting.mix import Mix
-from rowcast.calibration.adapting.neurons import Neurons, above, top
+from rowcast.calibration.adapting.neurons import Neurons, top
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
 from rowcast.calibration.adapting.streams import Streams
@@ -40,7 +40,7 @@ from rowcast.calibration.recording import OneLayerKV, window_steps
 from rowcast.cli import main
 from rowcast.errors import UserError
 from rowcast.kernels import select
-from rowcast.runtime.banks import BankWeights
+from rowcast.runtime.banks import BankWeights, neuron_order
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.checkpoint.safetensors_header import read_metadata
 from rowcast.runtime.comm import SoloComm
@@ -50,9 +50,11 @@ from rowcast.runtime.forecast import LadderWish, candidates, spec_digest, worklo
 from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.build import build_view
 from rowcast.runtime.sparse.scorers import Oracle
 from rowcast.runtime.sparse.selection import Selector, shards_for
+from rowcast.runtime.spec import ModelSpec
 
 FAMILIES = ("opt", "llama-gqa", "llama-bias", "qwen3", "bloom", "mpt", "falcon-40b")
 SMALL = Settings(
@@ -182,14 +184,50 @@ def test_shards_are_those_of_the_engine(neurons: int) -> None:
     assert (top(scores, 0.2) == wanted).float().mean() > 0.9999  # but for equal scores
 
 
-def test_a_statistical_threshold_keeps_its_share_on_average() -> None:
-    scores = torch.randn(200, 128, generator=torch.Generator().manual_seed(0)).abs() * torch.rand(200, 1).add(0.1)
-    for density in (0.05, 0.2, 0.5):
-        mask = above(scores, density)
-        assert mask.float().mean() == pytest.approx(density, abs=1e-3)
-        assert mask.sum(1).float().std() > 0
-        kept = scores.masked_fill(~mask, torch.inf).amin(1)
-        assert (kept >= scores.masked_fill(mask, -1).amax(1)).all()
+def test_levels_are_found_and_followed(tmp_path: Path) -> None:
+    """One level for all layers, of contributions weighed by sensitivities: as many neurons as wanted on average, not of each layer."""
+    tiny_model("llama-gqa", tmp_path, num_hidden_layers=3, intermediate_size=96)
+    checkpoint = open_checkpoint(str(tmp_path))
+    module, spec = load_module(checkpoint, torch.float32, CPU), spec_from_config(checkpoint.config)
+    draws = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCAB, (8, 24), generator=draws)
+    weights = [(layer + 1) * torch.rand(96, generator=draws).add(0.1) for layer in range(3)]
+    found = Neurons(module, spec, "threshold", sensitivities=weights, densities=(1.0, 0.5, 0.2))
+    found.permute()
+    found.hook()
+    assert found.wanted.tolist() == pytest.approx([0.2, 0.5, 1])
+    found.find_levels(ids)
+    levels = found.levels.clone()
+    assert levels[0] > levels[1] > 0 and levels[2] == -1
+    kept: dict[int, list[Tensor]] = {0: [], 1: [], 2: []}
+    for layer, mlp in enumerate(found.mlps):  # behind the hook that masks
+        mlp.down.register_forward_pre_hook(lambda _, x, layer=layer: kept[layer].append(x[0]))
+    for density, level in ((0.2, levels[0]), (0.5, levels[1])):
+        for seen in kept.values():
+            seen.clear()
+        found.densities = [1.0] + [density] * 7
+        module(input_ids=ids)
+        used = []
+        for layer, mlp in enumerate(found.mlps):
+            back = found_order(spec, layer)
+            (masked,) = kept[layer]
+            scores = masked[1:].abs() * mlp.down.weight.norm(dim=0) * weights[layer][back]
+            assert (scores[masked[1:] != 0] > level).all() and (masked[0] != 0).all()
+            used.append(float((masked[1:] != 0).float().mean()))
+        assert sum(used) / 3 == pytest.approx(density, rel=0.1) and max(used) > 1.3 * min(used)
+    found.follows = True
+    found.levels[0] *= 2
+    for _ in range(30):
+        found.densities = [0.2] * 8
+        module(input_ids=ids)
+        found.follow()
+    assert float(found.levels[0]) == pytest.approx(float(levels[0]), rel=0.1) and torch.equal(found.levels[1:], levels[1:])
+    found.unhook()
+    assert not hasattr(found.mlps[0].down, "sensitivity")
+
+
+def found_order(spec: ModelSpec, layer: int) -> Tensor:
+    return neuron_order(spec, Shard(), layer, seed=0)
 
 
 def test_a_mix_has_both_ends_in_every_sixteen_windows() -> None:

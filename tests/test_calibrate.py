@@ -27,7 +27,7 @@ from rowcast.calibration.moments import Moments
 from rowcast.calibration.progress import CalibrationProgress
 from rowcast.calibration.recording import RecordingWeights
 from rowcast.calibration.stream import Collected, Stream
-from rowcast.calibration.targets import SHOWN, Judge, choose_density
+from rowcast.calibration.targets import SHOWN, Judge, by_level, choose_density
 from rowcast.calibration.text import Windows, read_text, read_windows
 from rowcast.calibration.training import train
 from rowcast.cli import main
@@ -526,14 +526,15 @@ def test_targets_choose_the_density(calibrated: Calibration, model: Path, text: 
     judge = Judge(weights, calibrated, windows, torch.float32, CPU)
 
     def acceptance(density: float) -> float:
-        rung = Rung(kind="self", mlp=density, by="oracle")
+        rung = by_level(calibrated, Rung(kind="self", mlp=density, by="oracle"))
         return judge.quality([rung])[str(rung)]["draft_acceptance"]
 
     assert acceptance(1.0) == pytest.approx(1.0, abs=1e-5)
     density = choose_density(judge, "oracle", accept=0.9, bytes_share=None)
     assert 0 < density < 1 and acceptance(density) >= 0.9 > acceptance(density / 2)
     smaller = choose_density(judge, "q4", accept=None, bytes_share=0.75)
-    shares = [judge.bytes_share(Rung(kind="self", mlp=share, by="q4")) for share in (smaller, smaller + 0.01)]
+    rungs = [by_level(calibrated, Rung(kind="self", mlp=share, by="q4")) for share in (smaller, smaller + 0.01)]
+    shares = [judge.bytes_share(rung) for rung in rungs]
     assert shares[0] <= 0.75 < shares[1]
 
 

@@ -28,7 +28,7 @@ from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.ladder.uses import DraftConfig
 from rowcast.runtime.lowbit_sizes import rounded_bytes
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
-from rowcast.runtime.sparse.sizes import expected_bytes, layer_shares, predictor_bytes
+from rowcast.runtime.sparse.sizes import asking_layers, expected_bytes, layer_shares, predictor_bytes, rung_shares
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 YARN, DRAFT = "NousResearch/Yarn-Llama-2-7b-128k", "JackFram/llama-68m"
@@ -209,6 +209,49 @@ def test_a_layer_that_keeps_all_neurons_has_no_predictor(tmp_path: Path) -> None
     assert predictor_bytes(spec, everywhere, learnt) == predictor_bytes(spec, rung, None)
 
 
+def test_levels_decide_the_layers_shares(tmp_path: Path) -> None:
+    """Of cut=threshold by a scorer that has some; sensitivities are held for layers that choose, and then there are two lengths."""
+    spec, fingerprint = SMALL, {"fingerprint": "0" * 16}
+    tensors = {"densities": np.array([[0.1, 1.0], [1.0, 1.0]], np.float32), "levels.q4": np.array([1.0, 0.0], np.float32)}
+    tensors["levels.densities"] = np.array([[0.9, 0.2], [1.0, 1.0]], np.float32)
+    description = {"format": FORMAT, **fingerprint, "density": 0.55, "densities": [0.55, 1.0], "scorers": {}, "quality": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+
+    def opened() -> Calibration:
+        save_file(tensors, tmp_path / TENSORS, metadata=fingerprint)
+        return Calibration.open(tmp_path, None)
+
+    older, best, above = opened(), *(Rung.parse(f"self:mlp=0.55,by=q4{cut}") for cut in ("", ",cut=threshold"))
+    assert rung_shares(best, 2, older) == rung_shares(replace(above, by="q8"), 2, older) == pytest.approx([0.1, 1.0])
+    assert rung_shares(above, 2, older) == pytest.approx([0.9, 0.2])
+    assert predictor_bytes(spec, above, older) == 2 * predictor_bytes(spec, best, older)
+    assert [asking_layers(spec, rung, older) for rung in (best, above)] == [1, 2]
+    tensors["layers.0.sensitivity"] = np.ones(spec.intermediate_size, np.float32)
+    for rung in (best, above):
+        more = predictor_bytes(spec, rung, opened()) - predictor_bytes(spec, rung, older)
+        assert more == 4 * spec.intermediate_size * asking_layers(spec, rung, older)
+    named = [str(ladder) for ladder in candidates(spec, Wish(context=512, calibration=older))]
+    assert "self:mlp=0.55,by=q4,cut=threshold / plain" in named and "self:mlp=0.55,by=q4 / plain" not in named
+
+
+def test_a_models_own_calibration_is_found(calibration: Calibration, caplog: pytest.LogCaptureFixture) -> None:
+    """In its directory, for any ladder; what cannot be used is told once, and left out."""
+    model = calibration.path.parent
+    config = known_config(DRAFT)
+    assert config is not None
+    (model / "config.json").write_text(json.dumps(config))
+    given = workload(model=str(model), calibration=calibration.path, context=512)
+    assert workload(model=str(model), context=512) == given and given.hotness.origin == "measured"
+    assert workload(model=str(model), ladder="plain", context=512).hotness.origin == "assumed"
+    assert workload(model=f"random:{DRAFT}", context=512).hotness.origin == "assumed" and not caplog.text
+    (calibration.path / DESCRIPTION).write_text("{")
+    for _ in range(2):
+        assert workload(model=str(model), context=512).hotness.origin == "assumed"
+    assert caplog.text.count("the model's own calibration is left out") == 1 and "is damaged" in caplog.text
+    with pytest.raises(UserError, match="dejavu needs a calibration"):
+        workload(model=str(model), ladder="dejavu", context=512)
+
+
 def test_late_keys_and_values() -> None:
     """All heads of a token write them within 16 tokens; below a last rung that writes all, only those that are chosen do."""
     spec = spec_of("facebook/opt-175b")
@@ -332,11 +375,16 @@ def test_a_calibration_tells_what_a_rung_is_worth_as_a_draft(calibration: Calibr
     def at(text: str) -> Acceptance:
         return Acceptances({}, calibration, relu=False).find(Rung.parse(text), Rung.parse("plain"), top=True)
 
+    quality: dict[str, dict[str, float]] = calibration.description["quality"]
     drafts, older = found(acceptance=0.8, draft_acceptance=0.9), found(acceptance=0.8)
     assert drafts.origin == "measured" and drafts.value == 0.9 > drafts.low and drafts.high == pytest.approx(0.95)
     assert (older.value, older.high) == (0.8, 0.8)
     assert "as a draft in runs of four" in drafts.source and "by itself" in older.source
     assert at("self:mlp=0.65,by=q4").origin == "measured" and at("self:mlp=0.65,by=q4").value == pytest.approx((0.87 + 1) / 2)
+    assert at("self:mlp=0.65,by=q4,cut=threshold").origin == "assumed"
+    quality["self:mlp=0.3,by=q4,cut=threshold"] = {"perplexity": 9.4, "acceptance": 0.91}
+    assert [at(f"self:mlp={mlp},by=q4,cut=threshold").value for mlp in (0.3, 0.65)] == pytest.approx([0.91, (0.91 + 1) / 2])
+    assert at("self:mlp=0.65,by=q4").value == pytest.approx((0.87 + 1) / 2)
     for text in (
         "self:mlp=0.2,by=q4",
         "self:mlp=0.65,by=q2",

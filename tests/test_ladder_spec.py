@@ -267,6 +267,19 @@ def test_sparse_presets() -> None:
     assert sparse("auto") == "ngram / plain"
 
 
+def test_sparse_presets_choose_by_levels() -> None:
+    """Of the scorer that runs and for its density; not where candidates are ranked again, nor in what the user writes."""
+    levels = replace(FITTED, levels=("q4", "dejavu"), least=0.3)
+    assert sparse("auto", levels) == "ngram / self:mlp=0.4,by=dejavu,cut=threshold / plain"
+    assert sparse("dejavu", levels) == "self:mlp=0.4,by=dejavu,cut=threshold,heads=0.67 / plain"
+    assert sparse("hire", levels) == "self:mlp=0.4,by=q4,over=1.5,lm=hire / plain"
+    assert sparse("hire", replace(levels, over=1.0)) == "self:mlp=0.4,by=q4,cut=threshold,lm=hire / plain"
+    assert sparse("auto", replace(levels, levels=("q4",))) == "ngram / self:mlp=0.4,by=dejavu / plain"
+    assert sparse("auto", levels, density=0.25) == "ngram / self:mlp=0.25,by=dejavu / plain"
+    assert sparse("auto", levels, density=1.0) == "ngram / self:mlp=1,by=dejavu / plain"
+    assert sparse("self:mlp=0.5 / plain", levels) == "self:mlp=0.5,by=dejavu / plain"
+
+
 @pytest.mark.parametrize(
     ("ladder", "arguments", "said"),
     [

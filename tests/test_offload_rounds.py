@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_offload_llm import away, shares
 from test_offload_weights import Model
+from test_sparse_weights import levelled
 from test_speculation import GREEDY, ids, prompts
 from tiny import tiny_model
 from triton_interpreting import take_arrays_as_bounds
@@ -130,9 +131,12 @@ RESIDENT = {"attention": ("resident",), "LM_head": ("resident",), "KV": ("reside
 
 
 @pytest.mark.parametrize("how", [{"by": "q4"}, {"by": "q2", "over": 2.0}])
-def test_many_tokens(how: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_many_tokens(calibrated: bool, how: dict[str, Any], tmp_path: Path) -> None:
     """More than a union is read of: all neurons pass through the buffer, of which each token has its own."""
     model = Model("llama-bias", tmp_path, "cuda" if ON_GPU else "cpu")
+    if calibrated:
+        how = how | {"calibration": levelled(model, tmp_path)}  # type: ignore[arg-type]
     row, count = 3 * model.spec.hidden_size * 4, model.spec.intermediate_size
     tiers = Tiers(
         attention=dict.fromkeys(range(2), Spans()),
@@ -148,7 +152,7 @@ def test_many_tokens(how: dict[str, Any], tmp_path: Path) -> None:
     hidden, own = bank.hidden(x), selector(x, few=False).own
     assert own is not None
     if selector.reranks:
-        own = selector.rerank(bank.score(hidden).masked_fill_(~own, float("-inf")), None)
+        own = selector.rerank(bank.score(hidden, norms=selector.norms).masked_fill_(~own, float("-inf")), None)
     passes = view._on_device()
     passes._counts.begin()
     torch.testing.assert_close(passes.mlp(0, x, x), bank.out(hidden * own, residual=x), atol=2e-5, rtol=1e-5)

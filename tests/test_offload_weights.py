@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_sparse_ladder import calibrate
+from test_sparse_weights import levelled
 from thread_comm import ThreadComm, run_ranks
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
@@ -43,7 +46,7 @@ from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Piece
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import build, sizes
-from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.weights import SparseWeights
@@ -230,6 +233,35 @@ def test_a_view_puts_no_rows_together_but_those_that_it_rounds(
     view = build.build_view(banks, Rung(kind="self", mlp=0.5, by=by), calibration, OffloadedSparse)
     assert all(view._neurons) and found == 2 * rows
     banks.close()
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("how", ["by=q8,cut=threshold", "by=q2,over=1.5", "by=oracle,cut=threshold"])
+def test_sensitivities_and_levels_hold_wherever_rows_lie(how: str, seed: int | None, tmp_path: Path) -> None:
+    model = Model("llama-bias", tmp_path)
+    found, rung = levelled(model, tmp_path), Rung.parse(f"self:mlp=0.3,{how}")  # type: ignore[arg-type]
+    tiers = everything("rows", 2) if seed is None else mixed(random.Random(seed), 2)
+    tiers = replace(tiers, attention=dict.fromkeys(range(2), Spans()), head=Spans(), embeddings=Spans())
+    row = 3 * model.spec.hidden_size * 4
+    banks: Any = model.placed(
+        tiers, rows_bytes=(90 if seed is None else 20) * row
+    )  # of those that are fetched, all or few have room
+    expected = model.logits(build.build_view(model.banks, rung, found))
+    without = model.logits(build.build_view(model.banks, rung, unsensitive(found, tmp_path)))
+    assert not torch.allclose(expected, without, atol=1e-3)
+    torch.testing.assert_close(
+        model.logits(build.build_view(banks, rung, found, OffloadedSparse)), expected, atol=TOLERANCE, rtol=1e-5
+    )
+    banks.close()
+
+
+def unsensitive(calibration: Calibration, path: Path) -> Calibration:
+    """A copy without sensitivities."""
+    tables = {name: each for name, each in load_file(calibration.path / TENSORS).items() if not name.endswith("sensitivity")}
+    (path / "without").mkdir()
+    save_file(tables, path / "without" / TENSORS, {"fingerprint": calibration.fingerprint})
+    shutil.copy(calibration.path / DESCRIPTION, path / "without" / DESCRIPTION)
+    return Calibration.open(path / "without", None)
 
 
 @pytest.mark.parametrize("full_at", [None, 1, 2])

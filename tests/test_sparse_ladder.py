@@ -525,3 +525,88 @@ def test_a_plan_knows_its_calibration(target: Path, calibration: Path, tmp_path:
     plan = make(target, "auto", calibration=calibration).plan
     assert (plan.ladder, plan.calibration) == (["ngram", "plain"], "")
     assert any(note.startswith("no rung self:mlp=0.6,by=q4: it reads") for note in plan.notes)  # so small are the matrices
+
+
+def add_levels(folder: Path) -> Path:
+    """Sensitivities and levels for the calibration there."""
+    tables, generator = load_file(folder / TENSORS), torch.Generator().manual_seed(40)
+    for name in [name for name in tables if name.endswith(".frequency")]:
+        sensitivity = torch.rand(tables[name].shape, generator=generator) * 4 + 0.2
+        tables[name.replace("frequency", "sensitivity")] = sensitivity
+    tables |= {"levels.q4": torch.tensor([0.1, 0.0]), "levels.dejavu": torch.tensor([50.0, 0.0])}
+    tables["levels.densities"] = tables["densities"].flip(1) * 0.9
+    save_file(tables, folder / TENSORS, {"fingerprint": json.loads((folder / DESCRIPTION).read_text())["fingerprint"]})
+    return folder
+
+
+def test_a_ladder_by_levels(target: Path, plain: dict[str, list[list[int]]], tmp_path: Path) -> None:
+    """As a draft it changes no token, as the last rung each token's set is its own, and the plan counts what it takes."""
+    found = add_levels(calibrate(target, tmp_path))
+    llm = make(target, "dejavu", calibration=found)
+    assert llm.plan.ladder == ["self:mlp=0.6,by=dejavu,cut=threshold,heads=0.67", "plain"]
+    assert ids(llm.generate(prompts(6), SEEDED)) == plain["seeded"]
+    assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=True)
+    for ladder in ("self:mlp=0.4,by=q4,cut=threshold", "self:mlp=0.4,by=q2,over=1.5", "self:mlp=0.5,by=gate", "dejavu"):
+        last = approximate(target, ladder, calibration=found)
+        assert last.plan.rung_weight_bytes == added_bytes(last, banks=False)
+        alone = [last.generate(prompt, SEEDED)[0] for prompt in prompts(6)]
+        assert ids(last.generate(prompts(6), SEEDED)) == ids(alone) != plain["seeded"]
+        shares = [output.metrics.density["self"] for output in alone]
+        assert (len(set(shares)) == 6) == ("threshold" in str(last.plan.ladder)) and all(0.02 < share < 0.98 for share in shares)
+        assert all(output.metrics.rungs["self"].overflows == 0 for output in alone)
+
+
+@pytest.fixture
+def own(target: Path, tmp_path: Path) -> Path:
+    """A model with a calibration in its directory."""
+    model = Path(shutil.copytree(target, tmp_path / "model"))
+    calibrate(model, model / "calibration")
+    return model
+
+
+def test_a_models_own_calibration_is_used_by_itself(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = make(own, "dejavu", calibration=own / "calibration")
+    llm = make(own, "dejavu")
+    assert (llm.plan.ladder, llm.plan.calibration) == (given.plan.ladder, given.plan.calibration) and llm.plan.calibration
+    tokens = ids(llm.generate([[1, 2, 3]], GREEDY))
+    assert tokens == ids(given.generate([[1, 2, 3]], GREEDY))
+    llm.plan.save(tmp_path / "plan")
+    again = LLM(own, plan=tmp_path / "plan", progress=False)
+    assert ids(again.generate([[1, 2, 3]], GREEDY)) == tokens
+    for ladder in ("plain", "ngram"):
+        bare = make(own, ladder).plan
+        assert bare.calibration == "" and LLM(own, plan=bare, progress=False).plan.ladder == bare.ladder
+    other = calibrate(own, tmp_path / "other", seed=1)
+    assert make(own, "dejavu", calibration=other).plan.calibration not in ("", llm.plan.calibration), "what is given comes first"
+    shutil.copytree(other, own / "calibration", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="the model has a calibration of its own, but the plan was made with another calibration"):
+        LLM(own, plan=tmp_path / "plan", progress=False)
+    assert "calibration is left out" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other weights"])
+def test_a_models_own_calibration_that_cannot_be_used(own: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told why; ladders that need one are refused as without."""
+    tables = own / "calibration" / TENSORS
+    if damage == "cut off":
+        tables.write_bytes(tables.read_bytes()[:100])
+    else:
+        description = json.loads((own / "calibration" / DESCRIPTION).read_text())
+        save_file(load_file(tables), tables, {"fingerprint": "0" * 16})
+        (own / "calibration" / DESCRIPTION).write_text(json.dumps(description | {"fingerprint": "0" * 16}))
+    assert make(own, "auto").plan.ladder == ["ngram", "plain"]
+    assert caplog.text.count("the model's own calibration is left out") == 1
+    with pytest.raises(UserError, match="the ladder dejavu needs a calibration"):
+        make(own, "dejavu")
+    with pytest.raises(UserError, match="was made for weights '0000" if damage == "other weights" else TENSORS):
+        make(own, "dejavu", calibration=own / "calibration")
+
+
+def test_levels_stand_for_thresholds(target: Path, tmp_path: Path) -> None:
+    found = add_levels(calibrate(target, tmp_path))
+    tables = {name: each for name, each in load_file(found / TENSORS).items() if not name.endswith(".thresholds")}
+    save_file(tables, found / TENSORS, {"fingerprint": json.loads((found / DESCRIPTION).read_text())["fingerprint"]})
+    assert make(target, "self:mlp=0.4,by=q4,cut=threshold / plain", calibration=found).plan.calibration
+    for rung, said in (("mlp=0.4,by=q8", "no thresholds of q8"), ("mlp=0.2,by=q4", "mlp=0.2 is below 0.3")):
+        with pytest.raises(UserError, match=said):
+            make(target, f"self:{rung},cut=threshold / plain", calibration=found)

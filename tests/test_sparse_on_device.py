@@ -107,6 +107,13 @@ def proxy(bank: FfnBank, **how: Any) -> Proxy:
     return Proxy(few_bits(bank), bank.norms, bank.activation, bank.gate is not None, **how)
 
 
+def sensitive(bank: FfnBank) -> Selector:
+    """By scores and candidates' ranks in which columns count for more than their lengths."""
+    norms = bank.norms * (torch.rand(len(bank.order), generator=torch.Generator().manual_seed(8)) * 4 + 0.2).to(DEVICE)
+    count = len(bank.order)
+    return Selector(replace(proxy(bank), norms=norms), count, keep=round(0.2 * count), over=2.0, norms=norms)
+
+
 def low_rank(bank: FfnBank) -> Proxy:
     generator, rows = torch.Generator().manual_seed(5), len(bank.order) * (1 if bank.gate is None else 2)
     a, b, bias = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((16, bank.up.shape[1]), (rows, 16), (rows,)))
@@ -140,6 +147,7 @@ CUTS = {
     "bits": chooses(proxy),
     "low rank": chooses(low_rank),
     "re-ranked": chooses(proxy, 0.2, over=2.0),
+    "sensitive": sensitive,
     "threshold": above(0.3, None),
     "threshold in a buffer": above(0.3, 45),
     "overflow": above(0.6, 8),
@@ -170,7 +178,9 @@ class Sets:
 
 FEW = {
     ("opt", "bits"),
+    ("opt", "threshold"),
     ("opt", "threshold in a buffer"),
+    ("opt", "sensitive"),
     ("opt", "ahead"),
     ("llama-bias", "low rank"),
     ("llama-bias", "re-ranked"),
@@ -186,13 +196,13 @@ def test_each_token_gets_what_the_host_gives(tmp_path: Path, family: str, cut: s
     model = Model(family, tmp_path)
     sets = Sets(model, CUTS[cut])
     selector = CUTS[cut](sets.bank)
-    for tokens in TOKENS if DEVICE.type == "cuda" else TOKENS[: 3 if cut == "re-ranked" else 2]:
+    for tokens in TOKENS if DEVICE.type == "cuda" else TOKENS[: 3 if selector.reranks else 2]:
         x, before = model.inputs(tokens, tokens), model.inputs(tokens, tokens + 50)
         sets.view.reads(), device_reads(sets.view)
         expected, found = sets.by_host(x, before), sets.on_device(x, before)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         by_host, on_device = sets.view.reads(), device_reads(sets.view)
-        if cut == "re-ranked" and tokens == 1:  # what is not kept is not multiplied on the device
+        if selector.reranks and tokens == 1:  # what is not kept is not multiplied on the device
             by_host.bytes -= (selector.candidates - selector.keep) * sets.bank.out_row_bytes
         assert on_device == by_host
     assert device_reads(sets.view) == Reads()

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from tiny import CASES, VOCAB, tiny_model
 from torch import Tensor
 
+from rowcast.errors import UserError
 from rowcast.kernels import lowbit, native, select
+from rowcast.kernels.rows import ACTIVATIONS
 from rowcast.placement.resident import pass_bytes
 from rowcast.runtime.banks import BankWeights, FfnBank
 from rowcast.runtime.checkpoint.safetensors_file import SafetensorsSource
@@ -45,8 +47,8 @@ FAMILIES = ["opt", "llama-bias", "llama-gqa", "bloom", "mpt", "falcon-7b"]
 class Model:
     """A tiny model of each layout."""
 
-    def __init__(self, name: str, path: Path) -> None:
-        tiny_model(name, path)
+    def __init__(self, name: str, path: Path, **overrides: Any) -> None:
+        tiny_model(name, path, **overrides)
         self.spec: ModelSpec = spec_from_config(json.loads((path / "config.json").read_text()))
         self.source = SafetensorsSource.open(path)
         self.banks = BankWeights(self.spec, self.source, SoloComm(), dtype=torch.float32, device=CPU)
@@ -339,7 +341,7 @@ def test_ranks_of_a_model_add_up_to_one(tmp_path: Path) -> None:
 
 def test_a_layer_that_keeps_all_neurons_beside_others_asks_nobody(any_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = any_model.spec.num_layers
-    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, calibration: [0.5] * (layers - 1) + [1.0])
+    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, *_: [0.5] * (layers - 1) + [1.0])
     rung = Rung(kind="self", mlp=0.75, by="q8")
     made: list[int] = []
 
@@ -361,7 +363,7 @@ def test_a_layer_that_keeps_all_neurons_beside_others_asks_nobody(any_model: Mod
     torch.testing.assert_close(hidden(view), hidden(asked), atol=1e-4, rtol=1e-4)
     banks = BankWeights(any_model.spec, any_model.source, Rank(1), dtype=torch.float32, device=CPU)
     assert [selector is None for selector in build.build_view(banks, rung, None)._neurons] == [False] * (layers - 1) + [True]
-    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, calibration: [1.0] * layers)
+    monkeypatch.setattr(build, "layer_shares", lambda mean, layers, *_: [1.0] * layers)
     assert None not in build.build_view(any_model.banks, rung, None)._neurons
 
 
@@ -432,3 +434,157 @@ def test_recall_rises_with_over_selection(model: Model) -> None:
         assert own is not None
         recalls.append(float((own & best).sum() / best.sum()))
     assert recalls == sorted(recalls) and recalls[0] < 0.95 and recalls[-1] > 0.99
+
+
+def levelled(model: Model, path: Path, **changes: Tensor) -> Calibration:
+    """Random sensitivities, and levels that random inputs' scores exceed in a part of all layers' neurons."""
+    generator, layers, neurons = torch.Generator().manual_seed(20), model.spec.num_layers, model.spec.intermediate_size
+    tables = {f"layers.{i}.sensitivity": torch.rand(neurons, generator=generator) * 4 + 0.2 * (i + 1) for i in range(layers)}
+    x = torch.randn(16, model.spec.hidden_size, generator=generator).to(model.banks.ffn[0].down.device)
+    scores = torch.cat(
+        [exact(bank, tables[f"layers.{i}.sensitivity"], x).flatten() for i, bank in enumerate(model.banks.ffn)]
+    ).cpu()
+    levels = torch.cat([scores.quantile(torch.tensor([0.9, 0.7])), torch.tensor([-math.inf])])
+    tables |= {
+        "levels.oracle": levels,
+        "levels.q8": levels.clone(),
+        "densities": torch.tensor([[0.2], [0.6], [1.0]]).repeat(1, layers),
+    }
+    tables["levels.densities"] = torch.tensor([[0.1], [0.5], [1.0]]).repeat(1, layers)
+    tables |= changes
+    save_file(tables, path / TENSORS, {"fingerprint": "f"})
+    about = {"format": FORMAT, "fingerprint": "f", "density": 1, "densities": [0.2, 0.6, 1], "quality": {}, "scorers": {}}
+    (path / DESCRIPTION).write_text(json.dumps(about))
+    return Calibration.open(path, "f")
+
+
+def exact(bank: FfnBank, sensitivity: Tensor, x: Tensor) -> Tensor:
+    """|activation| x column length x sensitivity, [T, N] in the bank's order."""
+    scores: Tensor = bank.hidden(x).abs() * torch.linalg.vector_norm(bank.down, dim=1) * sensitivity[bank.order].to(x.device)
+    return scores
+
+
+def approximate(bank: FfnBank, sensitivity: Tensor, x: Tensor) -> Tensor:
+    """The same by q8; ReLU's pre-activations take the activations' place."""
+    pre = proxy(bank, 8).pre(x)
+    act = ACTIVATIONS[bank.activation]
+    if bank.gate is not None:
+        gate, up = pre.chunk(2, -1)
+        values = (act(gate) * up).abs()
+    else:
+        values = pre if bank.activation == "relu" else act(pre).abs()
+    scores: Tensor = values * torch.linalg.vector_norm(bank.down, dim=1) * sensitivity[bank.order]
+    return scores
+
+
+SCORES = {"oracle": exact, "q8": approximate}
+
+
+def shards_of(model: Model, rung: Rung, found: Calibration) -> list[SparseWeights]:
+    """Of two ranks."""
+    banks = [BankWeights(model.spec, model.source, Rank(rank), dtype=torch.float32, device=CPU) for rank in (0, 1)]
+    return [build.build_view(each, rung, found) for each in banks]
+
+
+@pytest.mark.parametrize("mlp", [0.2, 0.3464, 0.7, 1.0])
+@pytest.mark.parametrize("by", SCORES)
+def test_a_tokens_neurons_are_those_above_the_level_of_all_layers(model: Model, tmp_path: Path, by: str, mlp: float) -> None:
+    found = levelled(model, tmp_path)
+    high, low = found.tensor(f"levels.{by}")[:2].tolist()
+    level = {0.2: high, 0.3464: high * (low / high) ** (0.1464 / 0.4), 0.7: low * 0.75, 1.0: -math.inf}[mlp]
+    rung = Rung.parse(f"self:mlp={mlp},by={by},cut=threshold")
+    view, counts = build.build_view(model.banks, rung, found), []
+    parts = shards_of(model, rung, found)
+    for layer, bank in enumerate(model.banks.ffn):
+        for tokens in (1, 3, 20):
+            x = torch.randn(tokens, model.spec.hidden_size, generator=torch.Generator().manual_seed(21 + tokens))
+            own = SCORES[by](bank, found.tensor(f"layers.{layer}.sensitivity"), x) > level
+            expected = bank.out(bank.hidden(x) * own)
+            outputs = []
+            for each in (view, *parts):
+                each._generated = [True] * tokens
+                outputs.append(each.mlp(layer, x))
+            torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(outputs[1] + outputs[2], expected, atol=1e-5, rtol=1e-4)
+            used = int(own.sum())
+            reads = view.reads()
+            assert (reads.neurons, reads.overflows) == (used, 0) and sum(part.reads().neurons for part in parts) == used
+            counts.append(used / own.numel())
+    assert mlp == 1.0 or len(set(counts)) > 3
+
+
+def test_a_token_may_have_all_neurons_above_the_level(tmp_path: Path) -> None:
+    """Of a layer that has few of them on average."""
+    model = Model("llama-gqa", tmp_path, intermediate_size=512)
+    found = levelled(model, tmp_path, **{"layers.0.sensitivity": torch.full((512,), 1e6)})
+    view = build.build_view(model.banks, Rung.parse("self:mlp=0.2,by=q8,cut=threshold"), found)
+    for tokens in (1, 2):
+        view._generated = [True] * tokens
+        x = torch.randn(tokens, model.spec.hidden_size, generator=torch.Generator().manual_seed(25))
+        torch.testing.assert_close(view.mlp(0, x), model.banks.mlp(0, x), atol=1e-4, rtol=1e-3)
+        reads = view.reads()
+        assert reads.overflows == 0 and reads.neurons > 0.95 * tokens * 512
+
+
+@pytest.mark.parametrize("by", SCORES)
+def test_sensitivities_count_in_each_tokens_best(model: Model, tmp_path: Path, by: str) -> None:
+    """Alone, which may be one call, in unions, and on two ranks together; over-selection ranks by them again."""
+    bank, keep = model.banks.ffn[1], round(0.3 * model.spec.intermediate_size)
+    shares = {"densities": torch.tensor([[0.3], [0.6], [1.0]]).repeat(1, model.spec.num_layers)}
+    found = levelled(model, tmp_path, **shares)
+    sensitivity = found.tensor("layers.1.sensitivity")
+    differ = 0
+    for tokens in (1, 4, 20):
+        x = torch.randn(tokens, model.spec.hidden_size, generator=torch.Generator().manual_seed(30 + tokens))
+        own = select.top_mask(SCORES[by](bank, sensitivity, x), keep, SHARDS)
+        best = bank.out(bank.hidden(x) * own)
+        differ += int((own != select.top_mask(SCORES[by](bank, torch.ones_like(sensitivity), x), keep, SHARDS)).sum())
+        ranked = bank.out(bank.hidden(x) * select.top_mask(exact(bank, sensitivity, x), keep, SHARDS))
+        for rung, expected in (
+            (f"self:mlp=0.2,by={by}", best),
+            (f"self:mlp=0.2,by={by},over=3", ranked),
+        ):
+            whole, *parts = build.build_view(model.banks, Rung.parse(rung), found), *shards_of(model, Rung.parse(rung), found)
+            outputs = []
+            for view in (whole, *parts):
+                view._generated = [True] * tokens
+                outputs.append(view.mlp(1, x))
+            torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(outputs[1] + outputs[2], expected, atol=1e-5, rtol=1e-4)
+    assert differ > 0
+
+
+def test_common_neurons_and_groups_count_sensitivities(model: Model, tmp_path: Path) -> None:
+    neurons = model.spec.intermediate_size
+    tables = {f"layers.{i}.frequency": torch.rand(neurons) for i in range(model.spec.num_layers)}
+    found, bank = levelled(model, tmp_path, **tables), model.banks.ffn[0]
+    x = torch.randn(3, model.spec.hidden_size, generator=torch.Generator().manual_seed(33))
+    scores = approximate(bank, found.tensor("layers.0.sensitivity"), x)
+    for how in ("common=0.1", "group=4"):
+        selector = build.build_view(model.banks, Rung.parse(f"self:mlp=0.2,by=q8,{how}"), found)._neurons[0]
+        assert selector is not None
+        torch.testing.assert_close(selector.scorer(x).values, scores, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "said"),
+    [
+        ("layers.0.sensitivity", torch.ones(3), r"has the shape \[3\]"),
+        ("layers.0.sensitivity", 0.0, "is not finite and above 0"),
+        ("layers.0.sensitivity", math.inf, "is not finite and above 0"),
+        ("layers.0.sensitivity", math.nan, "is not finite and above 0"),
+        ("levels.q8", torch.ones(2), r"has the shape \[2\]"),
+        ("levels.q8", torch.tensor([1.0, math.nan, 0.0]), "does not fall, or is not finite"),
+        ("levels.q8", torch.tensor([1.0, 2.0, 0.0]), "does not fall, or is not finite"),
+        ("levels.densities", torch.ones(3, 1), r"has the shape \[3, 1\]"),
+        ("levels.densities", -1.0, "are not shares from 0 to 1"),
+    ],
+)
+def test_bad_sensitivities_and_levels_are_one_sentence(tmp_path: Path, name: str, table: Tensor | float, said: str) -> None:
+    model = Model("llama-gqa", tmp_path)
+    if isinstance(table, float):
+        bad, table = table, levelled(model, tmp_path).tensor(name).clone()
+        table.flatten()[1] = bad
+    with pytest.raises(UserError, match=f"{name} of the calibration .* {said}.*run rowcast calibrate again") as error:
+        build.build_view(model.banks, Rung.parse("self:mlp=0.3,by=q8,cut=threshold"), levelled(model, tmp_path, **{name: table}))
+    assert "\n" not in str(error.value)

@@ -34,6 +34,7 @@ from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.outputs import RequestStats
 from rowcast.runtime.planning import Target, Wish, make_plan
 from rowcast.runtime.request import Request
+from rowcast.runtime.sparse.artefact import beside
 from rowcast.runtime.step import PREFILL, RungCounts
 from rowcast.runtime.tokenizer import load_tokenizer
 
@@ -305,7 +306,8 @@ def _check(settings: Settings, checkpoint: Checkpoint, ladders: Sequence[str], c
         tokenizer = load_tokenizer(checkpoint)
     elif draft is not None and draft != "ngram":
         drafts[draft] = open_shape(draft)
-    fingerprint = "" if settings.calibration is None else checkpoint.source.fingerprint()
+    reads = settings.calibration is not None or beside(checkpoint.path) is not None
+    fingerprint = checkpoint.source.fingerprint() if reads else ""
     for ladder in ladders:
         make_plan(Target(checkpoint, spec, fingerprint, tokenizer), _wish(settings, ladder, context), drafts)
 

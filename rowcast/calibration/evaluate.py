@@ -28,6 +28,7 @@ from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse.attention import HeadObserver
 from rowcast.runtime.sparse.heads import contributions, top_heads
+from rowcast.runtime.sparse.scorers import Oracle, Proxy
 from rowcast.runtime.sparse.selection import Selector, shards_for
 from rowcast.runtime.sparse.weights import Observer, SparseWeights
 from rowcast.runtime.step import SeqStep
@@ -232,7 +233,8 @@ def _one_by_one(ids: Sequence[int], prompt: int) -> Iterator[SeqStep]:
 def _neurons_into(sets: Sets, banks: BankWeights) -> Observer:
     def observe(layer: int, selector: Selector, hidden: Tensor, own: Tensor) -> None:
         # hidden, own [T, N], the first token's set being all neurons
-        score = banks.ffn[layer].score(hidden[1:])
+        scorer = selector.scorer
+        score = banks.ffn[layer].score(hidden[1:], norms=scorer.norms if isinstance(scorer, (Oracle, Proxy)) else None)
         sets.add(layer, own[1:], select.top_mask(score, selector.keep, shards_for(score.shape[1])), score)
 
     return observe

@@ -25,13 +25,13 @@ class Mlp:
     down: Tensor
     """[N, D]."""
     norms: Tensor
-    """[N]: lengths of the rows of `down`."""
+    """[N]: lengths of the rows of `down`, times the neurons' sensitivities where these are known."""
     activation: Activation
     gated: bool
 
     @classmethod
-    def of(cls, bank: FfnBank) -> Mlp:
-        """A copy of a bank's rows."""
+    def of(cls, bank: FfnBank, sensitivity: Tensor | None = None) -> Mlp:
+        """A copy of a bank's rows. `sensitivity` [N], in the checkpoint's order."""
         back = bank.order.argsort().to(bank.norms.device)
         tables = [bank.up] if bank.gate is None else [bank.gate, bank.up]
         biases = [bank.up_bias] if bank.gate is None else [bank.gate_bias, bank.up_bias]
@@ -40,7 +40,7 @@ class Mlp:
             torch.cat([table[back].float() for table in tables]),
             torch.cat([zero if bias is None else bias[back].float() for bias in biases]),
             bank.down[back].float(),
-            bank.norms[back],
+            bank.norms[back] if sensitivity is None else bank.norms[back] * sensitivity.to(bank.norms.device),
             bank.activation,
             bank.gate is not None,
         )

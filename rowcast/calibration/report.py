@@ -42,6 +42,7 @@ def report(description: Mapping[str, Any]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(origin)}</p>",
+        f"<p>{escape(_scores(description))}</p>",
         "<h2>Perplexity and acceptance on held-out text</h2>",
         _quality_plot(description["quality"]),
         _quality_table(description["quality"]),
@@ -69,12 +70,24 @@ def _judged(description: Mapping[str, Any]) -> float:
     return float(min(description["judged"], key=lambda value: abs(value - description["density"])))
 
 
+def _scores(description: Mapping[str, Any]) -> str:
+    found = description["sensitivity"]
+    if found["tokens"]:
+        return (
+            "A neuron's score is the length of what it adds times its sensitivity, how much the law of the next token changes by it, "
+            f"found on {found['tokens']:,} tokens. cut=threshold uses the neurons above one score in all layers."
+        )
+    why = f": {found['missing']}" if "missing" in found else ""
+    return f"A neuron's score is the length of what it adds; sensitivities were not found{why}."
+
+
 def _quality_plot(quality: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each scorer alone, without sparse heads or LM head."""
+    """A line for each scorer and cut alone, without sparse heads or LM head."""
     points: dict[str, list[tuple[float, float]]] = {}
     for text, figures in quality.items():
-        if text != DENSE and (rung := Rung.parse(text)) == Rung(kind="self", mlp=rung.mlp, by=rung.by):
-            points.setdefault(str(rung.by), []).append((figures["bytes"], figures["perplexity"]))
+        if text != DENSE and (rung := Rung.parse(text)) == Rung(kind="self", mlp=rung.mlp, by=rung.by, cut=rung.cut):
+            name = f"{rung.by} {rung.cut}" if rung.cut != "top" else str(rung.by)
+            points.setdefault(name, []).append((figures["bytes"], figures["perplexity"]))
     lines: dict[str, Line] = {by: ([x for x, _ in sorted(line)], [y for _, y in sorted(line)]) for by, line in points.items()}
     shares, dense = [figures["bytes"] for figures in quality.values()], quality[DENSE]["perplexity"]
     lines[DENSE] = [min(shares), max(shares)], [dense, dense]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from rowcast.calibration.densities import water_fill
 from rowcast.calibration.fitting import DENSITIES, JUDGED, Wish, default_rank, fit_layer
+from rowcast.calibration.learning.module import load_module
+from rowcast.calibration.levels import LEVELLED, find_levels
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
 from rowcast.calibration.progress import CalibrationProgress
 from rowcast.calibration.recording import RecordingWeights
 from rowcast.calibration.report import report
+from rowcast.calibration.sensitivity import needed_bytes, sensitivities
 from rowcast.calibration.state import State
 from rowcast.calibration.stream import BATCH_TOKENS, FIT_BYTES, Stream
 from rowcast.calibration.targets import Judge, choose_density, shown_rungs
@@ -34,6 +38,8 @@ from rowcast.runtime.sparse.checks import DIRECTIONS, check_scorer, needs_calibr
 from rowcast.runtime.sparse.lm_head import TOP, CertifiedHead, directions
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 from rowcast.runtime.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 HEAD_DIRECTIONS = 64
 HEAD_TOKENS = 64
@@ -63,6 +69,8 @@ class Settings:
     """Of low-rank scorers; None: half of the hidden size, a quarter within 128..256 for ReLU models."""
     train_steps: int = 32
     """Gradient steps of each predictor; 0: the closed-form fit stands."""
+    sensitivity_tokens: int = 8192
+    """Tokens of the text that neurons' sensitivities are found on; 0: none, scores are contributions' lengths."""
     measured_tokens: int = 2048
     """Held-out tokens that perplexity and acceptance are measured on, and as many others that densities are chosen by."""
     seed: int = 0
@@ -86,6 +94,7 @@ class Settings:
         for name, count, least in (
             ("rank", self.rank, 1),
             ("train-steps", self.train_steps, 0),
+            ("sensitivity-tokens", self.sensitivity_tokens, 0),
             ("measure", self.measured_tokens, 1),
             ("seed", self.seed, 0),
         ):
@@ -147,6 +156,7 @@ class _Job:
     weights: RecordingWeights = field(init=False)
 
     def run(self, output: Path, fingerprint: str, begun_with: dict[str, Any], show: bool | None) -> Calibration:
+        sensitivity, found = self._sensitivity(show)
         total = parameter_count(self.spec) * self.dtype.itemsize
         with LoadProgress(self.checkpoint.path.name, total, show) as bar:
             self.weights = RecordingWeights(
@@ -154,9 +164,9 @@ class _Job:
             )
         stream = Stream(self.weights, self.windows, self.device, self.dtype, self.settings.seed)
         with CalibrationProgress(stream.tokens * self.spec.num_layers, show) as bar:
-            self._layers(stream, bar)
+            self._layers(stream, bar, sensitivity)
             bar.say("LM head")
-            tensors = {DIRECTIONS: self._head_directions(stream)}
+            tensors = {DIRECTIONS: self._head_directions(stream), **sensitivity}
             figures = [self.state.figures(layer) for layer in range(self.spec.num_layers)]
             lost = [layer["lost"] for layer in figures]
             layer_densities = [water_fill(DENSITIES, lost, mean) for mean in DENSITIES]
@@ -177,6 +187,7 @@ class _Job:
                 "scorers": _scorers(figures),
                 "layers": figures,
                 "quality": {},
+                "sensitivity": found,
                 **self._head_share(stream, tensors[DIRECTIONS]),
             }
             bar.say("quality")
@@ -184,11 +195,17 @@ class _Job:
             alone = len(self.windows.held) == 1
             description["held_out"] = {"choosing": len(choosing), "reporting": len(reporting), "disjoint": not alone}
             learnt = self._draft(tensors, description)
-            filled, alike = self._judge(learnt, choosing).layerwise(description["density"])
+            if sensitivity:
+                tensors |= self._levels(learnt, choosing, bar)
+                learnt = self._draft(tensors, description)
+                bar.say("quality")
+            same = [[mean] * self.spec.num_layers for mean in DENSITIES]
+            other = self._draft({"densities": torch.tensor(same), **sensitivity}, description, "alike")
+            filled, alike = self._judge(learnt, choosing).layerwise(description["density"], other)
             description["layerwise"] = {"filled": filled, "alike": alike}
             if filled <= alike:
-                description["layer_densities"] = [[mean] * self.spec.num_layers for mean in DENSITIES]
-                tensors["densities"] = torch.tensor(description["layer_densities"])
+                description["layer_densities"] = same
+                tensors["densities"] = torch.tensor(same)
                 learnt = self._draft(tensors, description)
             accept, share = self.settings.accept, self.settings.bytes_share
             if accept is not None or share is not None:
@@ -199,14 +216,62 @@ class _Job:
         self.state.publish(output, description, report(description))
         return Calibration.open(output, fingerprint)
 
-    def _layers(self, stream: Stream, bar: CalibrationProgress) -> None:
+    def _sensitivity(self, show: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, none where the model's cannot be had here, and what the description says of it.
+
+        The whole model is in memory as a module of Transformers', before the engine's weights are.
+        """
+        before = self.state.sensitivity()
+        if before is not None:
+            return before
+        tensors: dict[str, Tensor] = {}
+        found: dict[str, Any] = {"tokens": 0}
+        if self.settings.sensitivity_tokens:
+            windows = self.windows.fit
+            windows = spread(windows, min(len(windows), -(-self.settings.sensitivity_tokens // windows.shape[1])))
+            try:
+                tensors = self._sensitivities(windows, show)
+                found = {"tokens": windows.numel()}
+            except (UserError, OutOfMemoryError, torch.OutOfMemoryError) as error:
+                found["missing"] = str(error).partition("\n")[0]
+                log.warning("no sensitivities, neurons are chosen by the length of what they add: %s", found["missing"])
+        self.state.save_sensitivity(tensors, found)
+        return tensors, found
+
+    def _sensitivities(self, windows: Tensor, show: bool | None) -> dict[str, Tensor]:
+        needed = needed_bytes(self.spec, self.dtype, windows.shape[1])
+        free = devices.available_bytes(self.device)
+        if needed > free:
+            raise OutOfMemoryError(
+                f"finding them takes about {format_bytes(needed)} on {self.device}, {format_bytes(free)} are free"
+            )
+        module = load_module(self.checkpoint, self.dtype, self.device)
+        with CalibrationProgress(windows.numel(), show) as bar:
+            bar.say("sensitivities")
+            by_layer = sensitivities(
+                module, self.spec, windows, device=self.device, seed=self.settings.seed, begins=len(self.windows.begins),
+                advance=bar.advance,
+            )  # fmt: skip
+        return {f"layers.{layer}.sensitivity": tensor for layer, tensor in enumerate(by_layer)}
+
+    def _levels(self, learnt: Calibration, windows: Tensor, bar: CalibrationProgress) -> dict[str, Tensor]:
+        tensors = {}
+        for by in LEVELLED:
+            bar.say(f"levels of {by}")
+            found = find_levels(self.weights, learnt, by, windows, dtype=self.dtype, device=self.device)
+            tensors[f"levels.{by}"] = found.scores
+            if by == "oracle":
+                tensors["levels.densities"] = found.shares
+        return tensors
+
+    def _layers(self, stream: Stream, bar: CalibrationProgress, sensitivity: Mapping[str, Tensor]) -> None:
         spec, state = self.spec, self.state
         bar.advance(stream.tokens * state.layers_done)
         for layer in range(state.layers_done, spec.num_layers):
             bar.say(f"layer {layer + 1} of {spec.num_layers}")
             collected = stream.run(layer, self._residual(stream, layer), self._residual(stream, layer + 1), bar.advance)
             before = {name: tensor.to(self.device) for name, tensor in state.carried(layer - 1).items()} if layer else None
-            mlp = Mlp.of(self.weights.ffn[layer])
+            mlp = Mlp.of(self.weights.ffn[layer], sensitivity.get(f"layers.{layer}.sensitivity"))
             result = fit_layer(mlp, collected.moments, collected.rows, before, self._wish(mlp, layer))
             carried = {"fit": collected.rows.fit.mlp, "held": collected.rows.held.mlp}
             state.save(layer, result.tensors, result.figures, {name: tensor.cpu() for name, tensor in carried.items()})
@@ -250,8 +315,8 @@ class _Job:
         some = spread(held, min(len(held), 2 * count))
         return (some, some) if len(some) == 1 else (some[::2], some[1::2])
 
-    def _draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Calibration:
-        return Calibration.open(self.state.draft(tensors, description), description["fingerprint"])
+    def _draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any], beside: str = "") -> Calibration:
+        return Calibration.open(self.state.draft(tensors, description, beside), description["fingerprint"])
 
     def _judge(self, calibration: Calibration, windows: Tensor) -> Judge:
         return Judge(self.weights, calibration, windows, self.dtype, self.device)

@@ -32,7 +32,9 @@ from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS
 
 DRAFT, REPORT = "draft", "report.html"
 OURS = {CALIBRATION_STATE, TENSORS, DESCRIPTION, REPORT, "calibration.part", "report.part"}
-OURS_IN_STATE = re.compile(rf"(settings|residual-[01]|carried-[01]|layer-\d+)\.(json|bin|safetensors|part)|{DRAFT}|{REMOVED}")
+OURS_IN_STATE = re.compile(
+    rf"(settings|residual-[01]|carried-[01]|layer-\d+|sensitivity)\.(json|bin|safetensors|part)|{DRAFT}|{REMOVED}"
+)
 BEGUN = {"settings.part"}
 """What may be in a state before it says whose it is."""
 
@@ -102,10 +104,20 @@ class State:
         found: dict[str, Any] = json.loads(self._layer(layer).with_suffix(".json").read_bytes())
         return found
 
-    def draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
-        """A calibration to measure with, in a folder of its own."""
-        folder = self._folder / DRAFT
-        folder.mkdir(exist_ok=True)
+    def save_sensitivity(self, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+        """By their full names; none where the model has none, and why in `figures`."""
+        _save(self._sensitivity, tensors, figures)
+
+    def sensitivity(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_sensitivity` has left."""
+        if not self._sensitivity.exists():
+            return None
+        return _load(self._sensitivity), json.loads(self._sensitivity.with_suffix(".json").read_bytes())
+
+    def draft(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any], beside: str = "") -> Path:
+        """A calibration to measure with, in a folder of its own; with a name `beside` the one to publish."""
+        folder = self._folder / DRAFT / beside
+        folder.mkdir(parents=True, exist_ok=True)
         _save(folder / TENSORS, tensors, metadata={"fingerprint": description["fingerprint"]})
         _replace(folder / DESCRIPTION, json.dumps(description).encode())
         return folder
@@ -121,6 +133,10 @@ class State:
     def remove(self) -> None:
         with suppress(OSError):
             remove_work(self._folder)
+
+    @property
+    def _sensitivity(self) -> Path:
+        return self._folder / "sensitivity.safetensors"
 
     def _layer(self, layer: int) -> Path:
         return self._folder / f"layer-{layer}.safetensors"

@@ -66,12 +66,13 @@ class Judge:
         check_rung(rung, self.banks.spec, self.calibration)
         return self._drafts({"it": build_view(self.banks, rung, self.calibration)})["it"].acceptance
 
-    def layerwise(self, density: float) -> tuple[float, float]:
-        """The oracle's acceptance with the calibration's densities by layer, and with the same density in all layers."""
+    def layerwise(self, density: float, other: Calibration) -> tuple[float, float]:
+        """The oracle's acceptance with the calibration's densities by layer, and with another's."""
         rung = Rung(kind="self", mlp=density, by="oracle")
-        views = {"filled": build_view(self.banks, rung, self.calibration), "alike": build_view(self.banks, rung, None)}
-        _, laws = self._laws(views)
-        return laws["filled"].acceptance, laws["alike"].acceptance
+        _, laws = self._laws(
+            {"own": build_view(self.banks, rung, self.calibration), "other": build_view(self.banks, rung, other)}
+        )
+        return laws["own"].acceptance, laws["other"].acceptance
 
     def _laws(self, views: Mapping[str, WeightView]) -> tuple[Laws, dict[str, Laws]]:
         return laws_of(self.banks, views, self.windows.tolist(), device=self.device, dtype=self.dtype)
@@ -94,7 +95,7 @@ def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_
     low, high = 0, round(1 / STEP)  # of the acceptance: what is too low, and what is enough
     while high - low > 1:
         middle = (low + high) // 2
-        rung = Rung(kind="self", mlp=middle * STEP, by=by)
+        rung = by_level(judge.calibration, Rung(kind="self", mlp=middle * STEP, by=by))
         if accept is not None:
             enough = judge.draft_acceptance(rung) >= accept
         else:
@@ -104,13 +105,22 @@ def choose_density(judge: Judge, by: ScorerName, *, accept: float | None, bytes_
     return round((high if accept is not None else max(1, low)) * STEP, 4)
 
 
+def by_level(calibration: Calibration, rung: Rung) -> Rung:
+    """`rung`, with the neurons above one level for all layers where the calibration has levels of its scorer and density."""
+    assert rung.mlp is not None
+    has = f"levels.{rung.by}" in calibration and calibration.densities[0] <= rung.mlp < 1
+    return replace(rung, cut="threshold") if has else rung
+
+
 def shown_rungs(judge: Judge) -> list[Rung]:
-    """Some scorers at some densities and at the calibration's, and what the presets make of the calibration.
+    """Some scorers at some densities and at the calibration's, each token's best and those above a level, and what the presets make of
+    the calibration.
 
     The LM head is whole where its rows are held in a library's layout only.
     """
     density: float = judge.calibration.description["density"]
-    rungs = [Rung(kind="self", mlp=share, by=by) for by in SHOWN_BY for share in sorted({*SHOWN, density})]
+    tops = [Rung(kind="self", mlp=share, by=by) for by in SHOWN_BY for share in sorted({*SHOWN, density})]
+    rungs = list(dict.fromkeys(rung for top in tops for rung in (top, by_level(judge.calibration, top))))
     here = Circumstances(
         max_context=judge.banks.spec.max_context,
         kv_bytes_per_token=0,

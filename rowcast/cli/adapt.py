@@ -21,10 +21,10 @@ def adapt(
         Literal["top", "threshold", "relu"],
         typer.Option(
             "--choice",
-            help="top: as many neurons for every token. threshold: above the token's mean and so many deviations, as many on average. "
-            "relu: as top, with ReLU as activation.",
+            help="threshold: those that matter more than one level for all layers and tokens, as many on average. top: as many "
+            "for every token and layer. relu: as top, with ReLU as activation.",
         ),
-    ] = "top",
+    ] = "threshold",
     bits: Annotated[
         int | None, typer.Option("--bits", help="Also train for the rung self:bits=, 4 or 8: weights rounded as it rounds them.")
     ] = None,
@@ -90,10 +90,11 @@ def adapt(
         stream_weight=stream_weight, written_tokens=written, prompt_tokens=prompt_tokens, text_share=text_share, judged_tokens=judged,
         looks=looks, seed=seed,
     )  # fmt: skip
+    cut = ",cut=threshold" if choice == "threshold" else ""
     how = How(dtype, device, part_minutes, save_seconds, restart, captured=captured)
     learning.report(
         lambda: run(model, text, output, settings, how, held_out=held_out or (), compiled=compiled), _lines, output,
-        lambda adapted: f'-m {adapted} --ladder "self:mlp={density:g} / plain"', as_json=as_json, left_out=("settings", "looks"),
+        lambda adapted: f'-m {adapted} --ladder "self:mlp={density:g}{cut} / plain"', as_json=as_json, left_out=("settings", "looks"),
     )  # fmt: skip
 
 

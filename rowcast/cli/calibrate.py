@@ -36,6 +36,9 @@ def calibrate(
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Of the low-rank predictors.")] = None,
     train_steps: Annotated[int, typer.Option("--train-steps", help="Gradient steps of each predictor; 0: closed form.")] = 32,
+    sensitivity_tokens: Annotated[
+        int, typer.Option("--sensitivity-tokens", help="Tokens to find on how much outputs depend on each neuron; 0: none.")
+    ] = 8192,
     measured_tokens: Annotated[int, typer.Option("--measure", help="Held-out tokens that quality is measured on.")] = 2048,
     seed: Annotated[int, typer.Option("--seed", help="Of samples and training.")] = 0,
     dtype: options.DType = "auto",
@@ -51,7 +54,8 @@ def calibrate(
 
     settings = Settings(
         tokens=tokens, window=window, recall=recall, accept=accept, bytes_share=bytes_share, by=by, rank=rank,
-        train_steps=train_steps, measured_tokens=measured_tokens, seed=seed,
+        train_steps=train_steps, sensitivity_tokens=sensitivity_tokens, measured_tokens=measured_tokens,
+        seed=seed,
     )  # fmt: skip
     found = run(model, text, output, settings, dtype=dtype, device=device, restart=restart).description
     if not as_json:

@@ -190,7 +190,7 @@ def _worst(value: float) -> float:
 
 def _calibrated(rung: Rung, calibration: Calibration) -> tuple[float, float, str] | None:
     """As a draft, by itself (the same in older calibrations, which told nothing else), and how it was found: measured, or on a straight
-    line between the densities of the same scorer that were."""
+    line between the densities of the same scorer and cut that were."""
     quality = calibration.description.get("quality", {})
 
     def both(figures: Mapping[str, float]) -> tuple[float, float]:
@@ -199,12 +199,12 @@ def _calibrated(rung: Rung, calibration: Calibration) -> tuple[float, float, str
     how = "as a draft in runs of four" if all("draft_acceptance" in each for each in quality.values()) else "by itself"
     if (found := quality.get(str(rung))) is not None:
         return (*both(found), how)
-    if rung.mlp is None or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
+    if rung.mlp is None or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by, cut=rung.cut):
         return None
     points = {1.0: (1.0, 1.0)}
     for text, figures in quality.items():
         other = None if text == "dense" else Ladder.parse(text).rungs[0]
-        if other is not None and other.mlp is not None and other == Rung(kind="self", mlp=other.mlp, by=rung.by):
+        if other is not None and other.mlp is not None and other == Rung(kind="self", mlp=other.mlp, by=rung.by, cut=rung.cut):
             points[other.mlp] = both(figures)
     if len(points) == 1 or rung.mlp < min(points):
         return None

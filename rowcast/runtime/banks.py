@@ -87,9 +87,11 @@ class FfnBank:
         up = product(self.up, x, self.up_bias, ids)
         return act(up) if self.gate is None else act(product(self.gate, x, self.gate_bias, ids)) * up
 
-    def score(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Length of what each activation [T, C] adds to the output, [T, C] float32."""
-        return hidden.float().abs().mul_(self.norms if ids is None else self.norms[ids])
+    def score(self, hidden: Tensor, ids: Tensor | None = None, norms: Tensor | None = None) -> Tensor:
+        """Length of what each activation [T, C] adds to the output, [T, C] float32. `norms` [N]: what columns count for; None: their
+        lengths."""
+        norms = self.norms if norms is None else norms
+        return hidden.float().abs().mul_(norms if ids is None else norms[ids])
 
     def out(self, hidden: Tensor, ids: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Their part of the output, plus a residual [T, D]: hidden [T, C] -> [T, D].

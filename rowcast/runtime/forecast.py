@@ -22,7 +22,7 @@ from rowcast.runtime.checkpoint.shipped import place_of
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.hotness import hotness
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
-from rowcast.runtime.ladder.presets import AUTO_KV, DENSITY, OVER, Circumstances, kv_for, resolve
+from rowcast.runtime.ladder.presets import AUTO_KV, DENSITY, OVER, Circumstances, kv_for, resolve, sparse_rung
 from rowcast.runtime.ladder.spec import PRESETS, Ladder, Place, Rung
 from rowcast.runtime.ladder.uses import DraftConfig, plain_work_bytes
 from rowcast.runtime.ladder.uses import gamma_grid as gamma_grid
@@ -52,6 +52,8 @@ class LadderWish:
     density: float | None = None
     mode: str = "exact"
     calibration: Calibration | None = None
+    calibration_given: bool = True
+    """Or it is the model's own, which nothing has to read."""
     context: int = CONTEXT
     width: int = 2
     """Bytes of an element of weights and KV."""
@@ -92,6 +94,11 @@ def open_model(model: str) -> tuple[ModelSpec, str, PackedForms | None]:
             f"{path.parent} has no config.json, which says what model it is; give a directory that has one, or a GGUF file"
         )
     return _of_config(find_config(model), model)
+
+
+def calibration_of(model: str, given: str | Path | None, fingerprint: str | None = None) -> Calibration | None:
+    """As `Calibration.find`, of a model as `open_model` takes it: of random weights there is none but one that was given."""
+    return Calibration.find(given, model if model.startswith(RANDOM) else place_of(model), fingerprint)
 
 
 def check_packed(ladder: Ladder) -> None:
@@ -146,7 +153,7 @@ def candidates(spec: ModelSpec, wish: LadderWish) -> list[Ladder]:
         found = [asked]
     for ladder in found:
         check_views(ladder, wish.context)
-        check_sparse(ladder, spec, calibration, wish.ladder == "auto")
+        check_sparse(ladder, spec, calibration, wish.ladder == "auto" or not wish.calibration_given)
         if wish.packed is not None:
             check_packed(ladder)
     return list(dict.fromkeys(found))
@@ -187,7 +194,7 @@ def workload(
         raise UserError(f"hit_rate={rate} is not a share: give a number from 0 to 1")
     width = _width(dtype)
     packed = None if forms is None else forms.sizes(spec, width)
-    learnt = None if calibration is None else Calibration.open(calibration, fingerprint)
+    learnt = calibration_of(model, calibration, fingerprint)
     wish = LadderWish(
         ladder=ladder,
         draft=draft,
@@ -195,6 +202,7 @@ def workload(
         density=density,
         mode=mode,
         calibration=learnt,
+        calibration_given=calibration is not None,
         context=context,
         width=width,
         packed=packed,
@@ -288,7 +296,7 @@ def _auto(wish: LadderWish, here: Circumstances) -> list[str | Ladder]:
     density = wish.density if wish.density is not None else known
     if density is None and (calibrated is not None or wish.mode == "approximate"):
         density = DENSITY
-    light = [] if density is None or wish.packed is not None else [Rung(kind="self", mlp=density)]
+    light = [] if density is None or wish.packed is not None else [sparse_rung(density, calibrated, [])]
     if wish.packed is None or wish.mode == "approximate":
         light += [Rung(kind="self", bits=8), Rung(kind="self", bits=4)]
     found: list[tuple[Rung, ...]] = []

@@ -30,7 +30,7 @@ from rowcast.placement.resident import (
 )
 from rowcast.placement.units import parse_bytes
 from rowcast.placement.workload import Workload
-from rowcast.runtime.forecast import open_model, open_spec, spec_digest, workload
+from rowcast.runtime.forecast import calibration_of, open_model, open_spec, spec_digest, workload
 from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.packed_choice import with_weights
@@ -133,7 +133,7 @@ def plan_for(
             forms=forms,
         )
         notes = [chosen.told, number_reason, *([why] if why else [])]
-        return _plan(work, chosen, number, calibration, tensor_parallel, groups, forms, notes)
+        return _plan(work, chosen, number, calibration_of(model, calibration), tensor_parallel, groups, forms, notes)
 
     return with_weights(weights, forms, on_gpu, planned, lambda plan: plan)
 
@@ -142,7 +142,7 @@ def _plan(
     work: Workload,
     chosen: Chosen,
     number: str,
-    calibration: str | Path | None,
+    known: Calibration | None,
     tensor_parallel: int | None,
     groups: int,
     forms: PackedForms | None,
@@ -154,7 +154,6 @@ def _plan(
     if chosen.here:
         rate = chosen.machine.cards[0].memory_rate if on_gpu else chosen.machine.nodes[0].host.memory_rate
         learnt = corrections.remembered(digest, number, "cuda" if on_gpu else "cpu", rate.origin)
-    known = None if calibration is None else Calibration.open(calibration, None)
     notes = [*notes, *work_notes(work)]
     for held_back in _HELD_BACK:
         machine = chosen.machine.with_changes(gpu_memory_bytes=-held_back)

@@ -144,7 +144,9 @@ def _make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint], for
     check_kv_budget(wish.kv_budget)
     check_density(wish.density)
     packed = None if forms is None else forms.sizes(spec, width, world)
-    calibration = None if wish.calibration is None else Calibration.open(wish.calibration, target.fingerprint)
+    calibration = Calibration.find(wish.calibration, target.checkpoint.path, target.fingerprint)
+    if forms is not None and wish.calibration is None and wish.ladder == "auto":
+        calibration = None  # no rows are chosen of packed weights: the model's own asks for no other
     max_context = min(wish.max_model_len or spec.max_context, spec.max_context)
     here = Circumstances(
         max_context=max_context,
@@ -157,7 +159,7 @@ def _make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint], for
         wish.ladder, here, mode=wish.mode, draft=wish.draft, kv_budget=wish.kv_budget, density=wish.density
     )
     check_views(ladder, max_context)
-    check_sparse(ladder, spec, calibration, adaptive)
+    check_sparse(ladder, spec, calibration, adaptive or wish.calibration is None)
     if forms is not None:
         check_packed(ladder)
     drafts = open_drafts(ladder, spec, target.tokenizer, opened)
@@ -252,6 +254,7 @@ def _offloaded(
         mode=wish.mode,
         verification=wish.verification,
         calibration=calibration,
+        calibration_given=wish.calibration is not None,
         dtype=dtype,
         device=str(device) if wish.tensor_parallel_size == 1 else device.type,
         stand_in=stand_in,
@@ -326,14 +329,15 @@ def _planned(
 
 
 def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str | None) -> Calibration | None:
-    """What the plan was made with. Raises UserError where it is missing or another one was given."""
-    calibration = None if path is None else Calibration.open(path, target.fingerprint)
+    """What the plan was made with: given, or the model's own. Raises UserError where it is missing or another one was given."""
+    calibration = Calibration.find(path, target.checkpoint.path, target.fingerprint) if path or plan.calibration else None
     if plan.calibration and calibration is None:
         raise UserError("the plan was made with a calibration: give calibration=DIR, or make the plan again without one")
     if calibration is not None and calibration.identity != plan.calibration:
         made = "another calibration" if plan.calibration else "no calibration"
-        raise UserError(f"calibration={path} was given, but the plan was made with {made}: make the plan again")
-    check_sparse(ladder, target.spec, calibration, plan.adaptive)
+        found = "the model has a calibration of its own" if path is None else f"calibration={path} was given"
+        raise UserError(f"{found}, but the plan was made with {made}: make the plan again")
+    check_sparse(ladder, target.spec, calibration, plan.adaptive or path is None)
     return calibration
 
 

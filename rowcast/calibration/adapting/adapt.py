@@ -1,9 +1,10 @@
 """`adapt`: a model that holds up at a part of its neurons, taught by itself as it was.
 
 All weights but embeddings and LM head are trained, on text that the model writes and text that is given, to have the original's laws
-with all neurons and with several shares of them in every batch (`mix`). The loss is the mean over densities of the root of the mean
-KL divergence: acceptance falls with the root (Pinsker's inequality), so that no end outweighs the other. Beside it stands how far the
-residual stream behind each layer is from the original's (`streams`).
+with all neurons and with several shares of them in every batch (`mix`). A token's neurons are those whose contributions, weighed by the
+original's sensitivities, are above one level in all layers: what the engine's cut=threshold uses. The loss is the mean over densities
+of the root of the mean KL divergence: acceptance falls with the root (Pinsker's inequality), so that no end outweighs the other. Beside
+it stands how far the residual stream behind each layer is from the original's (`streams`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rowcast.calibration.adapting.calibrated import Carried, name_of
 from rowcast.calibration.adapting.compiling import compile_layers
 from rowcast.calibration.adapting.divergence import mean_divergences
 from rowcast.calibration.adapting.looking import LOOK_TOKENS, Looks
@@ -28,14 +30,17 @@ from rowcast.calibration.adapting.neurons import Neurons, runs
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
 from rowcast.calibration.adapting.streams import Streams
-from rowcast.calibration.adapting.table import Row, measure, passes, to_json
+from rowcast.calibration.adapting.table import Row, measure, passes, quality, to_json
 from rowcast.calibration.learning.job import How, Job, Lesson, Opened, learn
 from rowcast.calibration.learning.judge import hidden_states
 from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module, stored_dtype, write_module
-from rowcast.calibration.learning.trainer import Trained
+from rowcast.calibration.learning.state import load_tensors, save_tensors
+from rowcast.calibration.learning.trainer import STATE, Trained
+from rowcast.calibration.sensitivity import sensitivities
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import ADAPTED
+from rowcast.runtime.sparse.artefact import BESIDE
 
 ROUNDED_EVERY = 3
 """Steps of which one, with `bits`, has all weights rounded, and all neurons."""
@@ -44,6 +49,11 @@ SMALL = 1e-3
 SMALL_ERROR = 1e-4
 """The same of a relative square error of the residual stream."""
 STORED = "stored"
+SENSITIVITIES = "sensitivities.safetensors"
+SENSITIVITY_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""That they are found on, at most, by device."""
+LEVEL_WINDOWS = 16
+"""That levels are found on."""
 
 
 def adapt(
@@ -95,6 +105,7 @@ class _Adapting:
         description: dict[str, Any] = {
             "model": job.opened.checkpoint.path.name,
             "density": self.settings.density,
+            "choice": self.settings.choice,
             "densities": list(mix.densities),
             **job.describe(trained),
             "looks": looks.found,
@@ -117,9 +128,13 @@ class _Adapting:
         student = load_module(changed, torch.float32, device)
         for outer in (student.get_input_embeddings(), student.get_output_embeddings()):
             outer.requires_grad_(False)
-        neurons = Neurons(student, spec, "threshold" if settings.choice == "threshold" else "top")
+        weighed = self._sensitivities(teacher) if self.levelled else None
+        neurons = Neurons(student, spec, "threshold" if self.levelled else "top", sensitivities=weighed, densities=mix.densities)
         neurons.permute()
         neurons.hook()
+        if self.levelled and not (job.folder.path / STATE).exists():
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+                neurons.find_levels(job.corpus.batch(0, LEVEL_WINDOWS).to(device))
         rounding = None if settings.bits is None else Rounding(student, spec, settings.bits, stored_dtype(checkpoint))
         streams = Streams(teacher, student, spec)
         if settings.stream_weight:
@@ -144,6 +159,7 @@ class _Adapting:
             return rounds(step), densities_of(step, part, parts)
 
         def before(step: int) -> None:
+            job.world.average([neurons.levels])
             if looks.due(step):
                 looks.look(step, teacher, student, neurons)
 
@@ -152,6 +168,8 @@ class _Adapting:
             neurons.densities = densities_of(lesson.step, lesson.part, lesson.parts)
             with rounding.on() if rounding is not None and whole else nullcontext():
                 ours = hidden_states(student, lesson.ids).flatten(0, 1)
+            if self.levelled:
+                neurons.follow()
             used = rounded_head if rounded_head is not None and whole else head
             sizes = [count for _, count in runs(neurons.densities)]
             tokens = [count * lesson.ids.shape[1] for count in sizes]
@@ -163,7 +181,10 @@ class _Adapting:
                 loss = loss + settings.stream_weight * errors.mean()
             return loss
 
-        trained = job.train(student, teacher, loss_of, "adapting", form=form, before=before)
+        neurons.follows = self.levelled
+        kept = {"levels": neurons.levels} if self.levelled else None
+        trained = job.train(student, teacher, loss_of, "adapting", form=form, before=before, kept=kept)
+        neurons.follows = False
         streams.unwatch()
         job.pause()
         if every:
@@ -173,6 +194,22 @@ class _Adapting:
         neurons.unhook()
         neurons.permute(back=True)
         return student, trained, looks
+
+    @property
+    def levelled(self) -> bool:
+        """Whether neurons are chosen by levels."""
+        return self.settings.choice == "threshold"
+
+    def _sensitivities(self, teacher: Any | None = None) -> list[Tensor]:
+        """Of the original, found once. `teacher`: the original, where they may not be on disk yet."""
+        job, spec, path = self.job, self.job.opened.spec, self.job.folder.path / SENSITIVITIES
+        if teacher is not None and job.world.leads and not path.exists():
+            count = max(1, SENSITIVITY_TOKENS[job.device.type] // self.settings.window)
+            found = sensitivities(teacher, spec, job.corpus.batch(0, count), device=job.device, seed=self.settings.seed)
+            save_tensors(path, {name_of(layer): tensor for layer, tensor in enumerate(found)}, {})
+        job.world.wait()
+        tensors, _ = load_tensors(path)
+        return [tensors[name_of(layer)] for layer in range(spec.num_layers)]
 
     def _store(self, student: Any) -> Path:
         """The model as it will stand, but for what is still to be measured."""
@@ -187,13 +224,20 @@ class _Adapting:
 
     def _measure(self, adapted: Checkpoint, mix: Mix) -> list[Row]:
         job, settings = self.job, self.settings
+        carried: Carried | None = None
+        if self.levelled:
+            carried = Carried(adapted.path / BESIDE, adapted, settings.density, self._sensitivities())
+            calibration = carried.find(job.corpus.batch(0, LEVEL_WINDOWS), dtype=job.dtype, device=job.device)
         windows = job.corpus.held(settings.window, max(1, settings.judged_tokens // settings.window)).tolist()
         densities = sorted(mix.densities, reverse=True)
         with job.bar("measuring", passes(densities, len(windows), settings.bits) * settings.window) as advance:
-            return measure(
+            rows = measure(
                 job.opened.checkpoint, adapted, densities, windows, dtype=job.dtype, device=job.device, bits=settings.bits,
-                advance=lambda: advance(settings.window),
+                calibration=None if carried is None else calibration, advance=lambda: advance(settings.window),
             )  # fmt: skip
+        if carried is not None:
+            carried.write(quality(rows))
+        return rows
 
     def _finish(self, stored: Path, folder: Path, rows: Sequence[Row]) -> None:
         """Move what is stored to `folder`, with what q4's choice was found to be worth."""

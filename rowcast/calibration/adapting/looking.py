@@ -99,9 +99,9 @@ class _Sums:
 
 @contextmanager
 def _resting(student: Any, neurons: Neurons) -> Iterator[None]:
-    training, densities, cut, at_once = student.training, neurons.densities, neurons.cut, neurons.at_once
+    training, densities, follows, at_once = student.training, neurons.densities, neurons.follows, neurons.at_once
     student.eval()
-    neurons.counts, neurons.cut, neurons.at_once = True, "top", False  # as the engine chooses, whatever trains
+    neurons.counts, neurons.follows, neurons.at_once = True, False, False
     try:
         # Other shapes, seldom: not worth compiling for. Weights that are cast here have no gradients: the step is not to have them.
         mixed = torch.autocast("cuda", torch.bfloat16, enabled=student.device.type == "cuda", cache_enabled=False)
@@ -109,5 +109,5 @@ def _resting(student: Any, neurons: Neurons) -> Iterator[None]:
             yield
     finally:
         student.train(training)
-        neurons.counts, neurons.cut, neurons.at_once = False, cut, at_once
+        neurons.counts, neurons.follows, neurons.at_once = False, follows, at_once
         neurons.densities = densities

@@ -1,20 +1,20 @@
 """A Transformers module whose tokens use a part of their neurons while it is trained, chosen as the engine's oracle chooses.
 
-Between activation and down projection each token keeps its best neurons by size of contribution, shard by shard; gradients reach those
-alone. It is a mask over a dense product: what is saved is saved by the engine, not here.
+Between activation and down projection each token keeps its best neurons by what their contribution is worth, as many in each shard or
+all above a level; gradients reach those alone. It is a mask over a dense product: what is saved is saved by the engine, not here.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rowcast.calibration.learning.judge import hidden_states
 from rowcast.errors import UserError
 from rowcast.kernels.select import shard_spans
 from rowcast.runtime.banks import neuron_order
@@ -26,11 +26,14 @@ from rowcast.runtime.weight_map import names_for
 log = logging.getLogger(__name__)
 
 Cut = Literal["top", "threshold"]
-"""top: as many neurons for every token of a density. threshold: those whose contribution is above the token's mean plus so many
-standard deviations (statistical top-k; Spark Transformer, arXiv 2506.06644), as many on average."""
+"""top: as many neurons for every token of a density. threshold: those above one level for all layers and tokens, as many on average."""
 
-_SAMPLE = 1 << 18
-"""Scores that a threshold is found on."""
+_SAMPLE = 1 << 13
+"""Scores of each layer and pass that levels begin with."""
+_FOLLOWS = 0.1
+"""Of a level: the power of used over wanted neurons by which a step moves it."""
+_SEARCH, _SEARCH_FOLLOWS = 12, 0.5
+"""Passes that levels are first looked for in, and that power in them."""
 _MANTISSA = 12
 
 
@@ -68,11 +71,23 @@ def mlps_of(module: Any, spec: ModelSpec) -> list[Mlp]:
 class Neurons:
     """Masks on the MLPs of `module`, whose neurons stand in the engine's order once they are permuted, shard by shard."""
 
-    def __init__(self, module: Any, spec: ModelSpec, cut: Cut = "top") -> None:
+    def __init__(
+        self,
+        module: Any,
+        spec: ModelSpec,
+        cut: Cut = "top",
+        *,
+        sensitivities: Sequence[Tensor] | None = None,
+        densities: Sequence[float] = (),
+    ) -> None:
+        """`sensitivities`: of each layer's neurons [N] float32 in the checkpoint's order, by which contributions are weighed; None: all
+        alike. `densities`: those that have levels where `cut` is threshold."""
         self.module, self.spec, self.cut = module, spec, cut
         self.mlps = mlps_of(module, spec)
         self.counts = False
         """Count what passes use."""
+        self.follows = False
+        """Levels are to follow what passes use (`follow`)."""
         self.used, self.passes = 0.0, 0
         """Share of neurons that are not 0 behind the mask, summed over layers and passes that were counted."""
         self.at_once = self.mlps[0].down.weight.is_cuda
@@ -81,6 +96,18 @@ class Neurons:
         self._keeps: Tensor | None = None
         self._tables: dict[tuple[float, ...], Tensor] = {}
         self._handles: list[Any] = []
+        device = self.mlps[0].down.weight.device
+        for layer, mlp in enumerate(self.mlps):
+            given = torch.ones(mlp.neurons) if sensitivities is None else sensitivities[layer]
+            mlp.down.register_buffer(_SENSITIVITY, given.to(device, copy=True), persistent=False)
+        self.wanted = torch.tensor([*sorted(density for density in densities if density < 1), 1.0], device=device)
+        """Densities that have levels, ascending, and 1."""
+        self.levels = torch.full_like(self.wanted, -1.0)
+        """Scores above which they lie, in place; -1 for 1."""
+        self._places: Tensor | None = None
+        self._seen = torch.zeros_like(self.wanted)
+        """Shares of neurons that were used, summed over layers and sequences since the last `follow`."""
+        self._gathered: list[Tensor] | None = None
 
     @property
     def densities(self) -> Sequence[float]:
@@ -90,18 +117,56 @@ class Neurons:
     @densities.setter
     def densities(self, densities: Sequence[float]) -> None:
         self._densities = tuple(densities)
-        self._keeps = None
-        neurons = self.mlps[0].neurons
-        if self.at_once and self.cut == "top" and self._sparse and neurons % shards_for(neurons) == 0:
-            if self._densities not in self._tables:
-                rows = [[keep for _, keep in _spans(neurons, density)] for density in self._densities]
-                table = torch.tensor(rows, dtype=torch.int32)[:, None, :, None]
-                self._tables[self._densities] = table.to(self.mlps[0].down.weight.device)
-            self._keeps = self._tables[self._densities]  # [S, 1, K, 1]
+        self._keeps = self._places = None
+        if self._sparse and self.cut == "threshold":
+            self._places = self._table(self._of_levels)  # [S]
+        elif self._sparse and self.at_once and self.mlps[0].neurons % shards_for(self.mlps[0].neurons) == 0:
+            self._keeps = self._table(self._of_shards)  # [S, 1, K, 1]
+
+    def _table(self, make: Callable[[], Tensor]) -> Tensor:
+        if self._densities not in self._tables:
+            self._tables[self._densities] = make().to(self.levels.device)
+        return self._tables[self._densities]
+
+    def _of_levels(self) -> Tensor:
+        wanted = self.wanted.tolist()
+        return torch.tensor([min(range(len(wanted)), key=lambda i: abs(wanted[i] - density)) for density in self._densities])
+
+    def _of_shards(self) -> Tensor:
+        rows = [[keep for _, keep in _spans(self.mlps[0].neurons, density)] for density in self._densities]
+        return torch.tensor(rows, dtype=torch.int32)[:, None, :, None]
 
     @property
     def _sparse(self) -> bool:
         return any(density < 1 for density in self._densities)
+
+    @torch.no_grad()
+    def find_levels(self, windows: Tensor) -> None:
+        """Begin with levels that fit these windows [W, T], W at least as many as there are levels. Precondition: hooked, in order."""
+        before, self._densities, self._gathered = self._densities, (), []
+        hidden_states(self.module, windows)
+        gathered, self._gathered = torch.cat(self._gathered), None
+        ordered = gathered.sort(descending=True).values
+        places = (self.wanted[:-1] * len(ordered)).long().clamp(max=len(ordered) - 1)
+        self.levels[:-1] = ordered[places]
+        self.follows = True
+        wanted = self.wanted.tolist()
+        for _ in range(_SEARCH):
+            self.densities = sorted((wanted[i % (len(wanted) - 1)] for i in range(len(windows))), reverse=True)
+            hidden_states(self.module, windows)
+            self.follow(_SEARCH_FOLLOWS)
+        self.follows, self._densities = False, before
+
+    @torch.no_grad()
+    def follow(self, power: float = _FOLLOWS) -> None:
+        """Move levels to where the last pass would have used what it was to use. In place, nothing is asked of the device."""
+        if self._places is None:
+            return
+        sequences = torch.zeros_like(self.wanted).index_add_(0, self._places, torch.ones_like(self._places, dtype=torch.float32))
+        share = self._seen / (sequences * len(self.mlps)).clamp_min(1)
+        moved = self.levels * (share / self.wanted).clamp_min(1e-3) ** power
+        self.levels.copy_(torch.where((sequences > 0) & (self.wanted < 1), moved, self.levels))
+        self._seen.zero_()
 
     def hook(self) -> None:
         def keep(down: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:  # one function, so that layers compile once
@@ -113,6 +178,8 @@ class Neurons:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for mlp in self.mlps:
+            delattr(mlp.down, _SENSITIVITY)
 
     @torch.no_grad()
     def permute(self, *, back: bool = False) -> None:
@@ -125,24 +192,33 @@ class Neurons:
                 if linear.bias is not None:
                     linear.bias.copy_(linear.bias[order])
             mlp.down.weight.copy_(mlp.down.weight[:, order])
+            if hasattr(mlp.down, _SENSITIVITY):
+                found = _sensitivity(mlp.down)
+                found.copy_(found[order])
 
     def _keep(self, down: nn.Module, hidden: Tensor) -> Tensor:
         # hidden [..., N], the sequences' tokens one after the other; OPT's is [B S, N]
         assert isinstance(down, nn.Linear)
+        if self._gathered is not None:
+            scores = (hidden.detach().abs().float() * _lengths(down)).flatten()
+            self._gathered.append(scores[:: max(1, len(scores) // _SAMPLE)])
         if self._sparse:
-            mask = self._mask(hidden.detach(), down.weight.detach())
-            hidden = hidden * mask
+            hidden = hidden * self._mask(hidden.detach(), _lengths(down))
         if self.counts:
             self.used += float((hidden != 0).float().mean())
             self.passes += 1
         return hidden
 
-    def _mask(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+    def _mask(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         flat = hidden.reshape(len(self._densities), -1, hidden.shape[-1])
+        if self._places is not None:
+            above = flat.abs().float() * lengths > self.levels[self._places][:, None, None]
+            if self.follows:
+                self._seen.index_add_(0, self._places, above.float().mean((1, 2)))
+            return above.view_as(hidden)
         if self._keeps is not None:
             shards = self._keeps.shape[2]
-            found = _selected(flat.view(*flat.shape[:2], shards, -1), norms.view(shards, -1), self._keeps)
+            found = _selected(flat.view(*flat.shape[:2], shards, -1), lengths.view(shards, -1), self._keeps)
             return found.view_as(hidden)
         mask = torch.ones_like(flat)
         start = 0
@@ -150,14 +226,29 @@ class Neurons:
             rows = slice(start, start + count)
             start += count
             if density < 1:
-                scores = flat[rows].flatten(0, 1).abs().float().mul_(norms)
-                own = top(scores, density) if self.cut == "top" else above(scores, density)
+                own = top(flat[rows].flatten(0, 1).abs().float().mul_(lengths), density)
                 mask[rows] = own.view(count, -1, hidden.shape[-1]).to(mask.dtype)
         return mask.view_as(hidden)
 
 
+_SENSITIVITY = "sensitivity"
+
+
+def _sensitivity(down: nn.Linear) -> Tensor:
+    found = getattr(down, _SENSITIVITY)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@torch.no_grad()
+def _lengths(down: nn.Linear) -> Tensor:
+    """What a unit of each neuron's activation is worth: [N] float32."""
+    lengths: Tensor = torch.linalg.vector_norm(down.weight.detach(), dim=0, dtype=torch.float32)
+    return lengths * _sensitivity(down)
+
+
 def _by_bits(hidden: Tensor, norms: Tensor, keeps: Tensor) -> Tensor:
-    """The mask, in the format of hidden [S, T, K, n]: norms [K, n] float32, so many of each shard keeps [S, 1, K, 1]."""
+    """The mask, in the format of hidden [S, T, K, n]: lengths `norms` [K, n] float32, so many of each shard keeps [S, 1, K, 1]."""
     return _best_by_bits(hidden.abs().float() * norms, keeps).to(hidden.dtype)
 
 
@@ -225,19 +316,6 @@ def _best_by_bits(scores: Tensor, keep: int | Tensor) -> Tensor:
         enough = (bits >= higher).sum(-1, keepdim=True, dtype=torch.int32) >= keep
         least = torch.where(enough, higher, least)
     return bits >= least
-
-
-def above(scores: Tensor, density: float) -> Tensor:
-    """Scores above their token's mean plus z standard deviations: [T, N] -> bool [T, N].
-
-    z, one for all tokens, is the one with which `density` of all scores are kept, found on `_SAMPLE` of them that are evenly spread.
-    """
-    deviations = (scores - scores.mean(1, keepdim=True)).div_(scores.std(1, keepdim=True).clamp_min(1e-12))
-    step = max(1, deviations.numel() // _SAMPLE)
-    while math.gcd(step, scores.shape[1]) > 1:  # so that all neurons are among them
-        step += 1
-    ordered = deviations.flatten()[::step].sort(descending=True).values
-    return deviations > ordered[min(len(ordered) - 1, round(density * len(ordered)))]
 
 
 def runs(densities: Sequence[float]) -> Iterator[tuple[float, int]]:

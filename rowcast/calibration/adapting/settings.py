@@ -12,8 +12,8 @@ from rowcast.runtime.lowbit_sizes import HEAD_BITS
 from rowcast.runtime.spec import ModelSpec
 
 Choice = Literal["top", "threshold", "relu"]
-"""top: as many neurons for every token. threshold: as many on average, above the token's mean and so many standard deviations. relu: as
-top, and the activation becomes ReLU."""
+"""threshold: those that matter more than one level for all layers and tokens, as many on average. top: as many for every token and
+layer. relu: as top, and the activation becomes ReLU."""
 
 ACTIVATION_KEYS = {
     "llama": "hidden_act", "mistral": "hidden_act", "qwen2": "hidden_act", "qwen3": "hidden_act", "opt": "activation_function",
@@ -30,7 +30,7 @@ class Settings(LearningSettings):
     """Weights are where they should be but for what is learnt."""
     density: float = 0.15
     """Share of the neurons that the model is to hold up at; its sparse rungs use it by default."""
-    choice: Choice = "top"
+    choice: Choice = "threshold"
     bits: int | None = None
     """Of weights in every third step, as the rung self:bits= rounds them; None: never rounded."""
     window: int = 512

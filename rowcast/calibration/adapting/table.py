@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.ladder.spec import Rung, ScorerName
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.protocols import WeightView
+from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_view
 
 BY: tuple[ScorerName, ...] = ("oracle", "q4")
@@ -39,6 +40,8 @@ class Row:
     """sum(min(p, q)) with the original's dense law, by itself: all K/V are its own."""
     draft: float
     """The same with the model's own dense law, behind K/V of its dense passes (`drafts_of`): what its rung is worth."""
+    used: float = math.nan
+    """Mean share of the neurons that these tokens used."""
 
 
 def measure(
@@ -50,11 +53,13 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     bits: int | None = None,
+    calibration: Calibration | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Both models with all neurons and with each of the densities below 1, by `BY`; with `bits` also in these.
 
-    `windows`: token ids, at least 3 each, every token behind the second is predicted. `advance` is called after each pass.
+    `windows`: token ids, at least 3 each, every token behind the second is predicted. `calibration`: the adapted model's, whose tokens
+    then use neurons above its levels; the original's always use as many each. `advance` is called after each pass.
     """
     banks = {
         name: BankWeights(spec_from_config(one.config), one.source, SoloComm(), dtype=dtype, device=device)
@@ -66,14 +71,17 @@ def measure(
     for name, bank in banks.items():
         views: dict[str, WeightView] = {"plain": bank}
         for rung in rungs:
-            views[str(rung)] = build_view(bank, rung, None)
+            above = calibration is not None and name == "adapted"
+            rung = replace(rung, cut="threshold") if above else rung
+            views[str(rung)] = build_view(bank, rung, calibration if above else None)
         if bits is not None:
             source = (original if name == "original" else adapted).source
             rounded = LowBitWeights.beside(bank, source, SoloComm(), bits, dtype=dtype, device=device)
             views[str(Rung(kind="self", bits=bits))] = rounded  # type: ignore[arg-type]
         _, alone = laws_of(banks["original"], views, windows, **settings)
+        used = {text: _used(view) for text, view in views.items()}
         drafts = drafts_of(bank, views, windows, **settings)
-        rows += [_row(name, text, alone[text], drafts[text]) for text in views]
+        rows += [_row(name, text, alone[text], drafts[text], used[text]) for text in views]
     return rows
 
 
@@ -83,15 +91,32 @@ def passes(densities: Sequence[float], windows: int, bits: int | None) -> int:
     return 4 * (views + 1) * windows
 
 
-def _row(model: str, text: str, alone: Laws, drafts: Laws) -> Row:
+def quality(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Of the adapted model's sparse rungs, as a calibration has it."""
+    return {
+        row.rung: {"perplexity": row.perplexity, "acceptance": row.acceptance, "draft_acceptance": row.draft}
+        for row in rows
+        if row.model == "adapted" and row.by
+    }
+
+
+def _used(view: WeightView) -> float:
+    reads = view.reads()
+    return reads.neurons / reads.neurons_of if reads.neurons_of else 1.0
+
+
+def _row(model: str, text: str, alone: Laws, drafts: Laws, used: float) -> Row:
     rung = Rung.parse(text)
-    return Row(model, text, rung.mlp or 1.0, rung.by or "", alone.perplexity, alone.acceptance, drafts.acceptance)
+    return Row(model, text, rung.mlp or 1.0, rung.by or "", alone.perplexity, alone.acceptance, drafts.acceptance, used)
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """A table by density."""
-    told = [f"{'model':9} {'rung':26} {'perplexity':>10} {'acceptance':>10} {'as a draft':>10}"]
-    told += [f"{row.model:9} {row.rung:26} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.draft:10.3f}" for row in rows]
+    told = [f"{'model':9} {'rung':38} {'used':>6} {'perplexity':>10} {'acceptance':>10} {'as a draft':>10}"]
+    told += [
+        f"{row.model:9} {row.rung:38} {row.used:6.3f} {row.perplexity:10.2f} {row.acceptance:10.3f} {row.draft:10.3f}"
+        for row in rows
+    ]
     return told
 
 

@@ -167,11 +167,12 @@ class Job:
         hidden: Callable[[Any, Tensor], Tensor] | None = None,
         form: Callable[[int, int, int], Hashable] | None = None,
         before: Callable[[int], None] = lambda step: None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> Trained:
         """All steps that are left. `hidden`: what the teacher's LM head reads, as `hidden_states`, which is the default.
 
         `form`: of (step, part, parts), all that `loss_of` goes by but ids and laws. On a GPU steps of one form are recorded once and
-        replayed (`capturing`); None: none are. `before`: called before each step, never replayed.
+        replayed (`capturing`); None: none are. `before`: called before each step, never replayed. `kept`: as of `Trainer`.
         Raises Unfinished where the part is over, with everything saved: with at least one step more than before.
         """
         settings = self.settings
@@ -200,7 +201,7 @@ class Job:
         trainer = Trainer(
             student, loss, settings.training, self.folder.path, device=self.device,
             batch_tokens=settings.batch * settings.window, world=self.world, part=self.part, save_seconds=self.save_seconds,
-            name=name, show=self.show,
+            name=name, show=self.show, kept=kept,
         )  # fmt: skip
         first = trainer.step
         try:

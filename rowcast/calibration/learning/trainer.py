@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,17 +73,20 @@ class Trainer:
         save_seconds: float = 60.0,
         name: str = "training",
         show: bool | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Goes on from the state in `folder`, if there is one: the module then has its weights.
 
         `batch_tokens`: of a step, over all processes, for speed only. `show`: progress on standard error; None: if that is a terminal,
-        otherwise a line now and then. Raises UserError for a state of another module.
+        otherwise a line now and then. `kept`: what else steps change, in place; it is saved with the weights. Raises UserError for a
+        state of another module.
         """
         settings.check()
         self.module, self.loss_of, self.settings, self.device = module, loss_of, settings, device
         self.world, self.part = world or World(), part or Part()
         self._path, self._save_seconds, self._batch_tokens = folder / STATE, save_seconds, batch_tokens
         self._name, self._show = name, show
+        self._kept = dict(kept or {})
         self._named = {key: value for key, value in module.named_parameters() if value.requires_grad}
         assert all(value.dtype == torch.float32 for value in self._named.values()), "weights that are trained have to be float32"
         self._muon = Muon(hidden_matrices(module) if settings.optimizer == "muon" else (), settings.weight_decay)
@@ -197,6 +200,7 @@ class Trainer:
                 else:
                     moments = self._adamw.state[value]
                     tensors |= {f"first.{key}": moments["exp_avg"], f"second.{key}": moments["exp_avg_sq"]}
+            tensors |= {f"kept.{key}": value for key, value in self._kept.items()}
             told = {"step": self.step, "seconds": self._seconds, "losses": self._losses}
             save_tensors(self._path, tensors, {"training": json.dumps(told)})
         self.world.wait()
@@ -207,12 +211,15 @@ class Trainer:
         for key, value in self._named.items():
             kept = ("weight", "momentum") if value in self._muon.momentum else ("weight", "first", "second")
             wanted |= {f"{kind}.{key}": value.shape for kind in kept}
+        wanted |= {f"kept.{key}": value.shape for key, value in self._kept.items()}
         if {key: tensor.shape for key, tensor in tensors.items()} != wanted:
             raise UserError(f"{self._path} is the state of another training: add --restart to begin anew")
         told = json.loads(metadata["training"])
         self.step, self._seconds, self._losses = told["step"], told["seconds"], told["losses"]
         numbers = {id(value): key for key, value in self._named.items()}
         with torch.no_grad():
+            for key, other in self._kept.items():
+                other.copy_(tensors[f"kept.{key}"])
             for key, value in self._named.items():
                 value.copy_(tensors[f"weight.{key}"])
                 if value in self._muon.momentum:

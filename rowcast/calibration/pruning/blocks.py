@@ -126,3 +126,19 @@ def watching(linear: nn.Linear, see: Callable[[Tensor, Tensor], None]) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def gradients_of_activations(module: nn.Module) -> Iterator[None]:
+    """Within it a pass's graph begins at the embeddings of a Transformers model, and the weights get no gradients."""
+    parameters = list(module.parameters())
+    wanted = [parameter.requires_grad for parameter in parameters]
+    module.requires_grad_(False)
+    embeddings: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+    begin = embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        begin.remove()
+        for parameter, want in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(want)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rowcast.calibration.pruning.blocks import blocks_of
+from rowcast.calibration.pruning.blocks import blocks_of, gradients_of_activations
 from rowcast.runtime.spec import ModelSpec
 
 By = Literal["taylor", "activation"]
@@ -93,17 +93,9 @@ def _pass(module: Any, ids: Tensor, by: By) -> None:
         with torch.no_grad():
             module.base_model(input_ids=ids, use_cache=False)
         return
-    wanted = [parameter.requires_grad for parameter in module.parameters()]
-    module.requires_grad_(False)
-    # The weights want no gradients: the graph begins at the embeddings.
-    begin = module.get_input_embeddings().register_forward_hook(lambda _, args, output: output.requires_grad_())
-    try:
+    with gradients_of_activations(module):
         logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
         F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
-    finally:
-        begin.remove()
-        for parameter, want in zip(module.parameters(), wanted, strict=True):
-            parameter.requires_grad_(want)
 
 
 def _gram(out: nn.Linear, spec: ModelSpec) -> Tensor:

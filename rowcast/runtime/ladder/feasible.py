@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil, gcd
+from typing import get_args
 
 from rowcast.errors import UserError
 from rowcast.runtime.kv.sizes import why_not_streaming
 from rowcast.runtime.ladder.memory import DraftModel
 from rowcast.runtime.ladder.presets import DENSITY, Calibrated
-from rowcast.runtime.ladder.spec import Ladder, Rung, ScorerName
+from rowcast.runtime.ladder.spec import Cut, Ladder, Rung, ScorerName
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.checks import check_rung
 from rowcast.runtime.spec import ModelSpec
@@ -27,20 +28,24 @@ def offered(calibration: Calibration) -> Calibrated:
         density=density,
         heads="layers.0.heads.own.weight" in calibration,
         over=_over(calibration, density or DENSITY),
+        levels=tuple(by for by in get_args(ScorerName) if calibration.levels(by) is not None),
+        least=calibration.densities[0],
     )
 
 
 def _ranked(calibration: Calibration, density: float) -> tuple[ScorerName, ...]:
-    """The scorers that it measured, by acceptance at the judged density nearest to `density`; q4 alone where it measured none."""
+    """The scorers that it measured, by acceptance at the judged density nearest to `density`, with levels where it measured that; q4
+    alone where it measured none."""
     acceptance: dict[ScorerName, float] = {}
-    distance: dict[ScorerName, float] = {}
+    distance: dict[ScorerName, tuple[float, bool]] = {}
     for text, figures in calibration.description.get("quality", {}).items():
         rung = None if text == "dense" else Ladder.parse(text).rungs[0]
-        if rung is None or rung.by not in _SCORERS or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by):
+        if rung is None or rung.by not in _SCORERS or rung != Rung(kind="self", mlp=rung.mlp, by=rung.by, cut=rung.cut):
             continue
         assert rung.mlp is not None
-        away = abs(rung.mlp - density)
-        if away < distance.get(rung.by, 1.0):
+        runs: Cut = "top" if calibration.levels(rung.by) is None else "threshold"
+        away = abs(rung.mlp - density), rung.cut != runs
+        if away < distance.get(rung.by, (1.0, False)):
             distance[rung.by], acceptance[rung.by] = away, figures["acceptance"]
     return tuple(sorted(acceptance, key=lambda by: -acceptance[by])) or ("q4",)
 
@@ -64,12 +69,13 @@ def check_density(density: float | None) -> None:
         raise UserError(f"density={density!r:.60} is not a share of the neurons: give a number above 0 and up to 1") from error
 
 
-def check_sparse(ladder: Ladder, spec: ModelSpec, calibration: Calibration | None, adaptive: bool) -> None:
-    """Raises UserError for a rung that the model or the calibration has no scorer for, and for a calibration that nothing reads."""
+def check_sparse(ladder: Ladder, spec: ModelSpec, calibration: Calibration | None, optional: bool) -> None:
+    """Raises UserError for a rung that the model or the calibration has no scorer for, and for a calibration that nothing reads, unless
+    it is `optional`, as under `auto` and where it is the model's own."""
     sparse = [rung for rung in ladder.rungs if rung.sparse]
     for rung in sparse:
         check_rung(rung, spec, calibration)
-    if calibration is not None and not sparse and not adaptive:
+    if calibration is not None and not sparse and not optional:
         raise UserError(
             f"calibration={calibration.path} has no place in the ladder {str(ladder)!r:.80}, as no rung is sparse: leave it out, or "
             "use auto, dejavu or hire"

@@ -34,6 +34,10 @@ class Calibrated:
     """Whether it tells heads apart."""
     over: float | None = None
     """Candidates over kept neurons with which q4 reaches its recall, at about its density."""
+    levels: tuple[ScorerName, ...] = ()
+    """Scorers that it has common levels of, for all layers."""
+    least: float = 0.0
+    """The least share of neurons that a level is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +130,12 @@ def _sparse_preset(name: str, here: Circumstances, mode: str, density: float | N
             over = calibrated.over if known else OVER
             reached = f"the calibration's recall takes {calibrated.over}"
             reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
-        rung = Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire")
+        rung = _with_levels(Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire"), calibrated, reasons)
     else:
         heads = _HEADS if calibrated is not None and calibrated.heads else None
         if heads is None:
             reasons.append("ladder dejavu with all heads: the calibration does not tell them apart")
-        rung = Rung(kind="self", mlp=mlp, by="dejavu", heads=heads)
+        rung = _with_levels(Rung(kind="self", mlp=mlp, by="dejavu", heads=heads), calibrated, reasons)
     return Ladder((rung,) if mode == "approximate" else (rung, Rung(kind="plain")))
 
 
@@ -149,6 +153,11 @@ def _density(density: float | None, here: Circumstances, reasons: list[str]) -> 
     return DENSITY
 
 
+def sparse_rung(mlp: float, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
+    """A share of the neurons, chosen as is known to be best; `reasons` gets more of them."""
+    return _with_levels(_with_scorer(Rung(kind="self", mlp=mlp), calibrated, reasons), calibrated, reasons)
+
+
 def _with_scorer(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
     """Name what finds the neurons where the rung does not."""
     if rung.mlp is None or rung.by is not None:
@@ -157,6 +166,17 @@ def _with_scorer(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) 
     found = replace(rung, by=calibrated.scorers[0] if calibrated is not None and known else "q4")
     reasons.append(f"by={found.by}: {'the best that the calibration measured' if known else 'needs no calibration'}")
     return found
+
+
+def _with_levels(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
+    """Choose by the calibration's levels where it has some of the scorer for the rung's density."""
+    if calibrated is None or rung.by not in calibrated.levels or rung.over > 1:
+        return rung
+    assert rung.mlp is not None
+    if not calibrated.least <= rung.mlp < 1:
+        return rung
+    reasons.append(f"cut=threshold: the calibration has levels of {rung.by} that are common to all layers")
+    return replace(rung, cut="threshold")
 
 
 def _with_draft(ladder: Ladder, draft: str | None) -> Ladder:
@@ -194,7 +214,7 @@ def _auto_ladder(
         rungs.append(Rung(kind="draft", model=draft))
         reasons.append("rung draft: a draft model was given")
     if density is not None or here.calibrated is not None or here.adapted is not None:
-        rung = _with_scorer(Rung(kind="self", mlp=_density(density, here, reasons)), here.calibrated, reasons)
+        rung = sparse_rung(_density(density, here, reasons), here.calibrated, reasons)
         share = here.pass_bytes(rung) / max(whole, 1)
         told = f"it reads {share:.2f} of the weights that a plain pass reads"
         if density is not None or share <= _CLEARLY_FEWER:

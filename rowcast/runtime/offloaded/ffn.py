@@ -245,9 +245,10 @@ class PlacedFfn:
         assert y is not None
         return y
 
-    def score(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+    def score(self, hidden: Tensor, ids: Tensor | None = None, norms: Tensor | None = None) -> Tensor:
         """As `FfnBank.score`."""
-        return hidden.float().abs().mul_(self.norms if ids is None else self.norms[ids])
+        norms = self.norms if norms is None else norms
+        return hidden.float().abs().mul_(norms if ids is None else norms[ids])
 
     def overflows(self, ids: Tensor) -> bool:
         """Whether more of these have to be fetched than there is room for."""

@@ -142,9 +142,9 @@ class PlacedNeurons(DeviceNeurons):
         assert self._kept is not None
         if own is None:
             assert self._found is not None, "a single token's candidates do not go into the buffer"
-            ids, _, whole = select.rerank_one(whole, choice, self._kept, placed.norms)
+            ids, _, whole = select.rerank_one(whole, choice, self._kept, self._norms)
             return products.rows_out(table.down, whole, self._pool.rows.where[ids], None, placed.down_bias, residual)
-        whole = whole * select.rerank(whole, choice, self._kept, placed.norms)
+        whole = whole * select.rerank(whole, choice, self._kept, self._norms)
         y, bias = residual, placed.down_bias
         for part in self._parts(choice):  # where they are several they are fetched again
             y = products.rows_out(table.down, whole[:, part.columns], part.at, part.count, bias, y)
@@ -173,7 +173,7 @@ class PlacedNeurons(DeviceNeurons):
         if self._selector.reranks:
             hidden = torch.cat([bank.hidden(x) for _, bank in placed.passing()], 1).index_select(1, placed.place)
             assert self._kept is not None
-            score = placed.score(hidden).masked_fill_(~own, float("-inf"))
+            score = placed.score(hidden, norms=self._norms).masked_fill_(~own, float("-inf"))
             own = top_mask(score, self._kept)
         own, y, bias = own.index_select(1, placed.logical), residual, placed.down_bias
         for columns, bank in placed.passing():

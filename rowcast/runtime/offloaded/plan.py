@@ -47,6 +47,8 @@ class OffloadWish:
     mode: str
     verification: str
     calibration: Calibration | None
+    calibration_given: bool
+    """Or it is the model's own."""
     dtype: str
     device: str
     stand_in: bool
@@ -126,7 +128,7 @@ def _work(wish: OffloadWish, ladder: str | Ladder, context: int, batch: int, fin
         kv_budget=wish.kv_budget,
         density=wish.density,
         mode=wish.mode,
-        calibration=None if wish.calibration is None else wish.calibration.path,
+        calibration=wish.calibration.path if wish.calibration is not None and wish.calibration_given else None,
         dtype=wish.dtype,
         context=context,
         batch=batch,

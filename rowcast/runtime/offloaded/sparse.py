@@ -137,7 +137,7 @@ class OffloadedSparse(SparseWeights):
         hidden = None
         if selector.reranks:
             hidden = bank.hidden(x, ids)
-            score = bank.score(hidden, ids)
+            score = bank.score(hidden, ids, selector.norms)
             own = selector.rerank(score if own is None else score.masked_fill_(~own, float("-inf")), ids)
         if generated < tokens:
             assert own is not None

@@ -17,10 +17,18 @@ Tensors, for layer i, N neurons, H heads, D hidden (all float32 or float16, whol
     layers.{i}.heads.{reads}.weight [H, D]    heads' scores are weight x + bias; `reads` is own (the attention's input) or ahead
     layers.{i}.heads.{reads}.bias   [H]
     densities                       [G, L]    for each mean density of the grid, each layer's share of kept neurons
+    layers.{i}.sensitivity          [N]       above 0, float32: how much the log likelihood of the next tokens changes, in nats, by each
+                                              unit of length that the neuron adds, root mean square
+    levels.{name}                   [G]       float32: score that a mean density of `densities` exceeds, of all layers' neurons
+                                              together; any of `scorers`, as it runs; the last may be -inf
+    levels.densities                [G, L]    float32: for each level, each layer's mean share of neurons above it
     head.directions                 [m, E]    orthonormal rows: mean and main directions of the LM head's input
 
 `heads.ahead` reads the MLP's input of the layer before and is missing in layer 0. It serves rungs with heads_by=ahead, `heads.own`
 others and layer 0.
+Sensitivities and levels are missing in older calibrations. Where there are sensitivities, a neuron's column counts for its length times
+its sensitivity in all scores but those of `gate`. Where there are levels of a scorer, they are the thresholds of cut=threshold in all
+layers, in place of `thresholds`, and `levels.densities` are the layers' shares, in place of `densities`.
 The file's metadata has the weights' fingerprint, too.
 
 The description, beside format, fingerprint, model, texts, settings and tokens:
@@ -46,10 +54,13 @@ The description, beside format, fingerprint, model, texts, settings and tokens:
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +77,14 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+log = logging.getLogger("rowcast")
+
 FORMAT = 1
 """Raised when a tensor or a field changes its meaning; folders of another format are refused."""
 
 TENSORS, DESCRIPTION = "calibration.safetensors", "calibration.json"
+BESIDE = "calibration"
+"""Folder in a model's directory that holds the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +132,28 @@ class Calibration:
         for key, check in _FIELDS.items():
             if not check(description.get(key)):
                 raise UserError(f"{folder / DESCRIPTION} is damaged, its {key} is {description.get(key)!r:.60}: {again}")
-        return cls(folder, made_for, description, tensors)
+        found = cls(folder, made_for, description, tensors)
+        for name in tensors:
+            if name.startswith("levels.") and name != "levels.densities":
+                found.levels(name.removeprefix("levels."))
+        return found
+
+    @classmethod
+    def find(cls, given: str | Path | None, model: str | Path, fingerprint: str | None) -> Calibration | None:
+        """The one that was given; else that in the model's own directory, None where there is none.
+
+        Where the model's own cannot be used, as it is damaged or of other weights, a warning says why. Raises UserError as `open`,
+        for one that was given.
+        """
+        if given is not None:
+            return cls.open(given, fingerprint)
+        if (folder := beside(model)) is None:
+            return None
+        try:
+            return cls.open(folder, fingerprint)
+        except UserError as error:
+            _leave_out(str(error))
+            return None
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -162,6 +198,37 @@ class Calibration:
             )
         return found
 
+    def sensitivity(self, layer: int, neurons: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """Of one layer's neurons, [N] above 0; None where it has none. Raises UserError as `array`, and for other values."""
+        if (name := f"layers.{layer}.sensitivity") not in self:
+            return None
+        found = self.array(name, (neurons,))
+        if not ((found > 0) & (found < math.inf)).all():
+            raise UserError(f"{name} of the calibration {self.path} is not finite and above 0: run rowcast calibrate again")
+        return found
+
+    def levels(self, by: str) -> list[float] | None:
+        """Of a scorer, by density of the grid; None where it has none. Raises UserError as `array`, and where they rise."""
+        if (name := f"levels.{by}") not in self:
+            return None
+        found: list[float] = self.array(name, (len(self.densities),)).tolist()
+        if (
+            not all(map(math.isfinite, found[:-1]))
+            or not found[-1] < math.inf
+            or any(low < high for low, high in pairwise(found))
+        ):
+            raise UserError(f"{name} of the calibration {self.path} does not fall, or is not finite: run rowcast calibrate again")
+        return found
+
+    def shares(self, layers: int, by: str | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[G, L]: each layer's share of neurons by density of the grid; `by`: those above the levels of that scorer, where it has
+        some. Raises UserError as `array`, and for what is no share."""
+        name = "densities" if by is None or f"levels.{by}" not in self else "levels.densities"
+        found = self.array(name, (len(self.densities), layers))
+        if not ((found >= 0) & (found < 1 + 1e-3)).all():
+            raise UserError(f"{name} of the calibration {self.path} are not shares from 0 to 1: run rowcast calibrate again")
+        return found
+
     @property
     def identity(self) -> str:
         """16 hex digits that tell calibrations apart, as `Source.fingerprint` does."""
@@ -171,6 +238,19 @@ class Calibration:
     def densities(self) -> list[float]:
         """The grid that curves by density have, ascending, the last 1."""
         return list(self.description["densities"])
+
+
+def beside(model: str | Path) -> Path | None:
+    """The folder in a model's directory, which has a config.json, that holds the model's own calibration; None where there is none."""
+    folder = Path(model) / BESIDE
+    # `isfile` is False, too, where it may not look.
+    return folder if isfile(folder.parent / "config.json") and isfile(folder / DESCRIPTION) else None
+
+
+@cache
+def _leave_out(reason: str) -> None:
+    """Once for each reason: planning opens calibrations several times."""
+    log.warning("the model's own calibration is left out: %s", reason)
 
 
 def _number(value: object) -> bool:

@@ -73,9 +73,10 @@ def _check_cut(rung: Rung, calibration: Calibration | None) -> None:
         raise UserError(
             f"{given} needs a calibration; make one with rowcast calibrate and give --calibration DIR, or leave it out"
         )
-    if f"layers.0.{rung.by or 'q4'}.thresholds" not in calibration and rung.cut == "threshold":
+    by = rung.by or "q4"
+    if rung.cut == "threshold" and f"layers.0.{by}.thresholds" not in calibration and calibration.levels(by) is None:
         raise UserError(
-            f"the calibration {calibration.path} has no thresholds of {rung.by or 'q4'}; run rowcast calibrate again, or use cut=top"
+            f"the calibration {calibration.path} has no thresholds of {by}; run rowcast calibrate again, or use cut=top"
         )
     if "layers.0.frequency" not in calibration and rung.common:
         raise UserError(

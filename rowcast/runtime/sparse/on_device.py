@@ -216,6 +216,7 @@ class DeviceNeurons:
         self._counts = counts
         assert isinstance(selector.scorer, Proxy)
         self._proxy = selector.scorer
+        self._norms = bank.norms if selector.norms is None else selector.norms
         self._kept: select.Places | None = None
         self._first: select.Places | None = None
         """Of the best scores of each shard: those that are kept, and those that are taken first."""
@@ -253,7 +254,7 @@ class DeviceNeurons:
             hidden = bank.hidden(x)
             if reranks:
                 assert self._kept is not None
-                choice = top_mask(bank.score(hidden).masked_fill_(~choice, float("-inf")), self._kept)
+                choice = top_mask(bank.score(hidden, norms=self._norms).masked_fill_(~choice, float("-inf")), self._kept)
             return bank.out(hidden * choice, residual=residual)
         if choice.overflow is not None:
             self._counts.add("overflows", choice.overflow)
@@ -271,9 +272,9 @@ class DeviceNeurons:
         if reranks:
             assert self._kept is not None
             if own is None:
-                ids, _, hidden = select.rerank_one(hidden, choice, self._kept, bank.norms)
+                ids, _, hidden = select.rerank_one(hidden, choice, self._kept, self._norms)
             else:
-                hidden = hidden * select.rerank(hidden, choice, self._kept, bank.norms)
+                hidden = hidden * select.rerank(hidden, choice, self._kept, self._norms)
         return products.rows_out(bank.down, hidden, ids, count, bank.down_bias, residual)
 
 

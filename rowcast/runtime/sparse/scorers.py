@@ -1,8 +1,9 @@
 """Scorers: how much each neuron would add to the MLP's output, exactly or by a cheap proxy.
 
 A neuron's score is the size of its contribution, |activation| times the length of its column of the down projection; with ReLU the
-signed pre-activation takes the activation's place, so that neurons just below zero rank above those far below. Scorers differ in
-what they find pre-activations by (exact rows, few bits, low rank) and in which hidden state they read.
+signed pre-activation takes the activation's place, so that neurons just below zero rank above those far below. Where a calibration
+tells how sensitive the model's output is to a neuron's column, its length counts so many times: scores are then nats, which compare
+over layers. Scorers differ in what they find pre-activations by (exact rows, few bits, low rank) and in which hidden state they read.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Proxy:
 
     pre: PreActivations
     norms: Tensor
-    """[N] float32, `FfnBank.norms`."""
+    """[N] float32: what each neuron's column counts for, its length (`FfnBank.norms`) or this times its sensitivity."""
     activation: Activation
     gated: bool
     reads: Reads = "own"
@@ -149,6 +150,8 @@ class Oracle:
     """Exact scores by exact rows: the bound of what choosing can do, for evaluation. It reads what it is meant to save."""
 
     bank: FfnBank
+    norms: Tensor | None = None
+    """As `Proxy.norms`; None: the lengths."""
     reads: Reads = "own"
 
     @property
@@ -157,7 +160,7 @@ class Oracle:
 
     def __call__(self, x: Tensor) -> Scored:
         hidden = self.bank.hidden(x)
-        return Scored(self.bank.score(hidden), hidden=hidden)
+        return Scored(self.bank.score(hidden, norms=self.norms), hidden=hidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,18 +137,20 @@ class Selector:
         group: int = 1,
         shard: Shard | None = None,
         device: torch.device | None = None,
+        norms: Tensor | None = None,
     ) -> None:
         """`neurons`, `keep` (0..N), `common` and `group` are of the whole layer, `shard` says which part of it is this rank's.
 
         `keep`: neurons of each token; with a threshold, on average. `common`: so many of them are always the shards' most frequent
         ones by `frequency`, of this rank's neurons (HiRE's common path). `group`: so many neighbours within a shard are chosen
         together, by their mean score, and `keep` is rounded to whole groups. `capacity`: rows that the buffer of a union holds for
-        each of its tokens; None: N. `device`: of the scores.
+        each of its tokens; None: N. `device`: of the scores. `norms`: what columns count for where candidates are ranked again; None:
+        their lengths.
         Precondition: a threshold, `group` > 1, and `over` > 1 or `common` exclude each other.
         """
         assert 0 <= common <= keep <= neurons, f"{common} common, {keep} kept of {neurons}"
         assert (threshold is not None) + (group > 1) + (over > 1 or common > 0) <= 1
-        self.scorer = scorer
+        self.scorer, self.norms = scorer, norms
         layer = _Layer.of(neurons, shard or Shard())
         candidates = min(neurons, round(keep * over))
         self.shards, self._neurons = len(layer.sizes[layer.ours]), sum(layer.sizes[layer.ours])

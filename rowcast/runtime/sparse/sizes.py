@@ -38,16 +38,25 @@ def late_bytes(spec: ModelSpec, width: int) -> int:
     return spec.num_layers * LATE_TOKENS * spec.hidden_size * width if spec.group_size == 1 else 0
 
 
-def layer_shares(mean: float, layers: int, calibration: Calibration | None) -> list[float]:
-    """The share of neurons that each layer keeps where they keep `mean` on average, from the calibration's `densities` [G, L]."""
+def layer_shares(mean: float, layers: int, calibration: Calibration | None, by: str | None = None) -> list[float]:
+    """The share of neurons that each layer keeps where they keep `mean` on average, from the calibration's `shares` [G, L].
+
+    `by`: with cut=threshold, the scorer, whose levels decide where there are some.
+    """
     if calibration is None or mean >= 1:
         return [mean] * layers
-    grid, table = calibration.densities, calibration.array("densities", (len(calibration.densities), layers))
+    grid, table = calibration.densities, calibration.shares(layers, by)
     above = next(i for i, density in enumerate(grid) if density >= mean)
     if above == 0:
         return [float(share) * (mean / grid[0]) for share in table[0]]
     weight = (mean - grid[above - 1]) / (grid[above] - grid[above - 1])
     return [float(low) * (1 - weight) + float(high) * weight for low, high in zip(table[above - 1], table[above], strict=True)]
+
+
+def rung_shares(rung: Rung, layers: int, calibration: Calibration | None) -> list[float]:
+    """`layer_shares` of a rung. Precondition: it chooses neurons."""
+    assert rung.mlp is not None
+    return layer_shares(rung.mlp, layers, calibration, (rung.by or "q4") if rung.cut == "threshold" else None)
 
 
 def kept_neurons(share: float, neurons: int) -> int:
@@ -65,7 +74,7 @@ def asking_layers(spec: ModelSpec, rung: Rung, calibration: Calibration | None) 
     """Layers of which a rung's tokens are asked for their neurons."""
     if rung.mlp is None:
         return 0
-    return sum(asks(layer_shares(rung.mlp, spec.num_layers, calibration), spec.intermediate_size))
+    return sum(asks(rung_shares(rung, spec.num_layers, calibration), spec.intermediate_size))
 
 
 def late_share(heads: float) -> float:
@@ -80,8 +89,9 @@ def rounds_write_late(lookahead: int, *, last: bool) -> bool:
 
 
 def predictor_bytes(spec: ModelSpec, rung: Rung, calibration: Calibration | None) -> int:
-    """Proxies and predictors of a rung: of its neurons, its heads and its LM head."""
-    found = asking_layers(spec, rung, calibration) * _scorer_bytes(spec, rung, calibration)
+    """Proxies and predictors of a rung: of its neurons, with what their columns count for, its heads and its LM head."""
+    lengths = 4 * spec.intermediate_size if calibration is not None and "layers.0.sensitivity" in calibration else 0
+    found = asking_layers(spec, rung, calibration) * (_scorer_bytes(spec, rung, calibration) + lengths)
     if rung.heads is not None:
         found += spec.num_layers * _head_selector_bytes(spec)
     if rung.lm == "hire":

@@ -149,7 +149,7 @@ class SparseWeights:
             return bank.ffn(x, ids, residual)
         hidden = _hidden(bank, x, ids, chosen.scored)
         if selector.reranks:
-            score = bank.score(hidden, ids)
+            score = bank.score(hidden, ids, selector.norms)
             own = selector.rerank(score if own is None else score.masked_fill_(~own, float("-inf")), ids)
         if generated < tokens:
             assert own is not None
@@ -214,7 +214,8 @@ def _whole_bytes(bank: AttentionBank) -> int:
 def _in_one_call(bank: FfnBank, selector: Selector, x: Tensor) -> Tensor:  # [1, D] -> [1, D]
     weight = selector.in_one_call
     assert weight is not None and bank.gate is not None
-    return lowbit.gated_ffn(weight, bank.norms, selector.keep, bank.gate, bank.up, bank.down, x, bank.activation, selector.shards)
+    norms = bank.norms if selector.norms is None else selector.norms
+    return lowbit.gated_ffn(weight, norms, selector.keep, bank.gate, bank.up, bank.down, x, bank.activation, selector.shards)
 
 
 def _skips(bank: FfnBank, hidden: Tensor, ids: Tensor | None) -> bool:
