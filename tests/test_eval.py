@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.stats import hypergeom
 from sparse_models import HeadModel
 from tiny import VOCAB, model_with_words, tiny_model, tiny_words
@@ -32,7 +34,7 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.kv import PagedKV
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT
+from rowcast.runtime.sparse.artefact import BESIDE, DESCRIPTION, FORMAT, TENSORS
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.heads import HeadOracle
 from rowcast.runtime.sparse.scorers import Reads, Scored
@@ -502,3 +504,49 @@ def test_a_foreign_calibration_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "fingerprint": "0" * 16}))
     code, _, err = run("--calibration", tmp_path)
     assert code == 2 and "was made for weights" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def own(directory: Path, tmp_path: Path) -> Path:
+    """A model with a calibration of its own: its first layer chooses, its second uses all neurons."""
+    model = shutil.copytree(directory, tmp_path / "own")
+    folder = model / BESIDE
+    folder.mkdir()
+    fingerprint = {"fingerprint": SafetensorsSource.open(model).fingerprint()}
+    shares = torch.tensor([[0.4, 1.0], [1.0, 1.0]])
+    tables = {"densities": shares, "levels.densities": shares.clone(), "levels.q4": torch.tensor([0.003, 0.0])}
+    save_file(tables, folder / TENSORS, metadata=fingerprint)
+    about = {"format": FORMAT, **fingerprint, "density": 0.7, "densities": [0.7, 1.0], "quality": {}, "scorers": {}}
+    (folder / DESCRIPTION).write_text(json.dumps(about))
+    return model
+
+
+def test_levels_of_the_models_own_calibration_are_measured(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", str(own), "--text", str(own / "text.txt"), "--window", "64"]
+    grid = ["--selector", "q4", "--selector", "q8", "--density", "0.7"]
+    assert rowcast.cli.main([*arguments, *grid, "--json"]) == 0
+    [text] = json.loads(capsys.readouterr().out)["texts"].values()
+    views = text["views"]
+    assert list(views) == ["mlp=0.7,by=oracle", "mlp=0.7,by=q4", "mlp=0.7,by=q4,cut=threshold", "mlp=0.7,by=q8"]
+    top, above = views["mlp=0.7,by=q4"], views["mlp=0.7,by=q4,cut=threshold"]
+    assert top["neurons"]["density"] == pytest.approx(0.4, abs=0.01) and top["neurons_share"] == pytest.approx(0.7, abs=0.01)
+    assert abs(above["neurons_share"] - 0.7) > 0.05 and 0 < above["neurons_share"] < 1
+    [first] = above["neurons_by_layer"]
+    assert above["neurons_share"] == pytest.approx((first["density"] + 1) / 2)
+    assert rowcast.cli.main([*arguments, "--density", "0.7"]) == 0
+    shown = capsys.readouterr().out
+    [line] = [line for line in shown.splitlines() if line.startswith("mlp=0.7,by=q4,cut=threshold ") and ":" not in line]
+    assert f"{above['neurons_share']:.3f}" in line.split()[-2]
+    for named in (["--ladder", "self:mlp=0.7,by=q4 / plain"], ["--density", "0.7", "--over", "1.5"], ["--density", "0.6"]):
+        assert rowcast.cli.main([*arguments, *named]) == 0
+        assert "threshold" not in capsys.readouterr().out, "a ladder says itself what it cuts by; levels have their place"
+
+
+def test_a_ladder_that_reads_no_calibration_leaves_the_models_own_alone(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", str(own), "--text", str(own / "text.txt"), "--window", "64", "--ladder", "self:bits=8 / plain", "--json"]
+    assert rowcast.cli.main(arguments) == 0
+    whole = capsys.readouterr().out
+    (own / BESIDE / TENSORS).unlink()
+    assert rowcast.cli.main(arguments) == 0, "a damaged one is left out"
+    assert capsys.readouterr().out == whole
+    assert rowcast.cli.main([*arguments, "--calibration", str(own / BESIDE)]) == 2

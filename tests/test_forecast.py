@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rowcast.errors import UserError
 from rowcast.placement.models import known_config
@@ -332,6 +332,20 @@ def test_hotness_is_what_was_counted(calibration: Calibration) -> None:
     """Frequencies are a line from 0 to 1 with a mean of one half: nothing to shift."""
     found = hotness(SMALL, calibration, 0.5, 4)
     assert found.layers[1] == pytest.approx((0.875, 0.625, 0.375, 0.125), abs=1e-3)
+
+
+def test_hotness_by_layer(calibration: Calibration) -> None:
+    """What decides a layer's share, densities or levels, decides how often its neurons are needed."""
+    found = hotness(SMALL, calibration, 0.3, 4, [0.1, 0.5])
+    assert [sum(layer) / 4 for layer in found.layers] == pytest.approx([0.1, 0.5], abs=1e-6)
+    tensors = load_file(calibration.path / TENSORS)
+    tensors |= {"levels.q4": np.array([0.1, 0], np.float32), "levels.densities": np.array([[0.1, 0.5], [1, 1]], np.float32)}
+    save_file(tensors, calibration.path / TENSORS, metadata={"fingerprint": "0" * 16})
+    for cut, shares in (("", [0.3, 0.3]), (",cut=threshold", [0.1, 0.5])):
+        ladder = f"self:mlp=0.3,by=q4{cut} / self:mlp=0.9,by=q4{cut} / plain"
+        asked = workload(model=DRAFT, ladder=ladder, calibration=calibration.path, context=512)
+        assert [sum(layer) / len(layer) for layer in asked.hotness.layers] == pytest.approx(shares, abs=1e-6)
+        assert asked.ladders[0].rungs[0].widest == pytest.approx(max(shares))
 
 
 def test_where_acceptances_are_from(calibration: Calibration) -> None:

@@ -48,7 +48,6 @@ def check(chosen: Chosen, mask: Tensor) -> None:
         assert len(mask) == 1
     else:
         assert torch.equal(chosen.own[:, :count], mask[:, ids])
-    assert chosen.overflow is None or int(chosen.overflow) == 0
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "extreme"])
@@ -58,6 +57,7 @@ def test_top(places: Places, kind: str) -> None:
         scores = random_scores(tokens, places.total, kind)
         chosen, mask = select.top_ids(scores, places), expected_mask(scores, places)
         check(chosen, mask)
+        assert torch.equal(select.top_mask(scores, places), mask)
         assert chosen.starts is not None
         used = mask.any(0).cpu()
         starts = [int(used[:bound].sum()) for bound in accumulate((0, *places.sizes))]
@@ -84,25 +84,6 @@ def test_above(tokens: int, vector: bool) -> None:
     for least in (1.3, 100.0):
         threshold = random_scores(1, 2500, seed=9)[0] + least if vector else least
         check(select.above_ids(scores, threshold), reference.above(scores, threshold))
-        check(select.above_ids(scores, threshold, 2500), reference.above(scores, threshold))
-
-
-def test_overflow_reads_all_rows() -> None:
-    scores, places = random_scores(3, 800), Places.of(800, 80, 4)
-    mask = expected_mask(scores, places)
-    size = int(mask.any(0).sum())
-    for chosen in (
-        select.top_ids(scores, places, size - 1),
-        select.above_ids(scores, 1.0, 100),
-        select.above_ids(scores[:1], 1.0, 99),
-    ):
-        assert chosen.overflow is not None and int(chosen.overflow) == 1 and int(chosen.count) == 800
-        assert torch.equal(chosen.ids.long().cpu(), torch.arange(800)) and chosen.own is not None
-        whole = mask if chosen.starts is not None else scores[: len(chosen.own)] > 1.0
-        assert torch.equal(chosen.own, whole)
-        if chosen.starts is not None:
-            assert chosen.starts.tolist() == list(range(0, 801, 200))
-    check(select.top_ids(scores, places, size), mask)
 
 
 @pytest.mark.parametrize(

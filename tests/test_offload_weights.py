@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from torch import Tensor
 from rowcast.offload.host_store import HostStore
 from rowcast.placement.constants import Constants
 from rowcast.placement.costs import CostModel, Mode
-from rowcast.placement.hardware import machine_from
-from rowcast.placement.layout import layouts
+from rowcast.placement.hardware import Machine, machine_from
+from rowcast.placement.layout import Site, layouts
 from rowcast.placement.workload import Workload, assumed_hotness
 from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.banks import BankWeights
@@ -46,7 +47,7 @@ from rowcast.runtime.offloaded.weights import CPU_TOKENS, OffloadedBanks, _Piece
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
 from rowcast.runtime.sparse import build, sizes
-from rowcast.runtime.sparse.artefact import DESCRIPTION, TENSORS, Calibration
+from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.build import build_neurons
 from rowcast.runtime.sparse.heads import HeadSelector
 from rowcast.runtime.sparse.weights import SparseWeights
@@ -165,10 +166,10 @@ def test_a_pass_streams_each_piece_once(llama: Model, tier: str) -> None:
         assert view.store.bytes >= others + neurons
 
 
-def counted(spec: ModelSpec, rung: Rung, tier: str) -> tuple[float, float]:
-    """By the planner, of a rung's own weights on all ranks: bytes held, and read by a pass, where rows may lie in that tier."""
+def planner(spec: ModelSpec, ladder: Ladder, machine: Machine, calibration: Calibration | None = None) -> tuple[CostModel, Site]:
+    """The planner's figures, and a rank's place on all GPUs of the machine."""
     acceptance = Acceptances.of(None, spec, None)
-    use = ladder_use(Ladder((rung,)), spec, width=4, context=64, calibration=None, acceptance=acceptance, drafts={})
+    use = ladder_use(ladder, spec, width=4, context=64, calibration=calibration, acceptance=acceptance, drafts={})
     work = Workload(
         model="a model",
         spec=spec,
@@ -179,10 +180,16 @@ def counted(spec: ModelSpec, rung: Rung, tier: str) -> tuple[float, float]:
         ladders=(use,),
         hotness=assumed_hotness(spec, 0.75, 8),
     )
+    model = CostModel(work, use, layouts(machine, spec, sum(len(node.cards) for node in machine.nodes))[0], Constants(), 100)
+    return model, model.layout.sites[0]
+
+
+def counted(spec: ModelSpec, rung: Rung, tier: str) -> tuple[float, float]:
+    """By the planner, of a rung's own weights on all ranks: bytes held, and read by a pass, where rows may lie in that tier."""
     machine = machine_from("1xA100-80GB+1xA100-40GB" if tier == "peer" else "2xA100-40GB", link="nvlink")
-    model = CostModel(work, use, layouts(machine, spec, 2)[0], Constants(), 100)
-    site, mode = model.layout.sites[0], Mode(streamed=tier == "streamed", rows=tier == "rows", cpu=tier == "cpu")
-    return 2.0 * model.fixed_bytes(site, mode)["rung weights"], 2 * model.fixed_reads(site, use.rungs[0], mode)[0][0]
+    model, site = planner(spec, Ladder((rung,)), machine)
+    mode = Mode(streamed=tier == "streamed", rows=tier == "rows", cpu=tier == "cpu")
+    return 2.0 * model.fixed_bytes(site, mode)["rung weights"], 2 * model.fixed_reads(site, model.ladder.rungs[0], mode)[0][0]
 
 
 @pytest.mark.parametrize("tier", ["resident", "rows", "peer", "streamed", "cpu"])
@@ -213,6 +220,31 @@ def test_a_layer_that_keeps_all_neurons_is_asked_for_rows_only(llama: Model, tie
     expected = llama.logits(build.build_view(llama.banks, rung, None))
     torch.testing.assert_close(llama.logits(view), expected, atol=TOLERANCE, rtol=1e-5)
     banks.close()
+
+
+@pytest.mark.parametrize(
+    ("ladder", "room"),
+    [
+        ("self:mlp=0.2,by=q4", 2 * 0.25),
+        ("self:mlp=0.2,by=q4,cut=threshold", 2 * 0.35),
+        ("self:mlp=0.2,by=q4,cut=threshold / self:mlp=0.6,by=q4", 1),
+        ("self:mlp=0.2,by=q8,cut=threshold", 2 * 0.25),
+    ],
+)
+def test_fetched_rows_have_room_by_the_layer_that_needs_most(llama: Model, ladder: str, room: float, tmp_path: Path) -> None:
+    """Levels of q4 give layers other shares than the densities do; a plan counts what is allocated."""
+    spec, made = llama.spec, {"fingerprint": "0" * 16}
+    tables = {"densities": torch.tensor([[0.15, 0.25], [1.0, 1.0]]), "levels.densities": torch.tensor([[0.05, 0.35], [1.0, 1.0]])}
+    save_file(tables | {"levels.q4": torch.tensor([0.1, 0.0])}, tmp_path / TENSORS, made)
+    about = {"format": FORMAT, **made, "density": 0.2, "densities": [0.2, 1.0], "quality": {}, "scorers": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(about))
+    calibration = Calibration.open(tmp_path, None)
+    plan: Any = SimpleNamespace(dtype="float32", world=1, margin_bytes=1 << 20, ladder_text=ladder)
+    found = Buffers.of(plan, everything("rows", spec.num_layers), spec, calibration)
+    layer = 3 * spec.intermediate_size * spec.hidden_size * 4
+    assert spec.num_layers == 2 and found.rows_bytes == pytest.approx(room * layer, abs=1)
+    model, site = planner(spec, Ladder.parse(ladder), machine_from("A100-40GB"), calibration)
+    assert model.fixed_bytes(site, Mode(rows=True))["buffers"] == found.rows_bytes
 
 
 @pytest.mark.parametrize(("by", "rows"), [("dejavu", []), ("q4", [0, -2])])

@@ -131,14 +131,14 @@ def chooses(scorer: Callable[[FfnBank], Scorer], share: float = 0.3, **how: Any)
     return lambda bank: Selector(scorer(bank), len(bank.order), keep=round(share * len(bank.order)), **how)
 
 
-def above(share: float, capacity: int | None) -> Make:
+def above(share: float) -> Make:
     """Above what a share of some tokens' scores exceed."""
 
     def make(bank: FfnBank) -> Selector:
         scorer = low_rank(bank)
         x = torch.randn(16, bank.up.shape[1], generator=torch.Generator().manual_seed(7)).to(DEVICE)
         least = float(scorer(x).values.quantile(1 - share))
-        return Selector(scorer, len(bank.order), keep=round(share * len(bank.order)), threshold=least, capacity=capacity)
+        return Selector(scorer, len(bank.order), keep=round(share * len(bank.order)), threshold=least)
 
     return make
 
@@ -148,9 +148,7 @@ CUTS = {
     "low rank": chooses(low_rank),
     "re-ranked": chooses(proxy, 0.2, over=2.0),
     "sensitive": sensitive,
-    "threshold": above(0.3, None),
-    "threshold in a buffer": above(0.3, 45),
-    "overflow": above(0.6, 8),
+    "threshold": above(0.3),
     "ahead": chooses(mapped),
 }
 
@@ -179,7 +177,6 @@ class Sets:
 FEW = {
     ("opt", "bits"),
     ("opt", "threshold"),
-    ("opt", "threshold in a buffer"),
     ("opt", "sensitive"),
     ("opt", "ahead"),
     ("llama-bias", "low rank"),
@@ -423,7 +420,7 @@ def test_replays_follow_the_scores(tmp_path: Path, family: str, cut: str, dtype:
             assert device_reads(passes.view) == counted
             assert counted.neurons > 0 and counted.heads * 2 == counted.heads_of
             seen.add(counted.bytes)
-        assert len(seen) > 1 or (count == 1 and "threshold" not in cut) or count == 12 or cut == "overflow"
+        assert len(seen) > 1 or (count == 1 and "threshold" not in cut) or count == 12
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)

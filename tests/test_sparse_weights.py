@@ -173,19 +173,6 @@ def test_reranking_keeps_the_best_candidates(model: Model) -> None:
     torch.testing.assert_close(view.mlp(0, x), reference_mlp(bank, x, keep), atol=1e-5, rtol=1e-4)
 
 
-def test_a_union_beyond_its_buffer_is_counted_and_reads_all(model: Model) -> None:
-    bank = model.banks.ffn[0]
-    neurons = len(bank.order)
-    x = torch.randn(6, model.spec.hidden_size, generator=torch.Generator().manual_seed(4))
-    keep = neurons // 3
-    for tokens, capacity in ((6, keep // 6), (1, keep - 1)):
-        view = model.view(lambda b, rows=capacity: Selector(Oracle(b), neurons, keep=keep, capacity=rows))  # type: ignore[misc]
-        view._generated = [True] * tokens
-        torch.testing.assert_close(view.mlp(0, x[:tokens]), reference_mlp(bank, x[:tokens], keep), atol=1e-5, rtol=1e-4)
-        reads = view.reads()
-        assert reads.overflows == 1 and reads.neurons == tokens * keep
-
-
 def test_fewer_rows_are_fewer_bytes(model: Model) -> None:
     x = torch.randn(1, model.spec.hidden_size, generator=torch.Generator().manual_seed(5))
     read = []

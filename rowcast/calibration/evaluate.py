@@ -53,6 +53,8 @@ class Measured:
     heads: Sets
     bytes_per_token: float
     """Weights that a token reads when it is decoded alone, proxies included."""
+    neurons_share: float
+    """Of the neurons of all layers, also of those that do not choose, what the tokens of `laws` used."""
 
     def to_json(self, dense: Laws, dense_bytes: int, layers: bool) -> dict[str, Any]:
         """`layers`: with what was chosen by layer."""
@@ -66,6 +68,7 @@ class Measured:
             "draft_acceptance": self.drafts.acceptance,
             "greedy": laws.greedy,
             **{kind: sets.overall().to_json() for kind, sets in chosen.items()},
+            **({"neurons_share": self.neurons_share} if "neurons" in chosen else {}),
             "bytes_per_token": self.bytes_per_token,
             "bytes_share": self.bytes_per_token / dense_bytes,
             **({f"{kind}_by_layer": sets.by_layer() for kind, sets in chosen.items()} if layers else {}),
@@ -108,12 +111,16 @@ def evaluate(
     sparse = {name: view for name, view in views.items() if isinstance(view, SparseWeights)}
     for name, view in sparse.items():
         view.observe(_neurons_into(sets[name], banks), _heads_into(head_sets[name], banks))
+        view.reads()
     dense, laws = laws_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
-    for view in sparse.values():
+    shares = dict.fromkeys(views, 1.0)
+    for name, view in sparse.items():
         view.observe(None, None)
+        reads = view.reads()
+        shares[name] = reads.neurons / reads.neurons_of
     drafts = drafts_of(banks, views, windows, device=device, dtype=dtype, advance=advance)
     read = {name: bytes_per_token(view, windows[0], device=device, dtype=dtype) for name, view in views.items()}
-    measured = {name: Measured(laws[name], drafts[name], sets[name], head_sets[name], read[name]) for name in views}
+    measured = {name: Measured(laws[name], drafts[name], sets[name], head_sets[name], read[name], shares[name]) for name in views}
     return Evaluation(dense, banks.bytes, measured)
 
 

@@ -24,7 +24,7 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.device import DTYPES, choose_device, choose_dtype
 from rowcast.runtime.ladder.feasible import offered
-from rowcast.runtime.ladder.presets import DENSITY, Circumstances, resolve
+from rowcast.runtime.ladder.presets import DENSITY, Circumstances, resolve, with_levels
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.sparse.artefact import Calibration
@@ -41,7 +41,7 @@ class Wanted:
     """What to measure, as the command line has it."""
 
     ladder: str | None = None
-    """Its sparse and low-bit rungs. Else every selector at every density and share of heads."""
+    """Its sparse and low-bit rungs. Else every selector at every density and share of heads, and by the calibration's levels, too."""
     selectors: Sequence[str] = ()
     """None: q4, or what the calibration has fitted."""
     densities: Sequence[float] = ()
@@ -74,7 +74,7 @@ def measure_quality(
     """The report of `rowcast eval`, ready for JSON. Raises UserError for what cannot be measured."""
     checkpoint = open_checkpoint(model)
     spec = spec_from_config(checkpoint.config)
-    learnt = None if calibration is None else Calibration.open(calibration, checkpoint.source.fingerprint())
+    learnt = Calibration.find(calibration, checkpoint.path, checkpoint.source.fingerprint())
     rungs = light_rungs(wanted, spec, learnt)
     encoder = load_tokenizer(checkpoint)
     contents = {str(path): read_text(path)[0] for path in texts}
@@ -191,7 +191,10 @@ def _asked(wanted: Wanted, spec: ModelSpec, calibration: Calibration | None) -> 
         for rung in light:
             # One at a time: what other rungs lack, such as a draft's model, is not needed here.
             resolved, _, _ = resolve(Ladder((rung.over_all_kv,)), here, mode="approximate")
-            yield from resolved.rungs
+            for one in resolved.rungs:
+                yield one
+                if wanted.ladder is None:
+                    yield with_levels(one, calibrated, [])
 
 
 def _rung(mlp: float | None, by: str | None, over: float, heads: float | None) -> Rung:

@@ -16,6 +16,7 @@ _COLUMNS = {
     "recall_min": "{:11.3f}",
     "mass": "{:8.3f}",
     "density": "{:9.3f}",
+    "neurons_share": "{:15.3f}",
     "bytes_share": "{:12.3f}",
 }
 

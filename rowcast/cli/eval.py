@@ -28,7 +28,9 @@ def evaluate(
         list[float] | None, typer.Option("--heads", help="Share of the query heads that a token uses; repeatable.")
     ] = None,
     over: Annotated[float, typer.Option("--over", help="So many times more candidates are ranked again exactly.")] = 1.0,
-    calibration: Annotated[Path | None, typer.Option("--calibration", help="A folder that rowcast calibrate wrote.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="A folder that rowcast calibrate wrote; left out: the model's own.")
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=16, help="Most tokens of each text, evenly spread over it.")] = 8192,
     window: Annotated[
         int | None, typer.Option("--window", min=16, help="Tokens that see each other; left out: 1024, or the model's context.")

@@ -87,7 +87,11 @@ Density = Annotated[
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", help="What rowcast calibrate wrote: predictors, density, best scorer.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--calibration",
+        help="What rowcast calibrate wrote: predictors, density, best scorer; left out: the model's own.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 
 Eager = Annotated[

@@ -65,6 +65,8 @@ class RungUse:
     """Of these, those that a round copies anew where the KV lies elsewhere."""
     neurons: float = 1.0
     """Share that one token needs."""
+    widest: float = 0.0
+    """The same of the layer that needs most, where layers differ."""
     candidates: float = 1.0
     """Share whose inner rows are read: more than `neurons` where candidates are ranked again."""
     heads: float = 1.0

@@ -293,7 +293,7 @@ class _Assembly:
         tiers = self._tiers
         if tiers is None or tiers.weights_resident:
             return BankWeights(self._spec, checkpoint.source, self._comm, outer=outer, **how)
-        buffers = Buffers.of(self._plan, tiers, self._spec)
+        buffers = Buffers.of(self._plan, tiers, self._spec, self._calibration)
         self._away = OffloadedBanks(
             self._spec, checkpoint.source, self._comm, tiers, buffers, calibration=self._calibration, **how
         )

@@ -30,7 +30,7 @@ from rowcast.runtime.ladder.uses import ladder_use as ladder_use
 from rowcast.runtime.ladder.uses import with_gammas as with_gammas
 from rowcast.runtime.packed_sizes import PackedForms, PackedSizes, forms_of_packing, packed_forms
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.sizes import expected_bytes
+from rowcast.runtime.sparse.sizes import expected_bytes, rung_shares
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 
 CONTEXT = 4096
@@ -227,9 +227,11 @@ def workload(
             packed=packed,
         )
 
-    densities = [rung.mlp for each in found for rung in each.rungs if rung.mlp is not None]
-    if densities:
-        inputs.append(_density_input(min(densities), wish, spec))
+    density, shares = 1.0, None
+    if sparse := [(rung.mlp, rung) for each in found for rung in each.rungs if rung.mlp is not None]:
+        density, rung = min(sparse, key=lambda pair: pair[0])
+        shares = rung_shares(rung, spec.num_layers, learnt)
+        inputs.append(_density_input(density, wish, spec))
     if hit_rate is None:
         inputs.append(Input("hit rate", 0.0, "assumed", "no row that is fetched is in the GPU's cache"))
     else:
@@ -243,7 +245,7 @@ def workload(
         batch=batch,
         ladders=tuple(use(with_gammas(each, gammas)) for each in found for gammas in gamma_grid(each)),
         fallbacks=tuple(map(use, _FALLBACKS)) if mode == "exact" else (),
-        hotness=hotness(spec, learnt, min(densities, default=1.0), GROUPS),
+        hotness=hotness(spec, learnt, density, GROUPS, shares),
         hit_rate=rate,
         work_bytes=plain_work_bytes(spec, width, batch, context),
         inputs=tuple(inputs),

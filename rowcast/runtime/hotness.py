@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rowcast.placement.workload import Hotness, assumed_hotness
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec
@@ -10,15 +12,19 @@ LEAST = 1e-4
 """Probabilities are cut at this and at 1 less this: a calibration's text is not all text."""
 
 
-def hotness(spec: ModelSpec, calibration: Calibration | None, density: float, groups: int) -> Hotness:
+def hotness(
+    spec: ModelSpec, calibration: Calibration | None, density: float, groups: int, shares: Sequence[float] | None = None
+) -> Hotness:
     """Of neurons in `groups` groups of equal size, most frequent first, where a token needs `density` of a layer's on average.
 
     A calibration counts how often a neuron is among a token's most contributing half (ReLU: active); for another density all
-    frequencies are shifted by the same log-odds. Raises UserError for a calibration of another model's shape.
+    frequencies are shifted by the same log-odds. `shares`: that density by layer; None: the same for all. Raises UserError for a
+    calibration of another model's shape.
     """
     if calibration is None or density >= 1 or "layers.0.frequency" not in calibration:
         return assumed_hotness(spec, density, groups)
-    layers = tuple(_layer(spec, calibration, i, density, groups) for i in range(spec.num_layers))
+    by_layer = [density] * spec.num_layers if shares is None else shares
+    layers = tuple(_layer(spec, calibration, i, share, groups) for i, share in enumerate(by_layer))
     return Hotness(layers, "measured", f"calibration {calibration.path}")
 
 

@@ -69,49 +69,59 @@ class Chosen:
     """bool [T, C]: which of them each token chose; beyond the count undefined. None: a single token, which chose them all."""
     starts: Tensor | None = None
     """int32 [shards + 1]: where each shard's ids begin, and the count."""
-    overflow: Tensor | None = None
-    """int32 [1]: 1 where the union was larger than the capacity asked for, so that `ids` are all rows. None: it cannot be."""
     places: Places | None = None
     """How many ids each shard has, where that is known beforehand."""
 
 
-def top_ids(scores: Tensor, places: Places, capacity: int | None = None) -> Chosen:
+def top_ids(scores: Tensor, places: Places) -> Chosen:
     """Each token's best scores of each shard, of equal ones the lower index, and their union: scores float32 [T, N].
 
-    With one token C is what is kept, and the capacity does not matter. With several C is min(N, T keep). Where `capacity` is less and
-    the union is larger, C is N, ids are all rows 0..N - 1, and `own` still tells each token's: the caller need not ask.
+    With one token C is what is kept, with several min(N, T keep).
     """
     tokens, total = scores.shape
     assert 0 < tokens <= MOST_TOKENS and scores.dtype == torch.float32 and total == places.total
     scores, shards = scores.contiguous(), len(places.sizes)
     device = scores.device
-    starts, count = _ints(shards + 1, device), _ints(1, device)
-    table, even = _table(places, device), _even(places)
-    block, warps = _block(max(places.sizes))
     if tokens == 1:
-        ids = _ints(places.keep, device)
+        ids, starts, count = _ints(places.keep, device), _ints(shards + 1, device), _ints(1, device)
+        block, warps = _block(max(places.sizes))
         top_ids_kernel[(shards,)](
             scores,
-            table,
+            _table(places, device),
             ids,
             starts,
             count,
             total,
             places.keep,
             shards,
-            EVEN=even,
+            EVEN=_even(places),
             ALIGNED=_aligned(places),
             BLOCK=block,
             num_warps=warps,
             **overlap(scores),
         )
         return Chosen(ids, count, None, starts, places=places)
+    mask, sizes, chunk = _top_mask(scores, places)
+    return _union(mask, places, sizes, min(total, tokens * places.keep), chunk)
+
+
+def top_mask(scores: Tensor, places: Places) -> Tensor:
+    """The same without the union: scores float32 [T, N] -> each token's, bool [T, N]."""
+    tokens, total = scores.shape
+    assert 0 < tokens <= MOST_TOKENS and scores.dtype == torch.float32 and total == places.total
+    return _top_mask(scores.contiguous(), places)[0]
+
+
+def _top_mask(scores: Tensor, places: Places) -> tuple[Tensor, Tensor, int]:
+    """[T, N] bool, and how many any token chose of each chunk of a shard, int32 [shards chunks], with the chunks' size."""
+    (tokens, total), shards, device = scores.shape, len(places.sizes), scores.device
+    block, warps = _block(max(places.sizes))
     mask = torch.empty(tokens, total, dtype=torch.bool, device=device)
     chunk = min(_CHUNK, block)
     sizes = _ints(shards * (block // chunk), device)
     top_mask_kernel[(shards, tokens)](
         scores,
-        table,
+        _table(places, device),
         _bytes(mask),
         sizes,
         zeroed_counters(device, shards),
@@ -119,27 +129,27 @@ def top_ids(scores: Tensor, places: Places, capacity: int | None = None) -> Chos
         places.keep,
         shards,
         tokens,
-        EVEN=even,
+        EVEN=_even(places),
         ALIGNED=_aligned(places),
         BLOCK=block,
         CHUNK=chunk,
         num_warps=warps,
         **overlap(scores),
     )
-    return _union(mask, places, sizes, min(total, tokens * places.keep), capacity, chunk)
+    return mask, sizes, chunk
 
 
-def above_ids(scores: Tensor, threshold: Tensor | float, capacity: int | None = None) -> Chosen:
+def above_ids(scores: Tensor, threshold: Tensor | float) -> Chosen:
     """All scores above their threshold, float32 [N] or one number, and the union over tokens: scores float32 [T, N] -> C = N.
 
-    Where the union is larger than `capacity`, ids are all rows, and `own` tells each token's. `starts` is not of shards.
+    `starts` is not of shards.
     """
     tokens, total = scores.shape
     assert 0 < tokens <= MOST_TOKENS and scores.dtype == torch.float32
     scores, device = scores.contiguous(), scores.device
     thresholds, number = (threshold, 0.0) if isinstance(threshold, Tensor) else (None, float(threshold))
     assert thresholds is None or (thresholds.shape == (total,) and thresholds.dtype == torch.float32)
-    if tokens == 1 and (capacity is None or capacity >= total):
+    if tokens == 1:
         ids, count = _ints(total, device), _ints(1, device)
         above_ids_kernel[(triton.cdiv(total, _ABOVE_CHUNK),)](
             scores,
@@ -160,7 +170,7 @@ def above_ids(scores: Tensor, threshold: Tensor | float, capacity: int | None = 
     above_mask_kernel[(chunks,)](
         scores, thresholds, number, _bytes(mask), sizes, total, tokens, BLOCK=_CHUNK, num_warps=4, **overlap(scores)
     )
-    return _union(mask, None, sizes, total, capacity, _CHUNK)
+    return _union(mask, None, sizes, total, _CHUNK)
 
 
 def rerank(exact: Tensor, chosen: Chosen, places: Places, norms: Tensor | None = None) -> Tensor:
@@ -226,14 +236,12 @@ def _rerank(
     )
 
 
-def _union(mask: Tensor, places: Places | None, sizes: Tensor, most: int, capacity: int | None, chunk: int) -> Chosen:
+def _union(mask: Tensor, places: Places | None, sizes: Tensor, most: int, chunk: int) -> Chosen:
     """places: the shards, or None: chunks are. sizes: of the chunks' unions. most: rows that the union may have."""
     tokens, total = mask.shape
-    limited = capacity is not None and capacity < most
-    room = total if limited else most
     shards = len(sizes) if places is None else len(places.sizes)
-    ids, starts, count, overflow = (_ints(n, mask.device) for n in (room, shards + 1, 1, 1))
-    own = torch.empty(tokens, room, dtype=torch.bool, device=mask.device)
+    ids, starts, count = (_ints(n, mask.device) for n in (most, shards + 1, 1))
+    own = torch.empty(tokens, most, dtype=torch.bool, device=mask.device)
     union_kernel[(shards, len(sizes) // shards)](
         _bytes(mask),
         None if places is None else _table(places, mask.device),
@@ -242,13 +250,11 @@ def _union(mask: Tensor, places: Places | None, sizes: Tensor, most: int, capaci
         _bytes(own),
         starts,
         count,
-        overflow,
         total,
         0 if places is None else places.keep,
         shards,
         tokens,
-        room,
-        capacity if limited else total,
+        most,
         EVEN=places is not None and _even(places),
         ALIGNED=places is not None and _aligned(places),
         EQUAL=places is None,
@@ -259,7 +265,7 @@ def _union(mask: Tensor, places: Places | None, sizes: Tensor, most: int, capaci
         num_warps=4,
         **overlap(mask),
     )
-    return Chosen(ids, count, own, None if places is None else starts, overflow if limited else None)
+    return Chosen(ids, count, own, None if places is None else starts)
 
 
 def _block(most: int) -> tuple[int, int]:

@@ -186,13 +186,11 @@ def union_kernel(
     own_ptr,  # uint8 [tokens, places]
     starts_ptr,  # int32 [shards + 1]
     count_ptr,  # int32 [1]
-    overflow_ptr,  # int32 [1]
     total,
     keep,
     shards,
     tokens,
     places,
-    capacity,
     EVEN: tl.constexpr,
     ALIGNED: tl.constexpr,
     EQUAL: tl.constexpr,  # shards are single chunks, one after the other
@@ -202,8 +200,7 @@ def union_kernel(
     TOKENS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The ids that any token chose, ascending, and which token chose which; all rows where they are more than `capacity`.
-    One CTA a chunk of a shard."""
+    """The ids that any token chose, ascending, and which token chose which. One CTA a chunk of a shard."""
     shard, chunk = tl.program_id(0), tl.program_id(1)
     if OVERLAP:
         gdc_wait()
@@ -215,15 +212,12 @@ def union_kernel(
     sizes = tl.load(sizes_ptr + others, mask=others < shards * CHUNKS, other=0)
     count = tl.sum(sizes)
     start = tl.sum(tl.where(others < shard * CHUNKS + chunk, sizes, 0))
-    everything = count > capacity
     token = tl.arange(0, TOKENS)[:, None]
     at = first + chunk * CHUNK + tl.arange(0, CHUNK)
     valid = at < tl.minimum(stop, first + (chunk + 1) * CHUNK)
     own = tl.load(mask_ptr + token * total + at[None, :], mask=valid[None, :] & (token < tokens), other=0)
     chosen = tl.max(own.to(tl.int32), 0)
     place = start + tl.cumsum(chosen, 0) - chosen
-    if everything:
-        count, start, place, chosen = total, first, at, valid.to(tl.int32)
     taken = (chosen != 0) & (place < places)
     tl.store(ids_ptr + place, at, mask=taken)
     tl.store(own_ptr + token * places + place[None, :], own, mask=taken[None, :] & (token < tokens))
@@ -232,7 +226,6 @@ def union_kernel(
         if shard == shards - 1:
             tl.store(starts_ptr + shards, count)
             tl.store(count_ptr, count)
-            tl.store(overflow_ptr, everything.to(tl.int32))
 
 
 @triton.jit

@@ -130,12 +130,12 @@ def _sparse_preset(name: str, here: Circumstances, mode: str, density: float | N
             over = calibrated.over if known else OVER
             reached = f"the calibration's recall takes {calibrated.over}"
             reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
-        rung = _with_levels(Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire"), calibrated, reasons)
+        rung = with_levels(Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire"), calibrated, reasons)
     else:
         heads = _HEADS if calibrated is not None and calibrated.heads else None
         if heads is None:
             reasons.append("ladder dejavu with all heads: the calibration does not tell them apart")
-        rung = _with_levels(Rung(kind="self", mlp=mlp, by="dejavu", heads=heads), calibrated, reasons)
+        rung = with_levels(Rung(kind="self", mlp=mlp, by="dejavu", heads=heads), calibrated, reasons)
     return Ladder((rung,) if mode == "approximate" else (rung, Rung(kind="plain")))
 
 
@@ -155,7 +155,7 @@ def _density(density: float | None, here: Circumstances, reasons: list[str]) -> 
 
 def sparse_rung(mlp: float, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
     """A share of the neurons, chosen as is known to be best; `reasons` gets more of them."""
-    return _with_levels(_with_scorer(Rung(kind="self", mlp=mlp), calibrated, reasons), calibrated, reasons)
+    return with_levels(_with_scorer(Rung(kind="self", mlp=mlp), calibrated, reasons), calibrated, reasons)
 
 
 def _with_scorer(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
@@ -168,7 +168,7 @@ def _with_scorer(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) 
     return found
 
 
-def _with_levels(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
+def with_levels(rung: Rung, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
     """Choose by the calibration's levels where it has some of the scorer for the rung's density."""
     if calibrated is None or rung.by not in calibrated.levels or rung.over > 1:
         return rung

@@ -116,8 +116,6 @@ class PlacedNeurons(DeviceNeurons):
         if isinstance(choice, Tensor):
             count_rows(self._counts.pass_reads, self._bank, neurons, neurons)
             return self._all(x, choice, residual)
-        if choice.overflow is not None:
-            self._counts.add("overflows", choice.overflow)
         count, own, table = self._count(choice), choice.own, self._pool.bank
         if count is None:
             count_rows(self._counts.pass_reads, self._bank, len(choice.ids), self._selector.keep)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from rowcast.placement.constants import STREAM_BYTES
 from rowcast.placement.plan import DTYPE_BYTES, Plan
-from rowcast.placement.resident import rank_share
+from rowcast.placement.resident import fetched_share, rank_share
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.offloaded.tiers import CPU, DISK, ROWS, STREAMED, Tiers
+from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.sizes import widest_share
 from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 LEAST_RING = 64 << 20
@@ -27,8 +29,8 @@ class Buffers:
     """Fetched rows that are kept, of all layers."""
 
     @classmethod
-    def of(cls, plan: Plan, tiers: Tiers, spec: ModelSpec) -> Buffers:
-        """Of one rank. Rows are kept in as many bytes as the plan leaves free beside them."""
+    def of(cls, plan: Plan, tiers: Tiers, spec: ModelSpec, calibration: Calibration | None = None) -> Buffers:
+        """Of one rank. Rows are kept in as many bytes as the plan leaves free beside them. `calibration`: the plan's."""
         width, share = DTYPE_BYTES[plan.dtype], rank_share(spec, plan.world)
         tiers_used = set().union(*(part.tiers for part in (*tiers.attention.values(), *tiers.neurons.values(), tiers.head)))
         left = max(0, plan.margin_bytes)
@@ -37,9 +39,9 @@ class Buffers:
             # Passes over many tokens stream what others fetch or the CPU computes: through what the plan leaves free.
             ring = min(ring, max(LEAST_RING, left // 2)) if {ROWS, CPU} & tiers_used else 0
             left = max(0, left - ring)
-        shares = [rung.mlp for rung in Ladder.parse(plan.ladder_text).rungs if rung.mlp is not None]
+        shares = [widest_share(rung, spec, calibration) for rung in Ladder.parse(plan.ladder_text).rungs if rung.mlp is not None]
         if not shares or not any(ROWS in part.tiers for part in tiers.neurons.values()):
             return cls(ring)
         layer = (3 if spec.gated else 2) * spec.hidden_size * share.intermediate_size * width
-        rows = round(2 * layer * min(0.5, max(shares)))
+        rows = round(layer * fetched_share(max(shares)))
         return cls(ring, rows, left)

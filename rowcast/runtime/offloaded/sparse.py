@@ -130,10 +130,9 @@ class OffloadedSparse(SparseWeights):
         chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
         assert chosen is not None
         ids, own = chosen.ids, chosen.own
-        overflow = chosen.overflow
         if ids is not None and bank.overflows(ids):
-            overflow, own, ids = True, _spread(own, ids, tokens, neurons), None
-        self._reads.overflows += overflow
+            own, ids = _spread(own, ids, tokens, neurons), None
+            self._reads.overflows += 1
         hidden = None
         if selector.reranks:
             hidden = bank.hidden(x, ids)

@@ -47,6 +47,8 @@ The description, beside format, fingerprint, model, texts, settings and tokens:
                     where the number format has no rows
     layers          for each layer: lost, active, hot (share of contributions by share of the most frequent neurons), scorers (as above,
                     its own), trained (lost output after and before training, by what is read), heads (recall by heads kept, 1..H)
+    sensitivity     tokens that sensitivities were found on (0: there are none), and missing, why they could not be; not in older
+                    calibrations, nor in those of `rowcast adapt`
     quality         by a rung's text, and for "dense": perplexity, acceptance by itself, draft_acceptance as a rung (older versions did
                     not tell it) and share of the bytes, on held-out tokens
 """

@@ -233,18 +233,17 @@ class DeviceNeurons:
         tokens, scores, threshold = x.shape[0], proxy_scores(self._proxy, x), self._selector.threshold
         self._counts.pass_reads.bytes += self._proxy.bytes
         few = tokens <= self._sparse_tokens
-        capacity = self._selector.union_capacity(tokens)
         if threshold is None:
             assert self._first is not None
             self._counts.pass_reads.use("neurons", tokens * self._selector.keep, self._layer)
-            return select.top_ids(scores, self._first, capacity) if few else top_mask(scores, self._first)
-        if few and tokens == 1 and capacity is None:
+            return select.top_ids(scores, self._first) if few else top_mask(scores, self._first)
+        if few and tokens == 1:
             found = select.above_ids(scores, threshold)
             self._counts.add_neurons(self._layer, found.count)
             return found
         own = scores > threshold
         self._counts.add_neurons(self._layer, own.sum())
-        return select.above_ids(scores, threshold, capacity) if few else own
+        return select.above_ids(scores, threshold) if few else own
 
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
         """x [T, D] -> [T, D], plus a residual."""
@@ -256,8 +255,6 @@ class DeviceNeurons:
                 assert self._kept is not None
                 choice = top_mask(bank.score(hidden, norms=self._norms).masked_fill_(~choice, float("-inf")), self._kept)
             return bank.out(hidden * choice, residual=residual)
-        if choice.overflow is not None:
-            self._counts.add("overflows", choice.overflow)
         ids, own = choice.ids, choice.own
         # A single token's best are as many as there are places.
         count = None if own is None and self._first is not None else choice.count

@@ -121,10 +121,5 @@ class DeviceHeads:
 
 def top_mask(scores: Tensor, places: select.Places) -> Tensor:
     """Each token's best of each shard, for any number of tokens: float32 [T, N] -> bool [T, N]."""
-    found = []
-    for part in torch.tensor_split(scores, -(-len(scores) // gpu.MOST_TOKENS)):
-        # Of no union fits into no places, so that `own` is of all rows; a single token would have none.
-        own = select.top_ids(part if len(part) > 1 else part.expand(2, -1), places, capacity=0).own
-        assert own is not None
-        found.append(own[: len(part)])
+    found = [select.top_mask(part, places) for part in torch.tensor_split(scores, -(-len(scores) // gpu.MOST_TOKENS))]
     return found[0] if len(found) == 1 else torch.cat(found)

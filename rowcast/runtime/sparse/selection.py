@@ -39,8 +39,6 @@ class Selection:
     own: Tensor | None
     """Each token's candidates among the rows that are read: [T, C], or [T, N]; bool. None: a single token, and `ids` are all its."""
     scored: Scored
-    overflow: bool = False
-    """The union was larger than its buffer, so that all rows are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,6 @@ class Selector:
         keep: int,
         threshold: float | None = None,
         over: float = 1.0,
-        capacity: int | None = None,
         common: int = 0,
         frequency: Tensor | None = None,
         group: int = 1,
@@ -143,9 +140,8 @@ class Selector:
 
         `keep`: neurons of each token; with a threshold, on average. `common`: so many of them are always the shards' most frequent
         ones by `frequency`, of this rank's neurons (HiRE's common path). `group`: so many neighbours within a shard are chosen
-        together, by their mean score, and `keep` is rounded to whole groups. `capacity`: rows that the buffer of a union holds for
-        each of its tokens; None: N. `device`: of the scores. `norms`: what columns count for where candidates are ranked again; None:
-        their lengths.
+        together, by their mean score, and `keep` is rounded to whole groups. `device`: of the scores. `norms`: what columns count for
+        where candidates are ranked again; None: their lengths.
         Precondition: a threshold, `group` > 1, and `over` > 1 or `common` exclude each other.
         """
         assert 0 <= common <= keep <= neurons, f"{common} common, {keep} kept of {neurons}"
@@ -155,7 +151,6 @@ class Selector:
         candidates = min(neurons, round(keep * over))
         self.shards, self._neurons = len(layer.sizes[layer.ours]), sum(layer.sizes[layer.ours])
         """Of this rank."""
-        self._capacity = capacity
         self._threshold = threshold
         self._cut: _Cut
         if threshold is not None:
@@ -168,7 +163,7 @@ class Selector:
         else:
             self._cut = _Top.of(layer, keep, candidates)
         self.keep, self.candidates = self._cut.keep, self._cut.taken
-        one_call = isinstance(self._cut, _Top) and self._cut.first.even and capacity is None
+        one_call = isinstance(self._cut, _Top) and self._cut.first.even
         self._one_union = self.candidates if one_call else None
         """Where a single token's choice is one call, its size."""
 
@@ -206,10 +201,6 @@ class Selector:
             self.top is not None and self.keep > 0 and max(self.top[0].sizes) <= _MOST_OF_SHARD
         )
 
-    def union_capacity(self, tokens: int) -> int | None:
-        """Rows that the buffer of so many tokens' union holds; None: N."""
-        return None if self._capacity is None else min(self._neurons, self._capacity * tokens)
-
     def __call__(self, x: Tensor, few: bool) -> Selection:
         """x [T, D], the hidden state that the scorer reads. `few`: read the union only; else all rows are."""
         scored = self.scorer(x)
@@ -218,11 +209,7 @@ class Selector:
         mask = self._cut.candidates(scored.values)
         if not few:
             return Selection(None, mask, scored)
-        ids, own = select.union(mask)
-        capacity = self.union_capacity(x.shape[0])
-        if capacity is not None and len(ids) > capacity:
-            return Selection(None, mask, scored, overflow=True)
-        return Selection(ids, own, scored)
+        return Selection(*select.union(mask), scored)
 
     def rerank(self, exact: Tensor, ids: Tensor | None) -> Tensor:
         """Exact scores [T, C] of the rows `ids` [C] (None: all), -inf where one is not the token's own -> those kept, [T, C] bool."""

@@ -59,6 +59,11 @@ def rung_shares(rung: Rung, layers: int, calibration: Calibration | None) -> lis
     return layer_shares(rung.mlp, layers, calibration, (rung.by or "q4") if rung.cut == "threshold" else None)
 
 
+def widest_share(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> float:
+    """Of a rung that chooses neurons, the share that the layer which keeps most of them keeps on average."""
+    return max(rung_shares(rung, spec.num_layers, calibration))
+
+
 def kept_neurons(share: float, neurons: int) -> int:
     """Of a layer's neurons, those that a token keeps."""
     return min(neurons, max(1, round(share * neurons)))

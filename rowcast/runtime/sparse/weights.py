@@ -141,7 +141,6 @@ class SparseWeights:
             return plus(_in_one_call(bank, selector, x), residual)
         chosen = self._ahead if selector.scorer.reads == "ahead" else selector(x, self._few)
         assert chosen is not None
-        self._reads.overflows += chosen.overflow
         ids, own = chosen.ids, chosen.own
         rows = neurons if ids is None else len(ids)
         if own is None and not selector.reranks and chosen.scored.proxy:
