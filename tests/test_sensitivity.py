@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rowcast.calibration.learning.module import load_module
 from rowcast.calibration.recording import OneLayerKV, window_steps
 from rowcast.calibration.sensitivity import needed_bytes, sensitivities
 from rowcast.calibration.targets import Judge, choose_density
-from rowcast.calibration.text import read_windows, spread
+from rowcast.calibration.text import read_windows
 from rowcast.cli import main
 from rowcast.errors import UserError
 from rowcast.runtime import device as devices
@@ -31,6 +32,7 @@ from rowcast.runtime.decoder import Decoder
 from rowcast.runtime.ladder.spec import Rung, ScorerName
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_view
+from rowcast.runtime.sparse.scorers import Scored
 from rowcast.runtime.sparse.weights import SparseWeights
 from rowcast.runtime.tokenizer import load_tokenizer
 
@@ -146,12 +148,10 @@ def banks_of(model: Path) -> BankWeights:
     return BankWeights(spec_from_config(checkpoint.config), checkpoint.source, SoloComm(), dtype=torch.float32, device=CPU)
 
 
-def choosing(model: Path, text: Path) -> Tensor:
-    """The windows that `calibrate` chooses by."""
+def held_out(model: Path, text: Path) -> Tensor:
+    """Windows that `calibrate` has not seen."""
     checkpoint = open_checkpoint(str(model))
-    windows = read_windows([text], load_tokenizer(checkpoint), tokens=SMALL.tokens, window=WINDOW)
-    some = spread(windows.held, min(len(windows.held), 2 * SMALL.measured_tokens // WINDOW))
-    return some if len(some) == 1 else some[::2]
+    return read_windows([text], load_tokenizer(checkpoint), tokens=400 * WINDOW, window=WINDOW).held
 
 
 @torch.inference_mode()
@@ -175,7 +175,7 @@ def test_a_level_is_exceeded_by_its_density_in_sparse_passes(
     grid = calibrated.densities
     table = calibrated.tensor(f"levels.{by}", (len(grid),))
     assert table.dtype == torch.float32 and (table.diff() <= 0).all()
-    banks, windows = banks_of(model), choosing(model, text)
+    banks, windows = banks_of(model), held_out(model, text)
     shares = calibrated.tensor("levels.densities", (len(grid), banks.spec.num_layers))
     torch.testing.assert_close(shares.mean(1), torch.tensor(grid), rtol=0.02, atol=1e-3)
     for density in (0.1, 0.15, 0.25, 0.4, 0.6):
@@ -188,25 +188,62 @@ def test_a_level_is_exceeded_by_its_density_in_sparse_passes(
 def test_a_level_is_found_where_scores_are_others_in_sparse_passes(
     calibrated: Calibration, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sparse passes have all scores at seven tenths of the dense pass's, and those of half of the layers at less."""
+    """Sparse passes, over one window in four, have scores at seven tenths of the dense passes' over these, and of some layers at less;
+    the text's other windows have higher ones."""
     whole = [torch.randn(40000, generator=torch.Generator().manual_seed(i)).abs() for i in range(4)]
-    sparse = [scores * factor for scores, factor in zip(whole, (0.7, 0.7, 0.5, 0.6), strict=True)]
+    factors = (0.7, 0.7, 0.5, 0.6)
+    sparse = [scores * factor for scores, factor in zip(whole, factors, strict=True)]
+    richer = [scores.repeat(3) * 1.3 for scores in whole]
+    ran: list[tuple[int, bool]] = []
 
     class Passes:
         def __init__(self, *_: object) -> None:
             pass
 
-        def scores(self, level: float) -> list[Tensor]:
-            return whole if level == -math.inf else sparse
+        def scores(self, windows: Tensor, level: float) -> list[Tensor]:
+            ran.append((len(windows), level == -math.inf))
+            return sparse if level > -math.inf else whole if len(windows) == 2 else richer
 
     monkeypatch.setattr(levels, "_Passes", Passes)
-    windows = torch.zeros(1, WINDOW, dtype=torch.long)
+    windows = torch.zeros(8, WINDOW, dtype=torch.long)
     found = levels.find_levels(banks_of(model), calibrated, "oracle", windows, dtype=torch.float32, device=CPU)
+    assert ran == [(2, True), (6, True)] + [(2, False)] * len(levels.FOUND_AT)
+    everywhere = [torch.cat([scores, scores.repeat(3) * 1.3]) for scores in sparse]
     for density, level, shares in zip(calibrated.densities, found.scores.tolist(), found.shares, strict=True):
-        above = torch.stack([(scores > level).float().mean() for scores in sparse])
+        above = torch.stack([(scores > level).float().mean() for scores in everywhere])
         if 0.05 <= density < 1:
             assert float(above.mean()) == pytest.approx(density, rel=0.05)
             torch.testing.assert_close(shares, above, rtol=0.15, atol=0.01)
+
+
+@pytest.mark.parametrize(("length", "skipped"), [(3, 1), (16, 4), (100, 16)])
+def test_a_levels_sample_has_neither_prompts_nor_a_windows_first_tokens(
+    length: int, skipped: int, calibrated: Calibration, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ByPlace:
+        reads, bytes = "own", 0
+
+        def __call__(self, x: Tensor) -> Scored:
+            return Scored(torch.arange(float(len(x)))[:, None].expand(-1, neurons))
+
+    monkeypatch.setattr(levels, "scorer", lambda *_: ByPlace())
+    banks, windows = banks_of(model), torch.zeros(2, length, dtype=torch.long)
+    neurons = banks.spec.intermediate_size
+    passes = levels._Passes(banks, calibrated, "oracle", windows, torch.float32, CPU)
+    for scores in passes.scores(windows, -math.inf):
+        assert scores.long().bincount().tolist() == [0] * skipped + [2 * neurons] * (length - skipped)
+
+
+def test_levels_are_found_on_pieces_of_all_of_the_text() -> None:
+    """Each begins as a window does."""
+    windows = torch.cat([torch.full((30, 1), -7), torch.arange(30 * 200).view(30, 200)], 1)
+    found = levels.pieces(windows, begins=(-7,))
+    assert found.shape == (levels.LEVEL_TOKENS // levels.PIECE, 1 + levels.PIECE) and (found[:, 0] == -7).all()
+    body = found[:, 1:]
+    assert (body.diff() == 1).all() and (body[:, 0] % 200 + levels.PIECE <= 200).all()
+    starts = body[:, 0]
+    assert starts[0] < 200 and starts[-1] >= 28 * 200 and (starts.diff() > 0).all() and len(set((starts % 200).tolist())) == 3
+    assert levels.pieces(windows[:2, :50]).tolist() == windows[:2, :50].tolist()
 
 
 @pytest.mark.parametrize("where", ["sensitivities", "fit_layer", "find_levels"])
@@ -281,10 +318,12 @@ def test_without_sensitivities_all_is_by_length_and_why_is_told(
 
 def test_densities_are_judged_and_chosen_by_level(calibrated: Calibration, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quality = calibrated.description["quality"]
+    assert calibrated.description["density"] == 0.5
     for by, cut in (("oracle", ",cut=threshold"), ("q4", ",cut=threshold"), ("dejavu", "")):
-        lines = {text for text in quality if text.startswith("self:mlp=0.25") and f"by={by}" in text and "-ahead" not in text}
-        assert len(lines) == (2 if cut else 1), lines
-        assert quality[str(Rung(kind="self", mlp=0.25, by=by, cut="threshold" if cut else "top"))]["bytes"] < 1  # type: ignore[arg-type]
+        for density, both in ((0.25, False), (0.5, True)):
+            lines = {f"self:mlp={density},by={by}{cut}"} | ({f"self:mlp={density},by={by}"} if both else set())
+            assert {text for text in quality if re.fullmatch(rf"self:mlp={density},by={by}(,cut=\w+)?", text)} == lines
+            assert all(quality[line]["bytes"] < 1 for line in lines)
     windows = torch.randint(VOCAB, (2, WINDOW), generator=torch.Generator().manual_seed(8))
     judge = Judge(banks_of(model), calibrated, windows, torch.float32, CPU)
     asked: list[Rung] = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rowcast.calibration.metrics import Laws, Sets
-from rowcast.calibration.recording import OneLayerKV, window_steps
+from rowcast.calibration.recording import OneLayerKV, RunsKV, window_steps
 from rowcast.kernels import select
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.comm import SoloComm
@@ -171,39 +171,19 @@ def drafts_of(
     `evaluate`. The first run of a window has one draft less: its first token is the prompt."""
     decoders = {name: Decoder(view, SoloComm(), device) for name, view in views.items()}
     dense, laws = Decoder(banks, SoloComm(), device), {name: Laws() for name in views}
-    most = -(-max(map(len, windows)) // DRAFTED)
-    kv = PagedKV(banks.spec, Shard(), num_blocks=2 * most, block_size=DRAFTED, dtype=dtype, device=device)
+    kv = RunsKV(banks.spec, max(map(len, windows)), DRAFTED, dtype=dtype, device=device)
     for window in windows:
-        ids, stands = torch.tensor(window, device=device), list(range(-(-len(window) // DRAFTED)))
-        whole = SeqStep(seq_id=0, tokens=list(window), start=0, blocks=stands, prompt_length=1, sample=False)
-        runs = [
-            SeqStep(
-                seq_id=i,
-                tokens=list(window[i * DRAFTED : (i + 1) * DRAFTED]),
-                start=i * DRAFTED,
-                blocks=[*stands[:i], most + i],
-                prompt_length=1,
-                sample=False,
-            )
-            for i in stands
-        ]
+        ids = torch.tensor(window, device=device)
 
-        def judged(step: SeqStep = whole) -> Tensor:
-            found = dense.run([step], kv)[1:-1]
-            kv.free(0)
-            advance()
-            return found
-
-        def drafted(decoder: Decoder, steps: Sequence[SeqStep] = runs) -> Tensor:
-            for step in steps[1:]:
-                kv.adopt(step.seq_id, step.start, step.blocks)
+        def passed(decoder: Decoder, steps: Sequence[SeqStep]) -> Tensor:
             found = decoder.run(steps, kv)[1:-1]
             for step in steps:
                 kv.free(step.seq_id)
             advance()
             return found
 
-        expected, found = judged(), {name: drafted(decoder) for name, decoder in decoders.items()}
+        expected = passed(dense, [kv.whole(window)])
+        found = {name: passed(decoder, kv.runs(window)) for name, decoder in decoders.items()}
         for rows, log_p in _rows(dense, expected):
             for name, decoder in decoders.items():
                 laws[name].add(log_p, _log_softmax(decoder, found[name][rows]), ids[2:][rows])

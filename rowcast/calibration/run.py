@@ -14,7 +14,7 @@ from torch import Tensor
 from rowcast.calibration.densities import water_fill
 from rowcast.calibration.fitting import DENSITIES, JUDGED, Wish, default_rank, fit_layer
 from rowcast.calibration.learning.module import load_module
-from rowcast.calibration.levels import LEVELLED, find_levels
+from rowcast.calibration.levels import LEVELLED, find_levels, pieces
 from rowcast.calibration.mlp import Mlp
 from rowcast.calibration.moments import Moments
 from rowcast.calibration.progress import CalibrationProgress
@@ -196,7 +196,7 @@ class _Job:
             description["held_out"] = {"choosing": len(choosing), "reporting": len(reporting), "disjoint": not alone}
             learnt = self._draft(tensors, description)
             if sensitivity:
-                tensors |= self._levels(learnt, choosing, bar)
+                tensors |= self._levels(learnt, bar)
                 learnt = self._draft(tensors, description)
                 bar.say("quality")
             same = [[mean] * self.spec.num_layers for mean in DENSITIES]
@@ -254,8 +254,8 @@ class _Job:
             )  # fmt: skip
         return {f"layers.{layer}.sensitivity": tensor for layer, tensor in enumerate(by_layer)}
 
-    def _levels(self, learnt: Calibration, windows: Tensor, bar: CalibrationProgress) -> dict[str, Tensor]:
-        tensors = {}
+    def _levels(self, learnt: Calibration, bar: CalibrationProgress) -> dict[str, Tensor]:
+        tensors, windows = {}, pieces(self.windows.fit, self.windows.begins)
         for by in LEVELLED:
             bar.say(f"levels of {by}")
             found = find_levels(self.weights, learnt, by, windows, dtype=self.dtype, device=self.device)

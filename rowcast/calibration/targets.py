@@ -113,14 +113,15 @@ def by_level(calibration: Calibration, rung: Rung) -> Rung:
 
 
 def shown_rungs(judge: Judge) -> list[Rung]:
-    """Some scorers at some densities and at the calibration's, each token's best and those above a level, and what the presets make of
-    the calibration.
+    """Some scorers at some densities and at the calibration's, above their levels where they have some, at the calibration's also each
+    token's best, and what the presets make of the calibration.
 
     The LM head is whole where its rows are held in a library's layout only.
     """
     density: float = judge.calibration.description["density"]
     tops = [Rung(kind="self", mlp=share, by=by) for by in SHOWN_BY for share in sorted({*SHOWN, density})]
-    rungs = list(dict.fromkeys(rung for top in tops for rung in (top, by_level(judge.calibration, top))))
+    levelled = [by_level(judge.calibration, top) for top in tops]
+    rungs = list(dict.fromkeys([*levelled, *(top for top in tops if top.mlp == density)]))
     here = Circumstances(
         max_context=judge.banks.spec.max_context,
         kv_bytes_per_token=0,

@@ -129,6 +129,36 @@ def attend_entries(
     return _few_tokens(q, k, v, scale, torch.where(seen, bias, float("-inf")).to(q.dtype))
 
 
+def attend_seen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    key_positions: Tensor,
+    query_positions: Tensor,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    absolute_bias_scale: float | None = None,
+    heads: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of T tokens over the entries that each of them sees.
+
+    q [T, H, d]; k, v [L, K, d], K dividing H; seen [T, L] bool. Returns [T, H, d]. True positions, `key_positions` [L] and
+    `query_positions` [T] (int64), count for `window` and `slopes`, which are as in `attend`, as are `heads`.
+    """
+    if heads is not None:
+        q, k, v, slopes, wanted = _chosen(q, k, v, slopes, heads, dim=1)
+    queries = query_positions[:, None]
+    mask = seen if window is None else seen & (key_positions > queries - window)
+    if slopes is not None:
+        bias = _alibi(slopes, key_positions, queries, absolute_bias_scale)
+        mask = torch.where(mask, bias, float("-inf")).to(q.dtype)
+    out = _many_tokens(q, k, v, scale, mask, False)
+    return out if heads is None or wanted is None else out.index_select(1, wanted)
+
+
 def _chosen(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, heads: Tensor, *, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
