@@ -194,12 +194,14 @@ JOBS: Final = (
     # Copies that are trained: 18 minutes of one GPU each.
     Job(
         name="distill",
-        command=f"{ROWCAST} distill {{model}} {LEARN} -o {{work}}/draft --json --steps 4400 --written 20000000 "
-        "--compile",
+        command=f"{ROWCAST} distill {{model}} {LEARN} -o {{work}}/draft --json --hidden 224 --layers 4 --steps 4800 "
+        "--written 18000000 --prompt-tokens 128 --compile",
         seconds=540, in_parts=True, makes="draft/rowcast.json",
     ),
     Job(
-        name="adapt", command=f"{ROWCAST} adapt {{model}} {LEARN} -o {{work}}/adapted --json --written 12000000 --compile",
+        name="adapt",
+        command=f"{ROWCAST} adapt {{model}} {LEARN} -o {{work}}/adapted --json --steps 7000 --written 12000000 --prompt-tokens 128 "
+        "--text-share 0.15 --compile",
         seconds=540, in_parts=True, makes="adapted/rowcast.json",
     ),
     Job(

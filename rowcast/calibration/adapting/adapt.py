@@ -52,7 +52,7 @@ STORED = "stored"
 SENSITIVITIES = "sensitivities.safetensors"
 SENSITIVITY_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """That they are found on, at most, by device."""
-LEVEL_WINDOWS = 16
+LEVEL_WINDOWS = 24
 """That levels are found on."""
 
 
