@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning_runs import CPU, QUIET, parts_of
+from learning_runs import CPU, QUIET, ended, in_two, parts_of
 from tiny import VOCAB, model_with_words, random_words, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -196,7 +196,7 @@ def test_levels_are_found_and_followed(tmp_path: Path) -> None:
     found.permute()
     found.hook()
     assert found.wanted.tolist() == pytest.approx([0.2, 0.5, 1])
-    found.find_levels(ids)
+    found.find_levels(ids, 8)
     levels = found.levels.clone()
     assert levels[0] > levels[1] > 0 and levels[2] == -1
     kept: dict[int, list[Tensor]] = {0: [], 1: [], 2: []}
@@ -222,6 +222,15 @@ def test_levels_are_found_and_followed(tmp_path: Path) -> None:
         module(input_ids=ids)
         found.follow()
     assert float(found.levels[0]) == pytest.approx(float(levels[0]), rel=0.1) and torch.equal(found.levels[1:], levels[1:])
+    found.find_levels(ids, 4)  # in parts, as training has them
+    torch.testing.assert_close(found.levels, levels, rtol=0.1, atol=0)
+    found.follows = True
+    found.levels[0] = 0
+    for _ in range(60):
+        found.densities = [0.2] * 8
+        module(input_ids=ids)
+        found.follow(0.5)
+    assert float(found.levels[0]) == pytest.approx(float(levels[0]), rel=0.1)
     found.unhook()
     assert not hasattr(found.mlps[0].down, "sensitivity")
 
@@ -413,6 +422,17 @@ def test_a_run_that_was_cut_off_gives_the_same_bits(
     assert adapt(str(model), [text], tmp_path / "cut", settings, QUIET)["table"] == found["table"]
     with pytest.raises(UserError, match=r"other settings \(--density\): add --restart"):
         adapt(str(model), [text], tmp_path / "cut", replace(settings, density=0.3), QUIET)
+
+
+def test_two_processes_adapt_together(model: Path, text: Path, tmp_path: Path) -> None:
+    """To levels that both have, and the leading one measures while the other waits."""
+    pytest.importorskip("accelerate")
+    command = ["adapt", str(model), "--text", str(text), "-o", str(tmp_path / "two"), "--window", "16", "--batch", "16", "--looks", "0"]
+    command += ["--steps", "3", "--written", "0", "--judged", "64", "--device", "cpu"]
+    ended(in_two(command))
+    made = json.loads((tmp_path / "two" / "rowcast.json").read_bytes())
+    assert made["settings"]["processes"] == 2 and made["training"]["steps"] == 3
+    assert (tmp_path / "two" / "calibration" / "calibration.json").exists()
 
 
 def test_a_signal_ends_measuring(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

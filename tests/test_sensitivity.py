@@ -119,10 +119,20 @@ def test_neurons_that_nothing_depends_on_have_their_layers_mean(tmp_path: Path) 
     found = sensitivities(module, spec, windows, device=CPU)[1]
     others = torch.cat([found[:4], found[5:]])
     assert float(found[4]) == pytest.approx(float(others.mean())) and (found > 0).all()
+    downs = [mlp.down for mlp in mlps_of(module, spec)]
     with torch.no_grad():
-        for mlp in mlps_of(module, spec):
-            mlp.down.weight.zero_()
-    assert all((layer == 1).all() for layer in sensitivities(module, spec, windows, device=CPU))
+        downs[1].weight.zero_()
+    known, none = sensitivities(module, spec, windows, device=CPU)[:2]
+    assert (none == none[0]).all() and float(none[0]) == pytest.approx(float(known.mean()))
+    with torch.no_grad():
+        for down in downs:
+            down.weight.zero_()
+    with pytest.raises(UserError, match="no gradient reaches any layer"):
+        sensitivities(module, spec, windows, device=CPU)
+    with torch.no_grad():
+        module.get_output_embeddings().weight[3] = torch.inf
+    with pytest.raises(UserError, match="not finite in float32: use --dtype float32"):
+        sensitivities(module, spec, windows, device=CPU)
 
 
 def test_a_calibration_holds_them_and_its_scores_are_by_them(calibrated: Calibration, model: Path) -> None:

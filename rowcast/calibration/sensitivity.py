@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rowcast.calibration.adapting.neurons import mlps_of
 from rowcast.calibration.pruning.blocks import gradients_of_activations
+from rowcast.errors import UserError
 from rowcast.runtime.spec import ModelSpec, parameter_count
 
 BATCH_TOKENS = 2048
@@ -42,7 +43,8 @@ def sensitivities(
 
     `module`: a Transformers causal language model on `device`, for evaluation. `windows` [W, T]: token ids, the first `begins` of each
     only context; the laws of all tokens count, one drawn token each. `advance` is told of tokens. Neurons that no output depends on,
-    such as those whose column is 0, get their layer's mean. Raises UserError where the module keeps its MLPs elsewhere (`mlps_of`).
+    such as those whose column is 0, get their layer's mean, layers without any the model's. Raises UserError where the module keeps its
+    MLPs elsewhere (`mlps_of`), and where gradients are not finite or there are none.
     """
     assert begins < windows.shape[1]
     downs = [mlp.down for mlp in mlps_of(module, spec)]
@@ -70,10 +72,19 @@ def sensitivities(
     finally:
         for handle in handles:
             handle.remove()
-    return [
+    for layer, total in enumerate(squares):
+        if not total.isfinite().all():
+            raise UserError(
+                f"gradients of layer {layer} are not finite in {str(downs[0].weight.dtype).removeprefix('torch.')}: use --dtype float32"
+            )
+    if not any(total.any() for total in squares):
+        raise UserError("no gradient reaches any layer: the model's laws do not depend on its MLPs; do without sensitivities")
+    found = [
         _over_length(total / windows[:, begins:].numel(), down.weight.detach())
         for total, down in zip(squares, downs, strict=True)
     ]
+    known = torch.cat([one[one > 0] for one in found])
+    return [torch.where(one > 0, one, one[one > 0].mean() if one.any() else known.mean()) for one in found]
 
 
 def _of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,9 +97,6 @@ def _of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _over_length(squares: Tensor, weight: Tensor) -> Tensor:
-    """[N] float32, of E[(w^T g)^2] [N] and down weights [D, N]."""
+    """[N] float32, of E[(w^T g)^2] [N] and down weights [D, N]; 0 where the column is."""
     lengths = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).double()
-    found = squares.sqrt() / lengths
-    known = found.isfinite() & (found > 0)
-    mean = found[known].mean() if known.any() else found.new_ones(())
-    return torch.where(known, found, mean).float().cpu()
+    return (squares.sqrt() / lengths).nan_to_num(0.0, 0.0, 0.0).float().cpu()

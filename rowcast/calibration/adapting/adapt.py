@@ -26,7 +26,7 @@ from rowcast.calibration.adapting.compiling import compile_layers
 from rowcast.calibration.adapting.divergence import mean_divergences
 from rowcast.calibration.adapting.looking import LOOK_TOKENS, Looks
 from rowcast.calibration.adapting.mix import DENSE, Mix
-from rowcast.calibration.adapting.neurons import Neurons, runs
+from rowcast.calibration.adapting.neurons import FOLLOWS, Neurons, runs
 from rowcast.calibration.adapting.rounding import Rounding
 from rowcast.calibration.adapting.settings import Settings
 from rowcast.calibration.adapting.streams import Streams
@@ -37,6 +37,7 @@ from rowcast.calibration.learning.losses import mixed_term
 from rowcast.calibration.learning.module import load_module, stored_dtype, write_module
 from rowcast.calibration.learning.state import load_tensors, save_tensors
 from rowcast.calibration.learning.trainer import STATE, Trained
+from rowcast.calibration.levels import pieces
 from rowcast.calibration.sensitivity import sensitivities
 from rowcast.runtime.checkpoint import Checkpoint, open_checkpoint
 from rowcast.runtime.config import ADAPTED
@@ -134,7 +135,9 @@ class _Adapting:
         neurons.hook()
         if self.levelled and not (job.folder.path / STATE).exists():
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-                neurons.find_levels(job.corpus.batch(0, LEVEL_WINDOWS).to(device))
+                neurons.find_levels(
+                    job.corpus.batch(0, LEVEL_WINDOWS).to(device), settings.batch // (settings.accumulate * job.world.size)
+                )
         rounding = None if settings.bits is None else Rounding(student, spec, settings.bits, stored_dtype(checkpoint))
         streams = Streams(teacher, student, spec)
         if settings.stream_weight:
@@ -159,7 +162,6 @@ class _Adapting:
             return rounds(step), densities_of(step, part, parts)
 
         def before(step: int) -> None:
-            job.world.average([neurons.levels])
             if looks.due(step):
                 looks.look(step, teacher, student, neurons)
 
@@ -169,7 +171,7 @@ class _Adapting:
             with rounding.on() if rounding is not None and whole else nullcontext():
                 ours = hidden_states(student, lesson.ids).flatten(0, 1)
             if self.levelled:
-                neurons.follow()
+                neurons.follow(FOLLOWS / settings.accumulate)
             used = rounded_head if rounded_head is not None and whole else head
             sizes = [count for _, count in runs(neurons.densities)]
             tokens = [count * lesson.ids.shape[1] for count in sizes]
@@ -207,7 +209,8 @@ class _Adapting:
             count = max(1, SENSITIVITY_TOKENS[job.device.type] // self.settings.window)
             found = sensitivities(teacher, spec, job.corpus.batch(0, count), device=job.device, seed=self.settings.seed)
             save_tensors(path, {name_of(layer): tensor for layer, tensor in enumerate(found)}, {})
-        job.world.wait()
+        if teacher is not None:
+            job.world.wait()
         tensors, _ = load_tensors(path)
         return [tensors[name_of(layer)] for layer in range(spec.num_layers)]
 
@@ -227,7 +230,7 @@ class _Adapting:
         carried: Carried | None = None
         if self.levelled:
             carried = Carried(adapted.path / BESIDE, adapted, settings.density, self._sensitivities())
-            calibration = carried.find(job.corpus.batch(0, LEVEL_WINDOWS), dtype=job.dtype, device=job.device)
+            calibration = carried.find(pieces(job.corpus.batch(0, LEVEL_WINDOWS)), dtype=job.dtype, device=job.device)
         windows = job.corpus.held(settings.window, max(1, settings.judged_tokens // settings.window)).tolist()
         densities = sorted(mix.densities, reverse=True)
         with job.bar("measuring", passes(densities, len(windows), settings.bits) * settings.window) as advance:

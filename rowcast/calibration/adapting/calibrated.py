@@ -23,7 +23,7 @@ from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibr
 
 @dataclass(slots=True)
 class Carried:
-    """A calibration that is made without a pass over text of its own: nothing is fitted, no predictor is in it."""
+    """A calibration of sensitivities that are known and of levels: nothing is fitted, no predictor is in it."""
 
     folder: Path
     model: Checkpoint

@@ -7,6 +7,7 @@ all above a level; gradients reach those alone. It is a mask over a dense produc
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,8 +31,10 @@ Cut = Literal["top", "threshold"]
 
 _SAMPLE = 1 << 13
 """Scores of each layer and pass that levels begin with."""
-_FOLLOWS = 0.1
+FOLLOWS = 0.1
 """Of a level: the power of used over wanted neurons by which a step moves it."""
+_LEAST = 1e-6
+"""Of a level, so that it can rise again: where neurons are 0 by themselves, as many as are wanted may not be above any."""
 _SEARCH, _SEARCH_FOLLOWS = 12, 0.5
 """Passes that levels are first looked for in, and that power in them."""
 _MANTISSA = 12
@@ -141,30 +144,36 @@ class Neurons:
         return any(density < 1 for density in self._densities)
 
     @torch.no_grad()
-    def find_levels(self, windows: Tensor) -> None:
-        """Begin with levels that fit these windows [W, T], W at least as many as there are levels. Precondition: hooked, in order."""
+    def find_levels(self, windows: Tensor, at_once: int) -> None:
+        """Begin with levels that fit these windows [W, T], `at_once` of them in a pass, W at least as many as there are levels.
+        Precondition: hooked, in order."""
         before, self._densities, self._gathered = self._densities, (), []
-        hidden_states(self.module, windows)
+        parts = torch.split(windows, at_once)
+        for ids in parts:
+            hidden_states(self.module, ids)
         gathered, self._gathered = torch.cat(self._gathered), None
         ordered = gathered.sort(descending=True).values
         places = (self.wanted[:-1] * len(ordered)).long().clamp(max=len(ordered) - 1)
-        self.levels[:-1] = ordered[places]
+        self.levels[:-1] = ordered[places].clamp_min(_LEAST)
         self.follows = True
-        wanted = self.wanted.tolist()
-        for _ in range(_SEARCH):
-            self.densities = sorted((wanted[i % (len(wanted) - 1)] for i in range(len(windows))), reverse=True)
-            hidden_states(self.module, windows)
-            self.follow(_SEARCH_FOLLOWS)
+        wanted = self.wanted.tolist()[:-1]
+        for turn in range(_SEARCH):
+            first = turn * len(windows)
+            for ids in parts:
+                self.densities = sorted((wanted[(first + i) % len(wanted)] for i in range(len(ids))), reverse=True)
+                hidden_states(self.module, ids)
+                self.follow(_SEARCH_FOLLOWS / len(parts))
+                first += len(ids)
         self.follows, self._densities = False, before
 
     @torch.no_grad()
-    def follow(self, power: float = _FOLLOWS) -> None:
+    def follow(self, power: float = FOLLOWS) -> None:
         """Move levels to where the last pass would have used what it was to use. In place, nothing is asked of the device."""
         if self._places is None:
             return
         sequences = torch.zeros_like(self.wanted).index_add_(0, self._places, torch.ones_like(self._places, dtype=torch.float32))
         share = self._seen / (sequences * len(self.mlps)).clamp_min(1)
-        moved = self.levels * (share / self.wanted).clamp_min(1e-3) ** power
+        moved = self.levels.clamp_min(_LEAST) * (share / self.wanted).clamp_min(1e-3) ** power
         self.levels.copy_(torch.where((sequences > 0) & (self.wanted < 1), moved, self.levels))
         self._seen.zero_()
 
@@ -201,7 +210,10 @@ class Neurons:
         assert isinstance(down, nn.Linear)
         if self._gathered is not None:
             scores = (hidden.detach().abs().float() * _lengths(down)).flatten()
-            self._gathered.append(scores[:: max(1, len(scores) // _SAMPLE)])
+            step = max(1, len(scores) // _SAMPLE)
+            while math.gcd(step, hidden.shape[-1]) > 1:  # so that all neurons are among them
+                step += 1
+            self._gathered.append(scores[::step])
         if self._sparse:
             hidden = hidden * self._mask(hidden.detach(), _lengths(down))
         if self.counts:

@@ -28,8 +28,8 @@ from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.spec import ModelSpec
 from rowcast.runtime.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 3
-"""Of a state: 2 since windows begin as a prompt does, 3 since an optimiser is chosen."""
+FORMAT = 4
+"""Of a state: 2 since windows begin as a prompt does, 3 since an optimiser is chosen, 4 since `adapt` goes by levels."""
 
 
 @dataclass(frozen=True, slots=True)

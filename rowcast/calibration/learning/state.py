@@ -25,7 +25,7 @@ from rowcast.runtime.checkpoint.safetensors_header import read_header, read_meta
 RESULT, REPLACED = "result", "replaced"
 REPLACES = "replaces"
 """Beside the settings of a state: the sha256 of the description of the result that it was begun to replace, or null."""
-CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json"}
+CHEAP = {SETTINGS, "text.bin", "text.json", "writing.json", "sensitivities.safetensors"}
 """Files of a state that took seconds: where there is nothing else, other settings just begin anew."""
 REMADE = {RESULT, "stored"}
 """What is made anew, however much of it there is."""

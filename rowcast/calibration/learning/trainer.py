@@ -78,8 +78,8 @@ class Trainer:
         """Goes on from the state in `folder`, if there is one: the module then has its weights.
 
         `batch_tokens`: of a step, over all processes, for speed only. `show`: progress on standard error; None: if that is a terminal,
-        otherwise a line now and then. `kept`: what else steps change, in place; it is saved with the weights. Raises UserError for a
-        state of another module.
+        otherwise a line now and then. `kept`: what else steps change, in place; averaged over processes and saved with the weights.
+        Raises UserError for a state of another module.
         """
         settings.check()
         self.module, self.loss_of, self.settings, self.device = module, loss_of, settings, device
@@ -173,6 +173,7 @@ class Trainer:
         self._muon.step(share * settings.muon_rate)
         for value in self._named.values():
             value.grad = None
+        world.average(list(self._kept.values()))
         return total
 
     def _read(self, pending: list[Tensor]) -> None:
