@@ -28,18 +28,20 @@ def _made(
     return pool, pool.add(bank, slice(FIXED, FIXED + slots), rows=at, fixed=fixed, values=[numbers.to(device)]), bank
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(40, 0), (40, 7), (1500, 1100)])
+@pytest.mark.parametrize(("rows", "slots"), [(40, 0), (40, 7), (20, 7), (1500, 1100)])
 def test_the_kernel_keeps_what_the_reference_keeps(monkeypatch: pytest.MonkeyPatch, rows: int, slots: int) -> None:
     generator = torch.Generator().manual_seed(slots)
     order = torch.randperm(rows + FIXED, generator=generator)
     numbers = torch.randn(rows + FIXED, generator=generator)
     sides = [_made(rows, slots, order, numbers, device) for device in (torch.device("cpu"), DEVICE)]
     for call in range(12 if slots > 100 else 40):
-        chosen = torch.randperm(rows + FIXED, generator=generator)[: BUFFER if call % 2 else 12]
-        count = torch.randint(BUFFER + 1, (1,), generator=generator, dtype=torch.int32)
+        room = rows + FIXED if rows <= slots + BUFFER else slots + BUFFER
+        chosen = torch.randperm(rows + FIXED, generator=generator)[: room if call % 2 else 12]
+        count = torch.randint(len(chosen) + 1, (1,), generator=generator, dtype=torch.int32)
         for kernel, (pool, cached, bank) in enumerate(sides):
             monkeypatch.setattr(gpu, "interpreted", bool(kernel))
             device = pool.rows.device
+            assert cached.room == room
             at = cached.reach(chosen.int().to(device) if call % 3 else chosen.to(device), count.to(device))
             for each, place in zip(chosen.tolist()[: int(count)], at.tolist(), strict=False):
                 row = int(order[each]) - FIXED

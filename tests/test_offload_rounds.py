@@ -3,6 +3,7 @@ interpreter; on a GPU captured in graphs."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from triton_interpreting import take_arrays_as_bounds
 
 from rowcast import LLM
 from rowcast.kernels import gpu
+from rowcast.runtime.offloaded.on_device import PlacedNeurons
 from rowcast.runtime.offloaded.sparse import OffloadedSparse
 from rowcast.runtime.offloaded.tiers import Spans, Tiers
 from rowcast.runtime.offloaded.weights import OffloadedBanks
@@ -158,3 +160,47 @@ def test_many_tokens(calibrated: bool, how: dict[str, Any], tmp_path: Path) -> N
     torch.testing.assert_close(passes.mlp(0, x, x), bank.out(hidden * own, residual=x), atol=2e-5, rtol=1e-5)
     assert banks.pool is not None
     banks.pool.rows.check()
+
+
+@pytest.mark.parametrize(
+    ("resident", "kept", "buffer", "parts"),
+    [
+        (0, 0.0, 0.5, 2),  # as is allocated, and nothing else lies on the device
+        (1, 0.0, 0.5, 2),
+        (1, 0.2, 0.5, 1),
+        (2, 0.0, 0.5, 1),
+        (0, 0.0, 0.2, 5),
+    ],
+)
+def test_above_a_threshold(resident: int, kept: float, buffer: float, parts: int, tmp_path: Path) -> None:
+    """As many rows as there may be are reached in few parts, of which choosing begins the first; none of them is lost."""
+    model = Model("llama-bias", tmp_path, "cuda" if ON_GPU else "cpu")
+    row, count = 3 * model.spec.hidden_size * 4, model.spec.intermediate_size
+    neurons = Spans(tuple(("resident" if i < resident else "rows", i, 1, 3) for i in range(3)))
+    tiers = Tiers(dict.fromkeys(range(2), Spans()), dict.fromkeys(range(2), neurons), Spans(), Spans(), frozenset())
+    banks = model.placed(tiers, rows_bytes=round(buffer * count) * row, cache_bytes=round(kept * count) * row * 2)
+    assert banks.pool is not None
+    calibration = levelled(model, tmp_path)  # type: ignore[arg-type]
+    selectors = build_neurons(banks, mlp=0.1, by="q8", cut="threshold", calibration=calibration)
+    generator = torch.Generator().manual_seed(1)
+    view = OffloadedSparse(banks, selectors)
+    passes, bank, selector = view._on_device(), model.banks.ffn[0], selectors[0]
+    neuron = passes._neurons[0]
+    assert view.on_device and isinstance(neuron, PlacedNeurons)
+    for tokens, share in ((1, 0.1), (1, 0.0), (1, 1.0), (3, 0.1), (3, 0.9)):
+        x = torch.randn(tokens, model.spec.hidden_size, generator=generator).to(model.device)
+        scores = selector.scorer(x).values
+        level = float(scores.quantile(1 - share)) if 0 < share < 1 else -math.inf if share else math.inf
+        with patch.object(selector, "_threshold", level):
+            passes._counts.begin()
+            with patch.object(neuron._cached, "reach", wraps=neuron._cached.reach) as reach:
+                choice = neuron.choose(x)
+                ahead = banks.pool.rows.counts().wanted
+                y = neuron.mlp(x, choice, x)
+            assert reach.call_count == parts
+        own, later = scores > level, banks.pool.rows.counts().wanted
+        torch.testing.assert_close(y, bank.out(bank.hidden(x) * own, residual=x), atol=2e-5, rtol=1e-5)
+        assert ahead + later == int((own.any(0) & (neuron._placed.place >= resident * count // 3)).sum())
+        if share == 0.1:  # all of the union, where the buffer has what is allocated for it
+            assert ahead and (later == 0 or parts > 2)
+        banks.pool.rows.check()

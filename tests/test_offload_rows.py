@@ -32,11 +32,12 @@ def test_any_calls_find_the_banks_rows(device: torch.device, slots: int) -> None
     rng, (pool, cached, banks) = random.Random(slots), make(device, [30, 17], slots, 16)
     for _ in range(80):
         which = rng.randrange(2)
-        chosen = rng.sample(range(len(banks[which].tensor)), rng.randrange(17))
-        count = rng.choice([None, rng.randrange(len(chosen) + 1)])
-        given = None if count is None else torch.tensor([count], dtype=torch.int32, device=device)
+        count = len(banks[which].tensor)
+        chosen = rng.sample(range(count), rng.randrange(min(count, cached[which].room) + 1))
+        wants = rng.choice([None, rng.randrange(len(chosen) + 1)])
+        given = None if wants is None else torch.tensor([wants], dtype=torch.int32, device=device)
         at = cached[which].reach(torch.tensor(chosen, dtype=torch.int64, device=device), given)
-        wanted = chosen if count is None else chosen[:count]
+        wanted = chosen if wants is None else chosen[:wants]
         assert torch.equal(pool.rows[at[: len(wanted)].long()].cpu(), banks[which].tensor[wanted])
         assert not pool.rows[0].any()
         pool.check()
@@ -61,9 +62,13 @@ def test_the_first_rows_are_held_from_the_start_then_the_most_recent() -> None:
 
 
 def test_more_rows_than_the_buffer_has() -> None:
-    _, [cached], _ = make(torch.device("cpu"), [20], 4, 8)
-    with pytest.raises(AssertionError, match="do not go into"):
-        cached.reach(torch.arange(9))
+    """Those that are kept make room."""
+    pool, [cached], [bank] = make(torch.device("cpu"), [20], 4, 8)
+    assert cached.room == 12
+    for ids in (torch.arange(2, 14), torch.arange(8, 20)):
+        assert torch.equal(pool.rows[cached.reach(ids).long()], bank.tensor[ids])
+    with pytest.raises(AssertionError, match="13 rows do not go into 12"):
+        cached.reach(torch.arange(13))
 
 
 @pytest.mark.gpu

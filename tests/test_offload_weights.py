@@ -27,6 +27,7 @@ from rowcast.placement.constants import Constants
 from rowcast.placement.costs import CostModel, Mode
 from rowcast.placement.hardware import Machine, machine_from
 from rowcast.placement.layout import Site, layouts
+from rowcast.placement.models import known_config
 from rowcast.placement.workload import Workload, assumed_hotness
 from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.banks import BankWeights
@@ -227,24 +228,43 @@ def test_a_layer_that_keeps_all_neurons_is_asked_for_rows_only(llama: Model, tie
     [
         ("self:mlp=0.2,by=q4", 2 * 0.25),
         ("self:mlp=0.2,by=q4,cut=threshold", 2 * 0.35),
+        ("self:mlp=0.1,by=q4,cut=threshold", 0.5),
         ("self:mlp=0.2,by=q4,cut=threshold / self:mlp=0.6,by=q4", 1),
         ("self:mlp=0.2,by=q8,cut=threshold", 2 * 0.25),
+        ("self:mlp=0.1,by=q4 / self:mlp=1,by=q4,heads=0.5", 1),
     ],
 )
 def test_fetched_rows_have_room_by_the_layer_that_needs_most(llama: Model, ladder: str, room: float, tmp_path: Path) -> None:
     """Levels of q4 give layers other shares than the densities do; a plan counts what is allocated."""
-    spec, made = llama.spec, {"fingerprint": "0" * 16}
-    tables = {"densities": torch.tensor([[0.15, 0.25], [1.0, 1.0]]), "levels.densities": torch.tensor([[0.05, 0.35], [1.0, 1.0]])}
-    save_file(tables | {"levels.q4": torch.tensor([0.1, 0.0])}, tmp_path / TENSORS, made)
-    about = {"format": FORMAT, **made, "density": 0.2, "densities": [0.2, 1.0], "quality": {}, "scorers": {}}
-    (tmp_path / DESCRIPTION).write_text(json.dumps(about))
-    calibration = Calibration.open(tmp_path, None)
+    calibration = with_shares(0.2, [0.15, 0.25], [0.05, 0.35], tmp_path)
+    assert room_for_rows(llama.spec, ladder, calibration) == pytest.approx(room, abs=1e-3)
+
+
+@pytest.mark.parametrize(("kept", "room"), [(0.12, 0.5), (0.3, 0.6)])
+def test_fetched_rows_have_room_by_what_levels_keep_at_most(kept: float, room: float, tmp_path: Path) -> None:
+    """Of ReLU's neurons: those that are not 0 are fewer than were asked for."""
+    spec = spec_from_config(known_config("facebook/opt-125m") or {})
+    calibration = with_shares(0.4, [0.4] * 12, [kept] * 12, tmp_path)
+    assert room_for_rows(spec, "self:mlp=0.4,by=q4,cut=threshold", calibration) == pytest.approx(room, abs=1e-3)
+
+
+def with_shares(mean: float, densities: list[float], by_level: list[float], path: Path) -> Calibration:
+    """Of layers that keep so much where all keep `mean`, with cut=threshold by q4 what its level keeps."""
+    made, ones = {"fingerprint": "0" * 16}, [1.0] * len(densities)
+    tables = {"densities": torch.tensor([densities, ones]), "levels.densities": torch.tensor([by_level, ones])}
+    save_file(tables | {"levels.q4": torch.tensor([0.1, 0.0])}, path / TENSORS, made)
+    about = {"format": FORMAT, **made, "density": mean, "densities": [mean, 1.0], "quality": {}, "scorers": {}}
+    (path / DESCRIPTION).write_text(json.dumps(about))
+    return Calibration.open(path, None)
+
+
+def room_for_rows(spec: ModelSpec, ladder: str, calibration: Calibration) -> float:
+    """Share of a layer's neurons that the buffer is made for, which has to be what a plan counts."""
     plan: Any = SimpleNamespace(dtype="float32", world=1, margin_bytes=1 << 20, ladder_text=ladder)
     found = Buffers.of(plan, everything("rows", spec.num_layers), spec, calibration)
-    layer = 3 * spec.intermediate_size * spec.hidden_size * 4
-    assert spec.num_layers == 2 and found.rows_bytes == pytest.approx(room * layer, abs=1)
     model, site = planner(spec, Ladder.parse(ladder), machine_from("A100-40GB"), calibration)
     assert model.fixed_bytes(site, Mode(rows=True))["buffers"] == found.rows_bytes
+    return found.rows_bytes / ((3 if spec.gated else 2) * spec.intermediate_size * spec.hidden_size * 4)
 
 
 @pytest.mark.parametrize(("by", "rows"), [("dejavu", []), ("q4", [0, -2])])

@@ -53,7 +53,7 @@ PLAIN = LadderUse(
 )
 SPARSE = LadderUse(
     name="self:mlp=0.1",
-    rungs=(RungUse(name="self:mlp=0.1", passes=1, tokens=1, neurons=0.1, candidates=0.1, proxy_bytes=64 << 20),),
+    rungs=(RungUse(name="self:mlp=0.1", passes=1, tokens=1, neurons=0.1, fetched=0.2, candidates=0.1, proxy_bytes=64 << 20),),
     tokens_per_round=1.0,
     tokens_per_round_range=(1.0, 1.0),
     shared_bytes=64 << 20,

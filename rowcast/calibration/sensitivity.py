@@ -99,4 +99,5 @@ def _of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _over_length(squares: Tensor, weight: Tensor) -> Tensor:
     """[N] float32, of E[(w^T g)^2] [N] and down weights [D, N]; 0 where the column is."""
     lengths = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).double()
-    return (squares.sqrt() / lengths).nan_to_num(0.0, 0.0, 0.0).float().cpu()
+    found: Tensor = (squares.sqrt() / lengths).nan_to_num(0.0, 0.0, 0.0)
+    return found.float().cpu()

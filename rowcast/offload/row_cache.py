@@ -51,7 +51,7 @@ class RowPool:
 
     @property
     def capacity(self) -> int:
-        """Rows that may be missing in one call."""
+        """Rows of the buffer."""
         return int(self._buffer.stop - self._buffer.start)
 
     def add(
@@ -157,6 +157,12 @@ class CachedBank:
         """A call is under way; after one that was broken off, until `restart`."""
         self._fill()
 
+    @property
+    def room(self) -> int:
+        """Ids that one call is sure to reach, whichever they are: rows of the cache that it does not use make room as well."""
+        sure = self._pool.capacity + self._held
+        return self.ids if self.ids - self.fixed <= sure else sure
+
     def restart(self) -> None:
         """Keep what was kept at the start, whatever a call that was broken off has left."""
         for held, start in zip((self._directory, self._owners), self._start, strict=True):
@@ -178,10 +184,12 @@ class CachedBank:
         """Where the rows `ids` [C] lie in the pool, [C] int32, valid until the pool's next call, and until then in its `where`, too.
 
         Each is named once, in any order; `count` [1] int32: only so many of them are wanted (None: all), the others may be anything
-        from 0 to the last id. At most the pool's `capacity` may be missing. The caller's current stream does it all.
+        from 0 to the last id. Of ids that are not `fixed` at most as many as the buffer and the bank's cache have rows. The caller's
+        current stream does it all.
         """
         pool = self._pool
-        assert len(ids) <= pool.capacity + self.fixed, f"{len(ids)} rows do not go into a buffer of {pool.capacity}"
+        most = pool.capacity + self._held + self.fixed
+        assert len(ids) <= most, f"{len(ids)} rows do not go into {most}"
         if not len(ids):
             return ids.int()
         pool.called = self.reaching = True

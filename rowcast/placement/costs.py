@@ -26,7 +26,7 @@ from rowcast.placement.constants import STREAM_BYTES, Constants
 from rowcast.placement.groups import ATTENTION, EMBEDDINGS, KV, NEURONS, Groups, make_groups, mlp_bytes, unplaced_bytes
 from rowcast.placement.hardware import Host, Quantity
 from rowcast.placement.layout import Layout, Site
-from rowcast.placement.resident import fetched_share, layered_tokens, states_bytes
+from rowcast.placement.resident import layered_tokens, states_bytes
 from rowcast.placement.solver import Problem
 from rowcast.placement.workload import LadderUse, RungUse, Workload
 from rowcast.runtime.spec import kv_bytes_per_token, layer_parameters, parameter_count
@@ -141,8 +141,8 @@ class CostModel:
         if mode.kv_away:
             buffers += 2 * min(self.kv_bytes(site, 1), STREAM_BYTES)
         if mode.rows:
-            sparse = max(max(rung.neurons, rung.widest) for rung in ladder.rungs if rung.neurons < 1)
-            buffers += mlp_bytes(spec, work.width) * ladder.placed_share / tp * fetched_share(sparse)
+            fetched = max(rung.fetched for rung in ladder.rungs)
+            buffers += mlp_bytes(spec, work.width) * ladder.placed_share / tp * fetched
         layered = layered_tokens(spec, work.width, work.prompt, site.card.memory_bytes) if mode.kv_away else 0
         on_cpu = self.layout.on_cpu
         return {

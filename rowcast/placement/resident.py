@@ -58,12 +58,6 @@ def round_rows(max_num_seqs: int) -> int:
     return 1 << (min(max_num_seqs, ROUND_SEQS) - 1).bit_length()
 
 
-def fetched_share(widest: float) -> float:
-    """Of a layer's neurons, those that the buffer for one call's fetched rows has room for, where a token needs `widest` of the layer
-    that needs most, on average: of several tokens, or with cut=threshold of one, it may be more."""
-    return min(1.0, 2 * widest)
-
-
 def rank_share(spec: ModelSpec, world: int) -> ModelSpec:
     """What the fullest of `world` tensor-parallel ranks holds, as a model of its own to be counted: its heads, neurons and rows of the
     vocabulary. KV heads that are fewer than ranks are held by several."""

@@ -65,8 +65,8 @@ class RungUse:
     """Of these, those that a round copies anew where the KV lies elsewhere."""
     neurons: float = 1.0
     """Share that one token needs."""
-    widest: float = 0.0
-    """The same of the layer that needs most, where layers differ."""
+    fetched: float = 0.0
+    """Share of a layer's neurons that the buffer for one call's fetched rows has room for."""
     candidates: float = 1.0
     """Share whose inner rows are read: more than `neurons` where candidates are ranked again."""
     heads: float = 1.0

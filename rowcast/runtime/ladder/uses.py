@@ -17,7 +17,7 @@ from rowcast.runtime.lowbit_sizes import replaced_bytes, rounded_bytes
 from rowcast.runtime.packed_sizes import PackedSizes
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.checks import AHEAD
-from rowcast.runtime.sparse.sizes import asking_layers, head_share, inner_share, layer_proxy_bytes, proxy_bytes, widest_share
+from rowcast.runtime.sparse.sizes import asking_layers, fetched_share, head_share, inner_share, layer_proxy_bytes, proxy_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token, parameter_count
 
 _GAMMA, _INNER_GAMMA = 6, 2
@@ -170,7 +170,7 @@ def _rung_use(
     return replace(
         use,
         neurons=1.0 if rung.mlp is None else rung.mlp,
-        widest=0.0 if rung.mlp is None else widest_share(rung, spec, calibration),
+        fetched=fetched_share(rung, spec, calibration),
         candidates=inner_share(spec, rung),
         heads=1.0 if rung.heads is None else rung.heads,
         head_share=head_share(spec, calibration, width) if rung.lm == "hire" else 1.0,

@@ -199,7 +199,7 @@ class PlacedFfn:
     @property
     def room(self) -> int:
         """Most rows that one call is sure to reach."""
-        return 0 if self.pool is None else self.pool.rows.capacity
+        return 0 if self.cached is None else self.cached.room
 
     @property
     def on_device(self) -> bool:

@@ -89,6 +89,7 @@ class _Part:
     at: Tensor
     """int32 [n]."""
     count: Tensor | None
+    """How many of them are chosen, int32 [1]; None, or more than n: all."""
 
 
 class PlacedNeurons(DeviceNeurons):
@@ -101,14 +102,12 @@ class PlacedNeurons(DeviceNeurons):
         assert bank.on_device and bank.cached is not None and bank.pool is not None
         super().__init__(layer, cast(FfnBank, bank), selector, gpu.MOST_TOKENS, counts)
         self._placed, self._cached, self._pool = bank, bank.cached, bank.pool
-        self._found: Tensor | None = None
-        """Where the rows lie that were chosen, where one call has reached them."""
+        self._found: _Part | None = None
+        """The first of those chosen, as long as they lie in the pool."""
 
     def choose(self, x: Tensor) -> Choice:
         choice = super().choose(x)
-        self._found = None
-        if not isinstance(choice, Tensor) and len(choice.ids) <= self._pool.rows.capacity:
-            self._found = self._cached.reach(choice.ids, self._count(choice))
+        self._found = None if isinstance(choice, Tensor) else self._part(choice, 0)
         return choice
 
     def mlp(self, x: Tensor, choice: Choice, residual: Tensor | None) -> Tensor:
@@ -139,7 +138,7 @@ class PlacedNeurons(DeviceNeurons):
         whole = found[0] if len(found) == 1 else torch.cat(found, 1)
         assert self._kept is not None
         if own is None:
-            assert self._found is not None, "a single token's candidates do not go into the buffer"
+            assert len(found) == 1, "a single token's candidates do not go into the buffer"
             ids, _, whole = select.rerank_one(whole, choice, self._kept, self._norms)
             return products.rows_out(table.down, whole, self._pool.rows.where[ids], None, placed.down_bias, residual)
         whole = whole * select.rerank(whole, choice, self._kept, self._norms)
@@ -155,15 +154,19 @@ class PlacedNeurons(DeviceNeurons):
         return None if choice.own is None and self._first is not None else choice.count
 
     def _parts(self, choice: select.Chosen) -> Iterator[_Part]:
-        """As many of the chosen at a time as are sure to have room, each part until the next."""
-        count, capacity = self._count(choice), self._pool.rows.capacity
-        if self._found is not None:
-            yield _Part(slice(None), self._found, count)
-            return
-        for start in range(0, len(choice.ids), capacity):
-            columns = slice(start, min(start + capacity, len(choice.ids)))
-            left = None if count is None else (count - start).clamp(0, columns.stop - start)
-            yield _Part(columns, self._cached.reach(choice.ids[columns], left), left)
+        """All of the chosen, each part until the next."""
+        first = self._part(choice, 0) if self._found is None else self._found
+        yield first
+        for start in range(first.columns.stop, len(choice.ids), self._cached.room):
+            self._found = None
+            yield self._part(choice, start)
+
+    def _part(self, choice: select.Chosen, start: int) -> _Part:
+        """From that place of the list on, as many as are sure to have room. There may be fewer, or none: the count tells."""
+        columns, count = slice(start, min(start + self._cached.room, len(choice.ids))), self._count(choice)
+        if count is not None and start:
+            count = (count - start).clamp(min=0)
+        return _Part(columns, self._cached.reach(choice.ids[columns], count), count)
 
     def _all(self, x: Tensor, own: Tensor, residual: Tensor | None) -> Tensor:
         """Each token's `own` [T, N] of all neurons."""

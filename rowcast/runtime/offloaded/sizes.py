@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from rowcast.placement.constants import STREAM_BYTES
 from rowcast.placement.plan import DTYPE_BYTES, Plan
-from rowcast.placement.resident import fetched_share, rank_share
+from rowcast.placement.resident import rank_share
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.offloaded.tiers import CPU, DISK, ROWS, STREAMED, Tiers
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.sparse.sizes import widest_share
+from rowcast.runtime.sparse.sizes import fetched_share
 from rowcast.runtime.spec import ModelSpec, layer_parameters
 
 LEAST_RING = 64 << 20
@@ -39,9 +39,8 @@ class Buffers:
             # Passes over many tokens stream what others fetch or the CPU computes: through what the plan leaves free.
             ring = min(ring, max(LEAST_RING, left // 2)) if {ROWS, CPU} & tiers_used else 0
             left = max(0, left - ring)
-        shares = [widest_share(rung, spec, calibration) for rung in Ladder.parse(plan.ladder_text).rungs if rung.mlp is not None]
-        if not shares or not any(ROWS in part.tiers for part in tiers.neurons.values()):
+        fetched = max(fetched_share(rung, spec, calibration) for rung in Ladder.parse(plan.ladder_text).rungs)
+        if not fetched or not any(ROWS in part.tiers for part in tiers.neurons.values()):
             return cls(ring)
         layer = (3 if spec.gated else 2) * spec.hidden_size * share.intermediate_size * width
-        rows = round(layer * fetched_share(max(shares)))
-        return cls(ring, rows, left)
+        return cls(ring, round(layer * fetched), left)

@@ -59,9 +59,16 @@ def rung_shares(rung: Rung, layers: int, calibration: Calibration | None) -> lis
     return layer_shares(rung.mlp, layers, calibration, (rung.by or "q4") if rung.cut == "threshold" else None)
 
 
-def widest_share(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> float:
-    """Of a rung that chooses neurons, the share that the layer which keeps most of them keeps on average."""
-    return max(rung_shares(rung, spec.num_layers, calibration))
+def fetched_share(rung: Rung, spec: ModelSpec, calibration: Calibration | None) -> float:
+    """Of a layer's neurons, those that the buffer for one call's fetched rows has room for; 0: the rung chooses none.
+
+    Twice what a token needs of the layer that keeps most, on average, as several tokens need more. With cut=threshold a token's list
+    may have all of them, and a graph has calls for as many: with room for half they are two at most.
+    """
+    if rung.mlp is None:
+        return 0.0
+    least = 0.5 if rung.cut == "threshold" else 0.0
+    return min(1.0, max(least, 2 * max(rung_shares(rung, spec.num_layers, calibration))))
 
 
 def kept_neurons(share: float, neurons: int) -> int:

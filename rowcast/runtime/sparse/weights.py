@@ -32,8 +32,8 @@ Observer = Callable[[int, Selector, Tensor, Tensor], None]
 class SparseWeights:
     """Chosen rows of a model in the bank layout. Implements `WeightView`.
 
-    What a token's output is depends on the token alone: its own set. Unions over tokens, many tokens, and overflow decide only what
-    is read. Prompt tokens use all rows. Rounds that the device runs by itself choose there (`on_device`).
+    What a token's output is depends on the token alone: its own set. Unions over tokens and many tokens decide only what is read.
+    Prompt tokens use all rows. Rounds that the device runs by itself choose there (`on_device`).
     """
 
     def __init__(
