@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from rowcast import LLM, SamplingParams
 from rowcast.calibration import Settings as CalibrationSettings
 from rowcast.calibration import calibrate
+from rowcast.calibration import run as calibration_run
 from rowcast.calibration.adapting.adapt import adapt, balanced
 from rowcast.calibration.adapting.divergence import divergence, mean_divergences
 from rowcast.calibration.adapting.mix import Mix
@@ -51,6 +52,7 @@ from rowcast.runtime.ladder.spec import Rung
 from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.shard import Shard
+from rowcast.runtime.sparse.artefact import BESIDE, Calibration
 from rowcast.runtime.sparse.build import build_view
 from rowcast.runtime.sparse.scorers import Oracle
 from rowcast.runtime.sparse.selection import Selector, shards_for
@@ -347,7 +349,7 @@ def test_the_result_is_an_ordinary_checkpoint(adapted: tuple[Path, dict[str, Any
     assert not output.with_name("model.state").exists()
     assert read_metadata(output / "model.safetensors")["adapted_to"] == "0.2"
     spec = spec_from_config(checkpoint.config)
-    assert spec.adapted is not None and spec.adapted.density == 0.2
+    assert spec.adapted is not None and (spec.adapted.density, spec.adapted.cut) == (0.2, "threshold")
     assert dict(spec.adapted.acceptance)[0.2] == pytest.approx(row(found, "adapted", 0.2, "q4")["draft"], abs=1e-3)
     assert spec_digest(spec) == spec_digest(spec_from_config(open_checkpoint(str(model)).config))
 
@@ -367,6 +369,9 @@ def test_the_table_is_of_each_model_by_itself_and_as_its_own_draft(adapted: tupl
         assert found.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
         assert found.draft == pytest.approx(drafts_of(own, view, windows, **settings)["it"].acceptance, rel=1e-5)
         assert abs(found.draft - found.acceptance) > 1e-3
+    calibration = Calibration.open(output / BESIDE, None)
+    with pytest.raises(UserError, match=f"mlp=0.001 is below {calibration.densities[0]}, the least density"):
+        measure(checkpoints["original"], checkpoints["adapted"], [0.2, 0.001], windows, calibration=calibration, **settings)
     older = [{**asdict(one), "own": 0.5} for one in rows]
     for one in older:
         del one["draft"]
@@ -387,16 +392,49 @@ def test_its_density_is_the_default_of_its_rungs(
     out = LLM(str(output), ladder="hire", mode="approximate", device="cpu").generate(
         ["w1 w2 w3"], SamplingParams(temperature=0, max_tokens=4)
     )[0]
-    assert out.metrics.ladder.rungs[0].mlp == 0.2
+    assert str(out.metrics.ladder) == "self:mlp=0.2,by=q4,cut=threshold,lm=hire", "it was trained by levels"
+    for find in (LLM, workload):
+        with pytest.raises(UserError, match="the ladder dejavu needs a calibration with predictors"):
+            find(model=str(output), ladder="dejavu")
     assert main(["eval", str(output), "--text", str(text), "--tokens", "64", "--device", "cpu", "--json"]) == 0
     assert "mlp=0.2,by=q4" in next(iter(json.loads(capsys.readouterr().out)["texts"].values()))["views"]
     settings = CalibrationSettings(tokens=320, window=16, train_steps=0, measured_tokens=32)
     assert calibrate(output, [text], tmp_path / "calibration", settings).description["density"] == 0.2
 
 
+def test_a_calibration_takes_the_place_of_the_one_that_it_carries(
+    adapted: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is asked to, and not before it is whole."""
+    model = Path(shutil.copytree(adapted[0], tmp_path / "model"))
+    own, settings = model / BESIDE, CalibrationSettings(tokens=320, window=16, train_steps=0, measured_tokens=32)
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match=r"the calibration that `rowcast adapt` left: add --restart to take its place"):
+        calibrate(model, [text], own, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_run, "fit_layer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, [text], own, settings, restart=True)
+    assert {path.name: path.read_bytes() for path in own.iterdir() if path.is_file()} == before
+    made = calibrate(model, [text], own, settings)
+    assert made.description["settings"] and "made_by" not in made.description and "layers.0.dejavu.a" in made
+    assert LLM(str(model), ladder="dejavu", device="cpu").plan.calibration == made.identity
+    assert calibrate(model, [text], own, settings).identity == made.identity
+    foreign = Path(shutil.copytree(adapted[0] / BESIDE, tmp_path / "other"))
+    (foreign / "notes").touch()
+    with pytest.raises(UserError, match=r"holds other files \(notes\)"):
+        calibrate(model, [text], foreign, settings, restart=True)
+
+
 def test_a_config_that_says_nonsense_of_it_is_refused(model: Path) -> None:
     config = json.loads((model / "config.json").read_bytes())
-    for value in (3, {}, {"density": 0}, {"density": 0.2, "acceptance": {"0.1": 2}}, {"density": 0.2, "acceptance": [1]}):
+    wrong: list[Any] = [3, {}, {"density": 0}]
+    wrong += [{"density": 0.2, **more} for more in ({"acceptance": {"0.1": 2}}, {"acceptance": [1]}, {"cut": "bottom"})]
+    for value in wrong:
         with pytest.raises(UserError, match=ADAPTED):
             spec_from_config({**config, ADAPTED: value})
 
@@ -427,7 +465,20 @@ def test_a_run_that_was_cut_off_gives_the_same_bits(
 def test_two_processes_adapt_together(model: Path, text: Path, tmp_path: Path) -> None:
     """To levels that both have, and the leading one measures while the other waits."""
     pytest.importorskip("accelerate")
-    command = ["adapt", str(model), "--text", str(text), "-o", str(tmp_path / "two"), "--window", "16", "--batch", "16", "--looks", "0"]
+    command = [
+        "adapt",
+        str(model),
+        "--text",
+        str(text),
+        "-o",
+        str(tmp_path / "two"),
+        "--window",
+        "16",
+        "--batch",
+        "16",
+        "--looks",
+        "0",
+    ]
     command += ["--steps", "3", "--written", "0", "--judged", "64", "--device", "cpu"]
     ended(in_two(command))
     made = json.loads((tmp_path / "two" / "rowcast.json").read_bytes())
@@ -500,12 +551,23 @@ def test_relu_needs_a_config_that_names_its_activation(text: Path, tmp_path: Pat
 
 
 def test_rungs_are_weighed_by_what_the_config_measured(adapted: tuple[Path, dict[str, Any]]) -> None:
-    from rowcast.runtime.acceptances import Acceptances
+    from rowcast.runtime.acceptances import Acceptance, Acceptances
 
     output, found = adapted
     spec = spec_from_config(open_checkpoint(str(output)).config)
-    chance = Acceptances.of(None, spec, None).find(Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True)
-    assert chance.origin == "measured" and chance.value == pytest.approx(row(found, "adapted", 0.2, "q4")["draft"], abs=1e-3)
-    assert Acceptances.of(None, replace(spec, adapted=None), None).find(
-        Rung(kind="self", mlp=0.2), Rung(kind="plain"), top=True
-    ).origin == "assumed"  # fmt: skip
+    assert spec.adapted is not None and spec.adapted.cut == "threshold"
+    older = replace(spec, adapted=replace(spec.adapted, cut="top"))
+
+    def chance(spec: ModelSpec, rung: str) -> Acceptance:
+        return Acceptances.of(None, spec, None).find(Rung.parse(rung), Rung(kind="plain"), top=True)
+
+    measured = pytest.approx(row(found, "adapted", 0.2, "q4")["draft"], abs=1e-3)
+    for by in ("q4", "oracle"):
+        above, best = f"self:mlp=0.2,by={by},cut=threshold", f"self:mlp=0.2,by={by}"
+        for known, rung in ((spec, above), (older, best)):
+            assert chance(known, rung).origin == "measured" and chance(known, rung).value == measured
+        for unknown, rung, cut in ((spec, best, "threshold"), (older, above, "top")):
+            assumed = chance(unknown, rung)
+            assert assumed == replace(chance(replace(spec, adapted=None), rung), source=assumed.source)
+            assert assumed.origin == "assumed" and f"the model's config knows of cut={cut} alone" in assumed.source
+    assert chance(spec, "self:mlp=0.2,by=q4,over=1.5").origin == "assumed"

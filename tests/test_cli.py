@@ -581,8 +581,10 @@ def test_what_was_moved(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_placement_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    print_placement(resident())
+    print_placement(resident(notes=("dtype float32",)))
     assert capsys.readouterr().err == ""
+    print_placement(resident(notes=("dtype float32", "calibration: the model's own (m/calibration)")))
+    assert capsys.readouterr().err == "[calibration: the model's own (m/calibration)]\n"
     print_placement(forecast_plan())
     assert capsys.readouterr().err == "[placement: resident 3.0 GiB: neurons, 4.08% of KV; streamed 47.0 GiB: 95.92% of KV]\n"
     shares = [Share([0], "embeddings", -1, "host", 0, 1, 1, 5), Share([1], "KV", 0, "streamed", 0, 1, 1, 5)]

@@ -131,6 +131,19 @@ def test_random_scores_find_what_chance_finds(banks: BankWeights, keep: int) -> 
     assert measured.neurons.overall().density == keep / NEURONS
 
 
+def test_recall_above_a_threshold_is_of_as_many_as_a_token_used(banks: BankWeights) -> None:
+    """Exact scores above a level are each token's best, however few; those of a proxy nearly are."""
+    views: dict[str, WeightView] = {}
+    for by in ("oracle", "q8"):
+        top = build_neurons(banks, mlp=0.5, by=by)
+        above = [Selector(each.scorer, NEURONS, keep=NEURONS // 2, threshold=0.2) for each in top if each is not None]
+        views[by] = SparseWeights(banks, above)
+    found = evaluate(banks, views, WINDOWS, device=CPU).views
+    exact, near = (found[by].neurons.overall() for by in ("oracle", "q8"))
+    assert exact.recall_min == 1 and 0.05 < exact.density < 0.45
+    assert 0.9 < near.recall < 1 and near.density == pytest.approx(exact.density, abs=0.02)
+
+
 @pytest.mark.parametrize("kept", [16, 20, 24, 32])
 def test_recall_of_local_selection(kept: int) -> None:
     """DA-TOP-k (HiRE, arXiv 2402.09360): `kept` of each of 8 shards against the best 128 of 1,024 placed at random."""
@@ -535,6 +548,7 @@ def test_levels_of_the_models_own_calibration_are_measured(own: Path, capsys: py
     assert above["neurons_share"] == pytest.approx((first["density"] + 1) / 2)
     assert rowcast.cli.main([*arguments, "--density", "0.7"]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"calibration: the model's own ({own / BESIDE})\n")
     [line] = [line for line in shown.splitlines() if line.startswith("mlp=0.7,by=q4,cut=threshold ") and ":" not in line]
     assert f"{above['neurons_share']:.3f}" in line.split()[-2]
     for named in (["--ladder", "self:mlp=0.7,by=q4 / plain"], ["--density", "0.7", "--over", "1.5"], ["--density", "0.6"]):
@@ -546,6 +560,7 @@ def test_a_ladder_that_reads_no_calibration_leaves_the_models_own_alone(own: Pat
     arguments = ["eval", str(own), "--text", str(own / "text.txt"), "--window", "64", "--ladder", "self:bits=8 / plain", "--json"]
     assert rowcast.cli.main(arguments) == 0
     whole = capsys.readouterr().out
+    assert "own_calibration" not in whole
     (own / BESIDE / TENSORS).unlink()
     assert rowcast.cli.main(arguments) == 0, "a damaged one is left out"
     assert capsys.readouterr().out == whole

@@ -345,7 +345,7 @@ def test_hotness_by_layer(calibration: Calibration) -> None:
         ladder = f"self:mlp=0.3,by=q4{cut} / self:mlp=0.9,by=q4{cut} / plain"
         asked = workload(model=DRAFT, ladder=ladder, calibration=calibration.path, context=512)
         assert [sum(layer) / len(layer) for layer in asked.hotness.layers] == pytest.approx(shares, abs=1e-6)
-        assert asked.ladders[0].rungs[0].widest == pytest.approx(max(shares))
+        assert [rung.fetched for rung in asked.ladders[0].rungs] == pytest.approx([max(shares) * 2, 1, 0], abs=1e-6)
 
 
 def test_where_acceptances_are_from(calibration: Calibration) -> None:

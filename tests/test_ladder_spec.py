@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from rowcast.calibration.levels import LEVELLED
 from rowcast.errors import UserError
 from rowcast.runtime.ladder.presets import Calibrated, Circumstances, resolve
 from rowcast.runtime.ladder.spec import Ladder, Rung
@@ -268,16 +269,19 @@ def test_sparse_presets() -> None:
 
 
 def test_sparse_presets_choose_by_levels() -> None:
-    """Of the scorer that runs and for its density; not where candidates are ranked again, nor in what the user writes."""
-    levels = replace(FITTED, levels=("q4", "dejavu"), least=0.3)
-    assert sparse("auto", levels) == "ngram / self:mlp=0.4,by=dejavu,cut=threshold / plain"
-    assert sparse("dejavu", levels) == "self:mlp=0.4,by=dejavu,cut=threshold,heads=0.67 / plain"
-    assert sparse("hire", levels) == "self:mlp=0.4,by=q4,over=1.5,lm=hire / plain"
-    assert sparse("hire", replace(levels, over=1.0)) == "self:mlp=0.4,by=q4,cut=threshold,lm=hire / plain"
-    assert sparse("auto", replace(levels, levels=("q4",))) == "ngram / self:mlp=0.4,by=dejavu / plain"
-    assert sparse("auto", levels, density=0.25) == "ngram / self:mlp=0.25,by=dejavu / plain"
-    assert sparse("auto", levels, density=1.0) == "ngram / self:mlp=1,by=dejavu / plain"
-    assert sparse("self:mlp=0.5 / plain", levels) == "self:mlp=0.5,by=dejavu / plain"
+    """Of the scorer that runs and for its density, then without candidates that are ranked again; not in what the user writes."""
+    levels = replace(FITTED, scorers=("q4", "dejavu"), over=1.3, levels=LEVELLED, least=0.3)
+    assert sparse("auto", levels) == "ngram / self:mlp=0.4,by=q4,cut=threshold / plain"
+    assert sparse("auto", replace(levels, scorers=("dejavu", "q4"))) == "ngram / self:mlp=0.4,by=dejavu / plain"
+    assert sparse("dejavu", levels) == "self:mlp=0.4,by=dejavu,heads=0.67 / plain"
+    assert sparse("hire", levels) == "self:mlp=0.4,by=q4,cut=threshold,lm=hire / plain"
+    assert sparse("hire", replace(levels, levels=())) == "self:mlp=0.4,by=q4,over=1.3,lm=hire / plain"
+    for density in (0.25, 1.0):
+        assert sparse("auto", levels, density=density) == f"ngram / self:mlp={density:g},by=q4 / plain"
+        assert sparse("hire", levels, density=density) == f"self:mlp={density:g},by=q4,over=1.3,lm=hire / plain"
+    assert sparse("self:mlp=0.5 / plain", levels) == "self:mlp=0.5,by=q4 / plain"
+    with pytest.raises(UserError, match=r"the ladder dejavu needs a calibration with predictors; make one .* or use hire"):
+        sparse("dejavu", replace(levels, predictors=False))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rowcast.errors import UserError
 from rowcast.kernels import native
 from rowcast.runtime.checkpoint import opening
 from rowcast.runtime.ladder.spec import Rung
+from rowcast.runtime.plan_for import plan_for
 from rowcast.runtime.sparse.artefact import DESCRIPTION, FORMAT, TENSORS, Calibration
 from rowcast.runtime.sparse.sizes import copied_bytes, expected_bytes
 from rowcast.runtime.spec import layer_parameters
@@ -533,7 +534,7 @@ def add_levels(folder: Path) -> Path:
     for name in [name for name in tables if name.endswith(".frequency")]:
         sensitivity = torch.rand(tables[name].shape, generator=generator) * 4 + 0.2
         tables[name.replace("frequency", "sensitivity")] = sensitivity
-    tables |= {"levels.q4": torch.tensor([0.1, 0.0]), "levels.dejavu": torch.tensor([50.0, 0.0])}
+    tables |= {"levels.q4": torch.tensor([0.1, 0.0]), "levels.oracle": torch.tensor([0.1, 0.0])}
     tables["levels.densities"] = tables["densities"].flip(1) * 0.9
     save_file(tables, folder / TENSORS, {"fingerprint": json.loads((folder / DESCRIPTION).read_text())["fingerprint"]})
     return folder
@@ -542,11 +543,17 @@ def add_levels(folder: Path) -> Path:
 def test_a_ladder_by_levels(target: Path, plain: dict[str, list[list[int]]], tmp_path: Path) -> None:
     """As a draft it changes no token, as the last rung each token's set is its own, and the plan counts what it takes."""
     found = add_levels(calibrate(target, tmp_path))
-    llm = make(target, "dejavu", calibration=found)
-    assert llm.plan.ladder == ["self:mlp=0.6,by=dejavu,cut=threshold,heads=0.67", "plain"]
+    llm = make(target, "hire", calibration=found)
+    assert llm.plan.ladder == ["self:mlp=0.6,by=q4,cut=threshold,lm=hire", "plain"]
     assert ids(llm.generate(prompts(6), SEEDED)) == plain["seeded"]
     assert llm.plan.rung_weight_bytes == added_bytes(llm, banks=True)
-    for ladder in ("self:mlp=0.4,by=q4,cut=threshold", "self:mlp=0.4,by=q2,over=1.5", "self:mlp=0.5,by=gate", "dejavu"):
+    for ladder in (
+        "hire",
+        "self:mlp=0.4,by=oracle,cut=threshold",
+        "self:mlp=0.4,by=q2,over=1.5",
+        "self:mlp=0.5,by=gate",
+        "dejavu",
+    ):
         last = approximate(target, ladder, calibration=found)
         assert last.plan.rung_weight_bytes == added_bytes(last, banks=False)
         alone = [last.generate(prompt, SEEDED)[0] for prompt in prompts(6)]
@@ -568,6 +575,10 @@ def test_a_models_own_calibration_is_used_by_itself(own: Path, tmp_path: Path, c
     given = make(own, "dejavu", calibration=own / "calibration")
     llm = make(own, "dejavu")
     assert (llm.plan.ladder, llm.plan.calibration) == (given.plan.ladder, given.plan.calibration) and llm.plan.calibration
+    told = f"calibration: the model's own ({own / 'calibration'})"
+    assert told in llm.plan.notes and told not in given.plan.notes and told not in make(own, "ngram").plan.notes
+    assert told in plan_for(str(own), ladder="dejavu").notes
+    assert told not in plan_for(str(own), ladder="dejavu", calibration=own / "calibration").notes
     tokens = ids(llm.generate([[1, 2, 3]], GREEDY))
     assert tokens == ids(given.generate([[1, 2, 3]], GREEDY))
     llm.plan.save(tmp_path / "plan")
@@ -586,7 +597,8 @@ def test_a_models_own_calibration_is_used_by_itself(own: Path, tmp_path: Path, c
 
 @pytest.mark.parametrize("damage", ["cut off", "other weights"])
 def test_a_models_own_calibration_that_cannot_be_used(own: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It is told why; ladders that need one are refused as without."""
+    """It is told why; ladders that need one are refused as without, and so is a plan that was made with it."""
+    planned = make(own, "dejavu").plan
     tables = own / "calibration" / TENSORS
     if damage == "cut off":
         tables.write_bytes(tables.read_bytes()[:100])
@@ -598,8 +610,16 @@ def test_a_models_own_calibration_that_cannot_be_used(own: Path, damage: str, ca
     assert caplog.text.count("the model's own calibration is left out") == 1
     with pytest.raises(UserError, match="the ladder dejavu needs a calibration"):
         make(own, "dejavu")
-    with pytest.raises(UserError, match="was made for weights '0000" if damage == "other weights" else TENSORS):
+    said = "was made for weights '0000" if damage == "other weights" else TENSORS
+    with pytest.raises(UserError, match=said):
         make(own, "dejavu", calibration=own / "calibration")
+    assert not plan_for(str(own), ladder="hire").calibration, "a plan is made of what the model can use"
+    with pytest.raises(UserError, match="the ladder dejavu needs a calibration"):
+        plan_for(str(own), ladder="dejavu")
+    with pytest.raises(UserError, match=said):
+        plan_for(str(own), ladder="dejavu", calibration=own / "calibration")
+    with pytest.raises(UserError, match=f"a calibration, and the model's own cannot be used .*{said}.*give calibration=DIR"):
+        LLM(own, plan=planned, progress=False)
 
 
 def test_levels_stand_for_thresholds(target: Path, tmp_path: Path) -> None:

@@ -222,9 +222,20 @@ def _neurons_into(sets: Sets, banks: BankWeights) -> Observer:
         # hidden, own [T, N], the first token's set being all neurons
         scorer = selector.scorer
         score = banks.ffn[layer].score(hidden[1:], norms=scorer.norms if isinstance(scorer, (Oracle, Proxy)) else None)
-        sets.add(layer, own[1:], select.top_mask(score, selector.keep, shards_for(score.shape[1])), score)
+        if selector.threshold is None:
+            best = select.top_mask(score, selector.keep, shards_for(score.shape[1]))
+        else:
+            best = _best(score, own[1:].sum(-1))
+        sets.add(layer, own[1:], best, score)
 
     return observe
+
+
+def _best(score: Tensor, counts: Tensor) -> Tensor:
+    """Each token's own number of best scores: [T, N], [T] -> [T, N] bool."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, places < counts[:, None])
 
 
 def _heads_into(sets: Sets, banks: BankWeights) -> HeadObserver:

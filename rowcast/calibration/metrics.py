@@ -54,7 +54,7 @@ class Choice:
     """Of chosen sets of neurons or heads, over tokens (and layers)."""
 
     recall: float
-    """Share of the exact best that is in the set: the mean, ..."""
+    """Share of the exact best, with a threshold of as many as are in the set, that is in it: the mean, ..."""
     recall_p1: float
     """... its first percentile, ..."""
     recall_min: float

@@ -13,6 +13,8 @@ from rowcast.runtime.sparse.artefact import DESCRIPTION as CALIBRATION
 
 CALIBRATE = "calibrate"
 COMMANDS = (CALIBRATE, "distill", "adapt", "prune", "quantize")
+CARRIED_BY = "rowcast adapt"
+"""`made_by` in the description of the calibration that an adapted model carries."""
 SETTINGS = "settings.json"
 """In what is worked in: what the command was called with."""
 REMOVED = "removed.json"
@@ -37,6 +39,12 @@ def made_by(folder: Path) -> str | None:
     if {"format", "fingerprint", "settings"} <= _read(folder / CALIBRATION).keys():
         return CALIBRATE
     return _command(_read(folder / DESCRIPTION).get("settings"))
+
+
+def is_carried(folder: Path) -> bool:
+    """Whether `folder` is the calibration that `rowcast adapt` left in a model's directory, which `made_by` does not count."""
+    found = _read(folder / CALIBRATION)
+    return {"format", "fingerprint"} <= found.keys() and found.get("made_by") == CARRIED_BY
 
 
 def worked_in_by(folder: Path) -> str | None:

@@ -91,6 +91,8 @@ def measure_quality(
     banks = BankWeights(spec, checkpoint.source, SoloComm(), dtype=DTYPES[kind], device=where)
     passes = 2 * (len(rungs) + 1) * sum(map(len, windows.values()))
     found: dict[str, Any] = {"model": model, "dtype": kind, "device": str(where), "window": window, "texts": {}}
+    if learnt is not None and calibration is None and any(rung.sparse for rung in rungs.values()):
+        found["own_calibration"] = str(learnt.path)
     views = {
         name: build_view(banks, rung, learnt)
         if rung.bits is None

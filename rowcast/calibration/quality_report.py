@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rowcast.runtime.plan_notes import OWN_CALIBRATION
+
 _COLUMNS = {
     "perplexity": "{:11.3f}",
     "kl": "{:8.4f}",
@@ -22,7 +24,9 @@ _COLUMNS = {
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """A table for each text, the prices below it, then the tasks."""
+    """Which calibration is used that nobody gave; a table for each text, the prices below it, then the tasks."""
+    if "own_calibration" in report:
+        yield f"{OWN_CALIBRATION} ({report['own_calibration']})"
     for name, text in report["texts"].items():
         yield f"{report['model']}, {report['dtype']} on {report['device']}: {name}, {text['tokens']} tokens"
         yield from table(text)

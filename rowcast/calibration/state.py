@@ -20,6 +20,7 @@ from rowcast.calibration.owner import (
     REMOVED,
     SETTINGS,
     check_owner,
+    is_carried,
     made_by,
     remove_work,
     state_of,
@@ -46,10 +47,10 @@ class State:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], *, restart: bool) -> None:
-        """Go on where the same settings were left, or begin.
+        """Go on where the same settings were left, or begin. What `rowcast adapt` left in `output` stays until `publish`.
 
         Raises UserError where `output` holds other things, where it or the folder that other commands would work in is another
-        command's, where it cannot be written, or was left or finished with other settings without `restart`.
+        command's, where it cannot be written, or was left or finished with other settings, or by `rowcast adapt`, without `restart`.
         """
         self._folder = output / CALIBRATION_STATE
         try:
@@ -57,13 +58,19 @@ class State:
                 check_owner(folder, CALIBRATE)
             if foreign := _foreign(output):
                 raise UserError(f"{output} holds other files ({foreign}): give a folder of its own with -o")
-            if restart:
+            adapted = is_carried(output)
+            if adapted and not restart and worked_in_by(output) != CALIBRATE:
+                raise UserError(
+                    f"{output} holds the calibration that `rowcast adapt` left: add --restart to take its place, or give another "
+                    "folder with -o"
+                )
+            if restart and not adapted:
                 for name in (REPORT, TENSORS, DESCRIPTION):  # the last says whose the others are
                     (output / name).unlink(missing_ok=True)
             if restart or (self._folder / REMOVED).exists():
                 remove_work(self._folder)
             settings = json.loads(json.dumps(settings))
-            self.finished = all((output / name).exists() for name in (DESCRIPTION, TENSORS))
+            self.finished = not adapted and all((output / name).exists() for name in (DESCRIPTION, TENSORS))
             """Whether the calibration with these settings is there."""
             if self.finished:
                 _check(output, output / DESCRIPTION, "settings", settings)
@@ -150,7 +157,7 @@ def _foreign(output: Path) -> str | None:
     foreign, foreign_inside = found - OURS, {name for name in inside if not OURS_IN_STATE.fullmatch(name)}
     if worked_in_by(output) != CALIBRATE:
         foreign_inside = inside - BEGUN
-        if made_by(output) != CALIBRATE:
+        if made_by(output) != CALIBRATE and not is_carried(output):
             foreign = found - {CALIBRATION_STATE}
     return min({*foreign, *(f"{CALIBRATION_STATE}/{name}" for name in foreign_inside)}, default=None)
 

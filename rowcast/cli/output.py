@@ -23,7 +23,13 @@ def print_json(value: object) -> None:
 
 
 def print_placement(plan: Plan) -> None:
-    """On standard error, where parts of the model lie; nothing where all of it lies next to the compute."""
+    """On standard error, which calibration is used that nobody gave, and where parts of the model lie; nothing where all of it lies
+    next to the compute."""
+    from rowcast.runtime.plan_notes import OWN_CALIBRATION
+
+    for note in plan.notes:
+        if note.startswith(OWN_CALIBRATION):
+            _print_bracketed([note])
     if told := plan.places_text():
         _print_bracketed([f"placement: {told}"])
 

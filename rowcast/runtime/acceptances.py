@@ -11,7 +11,7 @@ from rowcast.errors import UserError
 from rowcast.placement.hardware import Origin
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.sparse.artefact import Calibration
-from rowcast.runtime.spec import ModelSpec
+from rowcast.runtime.spec import AdaptedSpec, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,13 @@ class Acceptances:
     calibration: Calibration | None
     relu: bool
     """Whether the model's neurons are ReLU's."""
-    adapted: tuple[tuple[float, float], ...] = ()
-    """By density: what the model's config says of q4, where the model was adapted."""
+    adapted: AdaptedSpec | None = None
+    """What the model's config says of q4, where the model was adapted."""
 
     @classmethod
     def of(cls, asked: str | float | None, spec: ModelSpec, calibration: Calibration | None) -> Acceptances:
         """`asked`: such as 0.9, "0.9" or "self:kv=4096=0.92,draft=0.5". Raises UserError."""
-        adapted = () if spec.adapted is None else spec.adapted.acceptance
-        return cls(_parsed(asked), calibration, spec.activation == "relu", adapted)
+        return cls(_parsed(asked), calibration, spec.activation == "relu", spec.adapted)
 
     def check(self, ladders: list[Ladder]) -> None:
         """Raise UserError where something was given for a rung that no ladder has."""
@@ -134,8 +133,8 @@ class Acceptances:
             return Acceptance(value, _worst(value), most, "measured", source)
         if rung.bits is not None:
             return _BITS[rung.bits]
-        if self.adapted and rung.mlp is not None and rung.heads is None and (rung.by or "q4") in ("q4", "q8", "oracle"):
-            value = _line(rung.mlp, ((0.0, 0.0), *self.adapted, *(() if self.adapted[-1][0] == 1 else ((1.0, 1.0),))))
+        if (points := self._adapted_points(rung)) and rung.mlp is not None:
+            value = _line(rung.mlp, ((0.0, 0.0), *points, *(() if points[-1][0] == 1 else ((1.0, 1.0),))))
             source = f"the model's config: by q4, when it was adapted; {_LEAST}"
             return Acceptance(value, _worst(value), value, "measured", source)
         value, told = 1.0, []
@@ -148,7 +147,15 @@ class Acceptances:
         if not told:
             return Acceptance(1.0, 1.0, 1.0, "assumed", "lm=hire gives the exact best tokens")
         source = f"{_EXPERIMENTS}: {' and '.join(told)}; {_LEAST}; most: half of what it lacks of 1"
+        if self.adapted is not None and rung.mlp is not None and rung.cut != self.adapted.cut:
+            source += f"; the model's config knows of cut={self.adapted.cut} alone"
         return Acceptance(value, _worst(value), (1 + value) / 2, "assumed", source)
+
+    def _adapted_points(self, rung: Rung) -> tuple[tuple[float, float], ...]:
+        """By density, where the config's are of rungs like this one: of its cut, and of a scorer that finds about what q4 does."""
+        if self.adapted is None or rung.cut != self.adapted.cut or rung.heads is not None:
+            return ()
+        return self.adapted.acceptance if (rung.by or "q4") in ("q4", "q8", "oracle") else ()
 
     def _of_neurons(self, rung: Rung) -> float:
         assert rung.mlp is not None

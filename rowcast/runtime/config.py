@@ -18,7 +18,7 @@ from rowcast.runtime.spec import AdaptedSpec, AlibiSpec, ModelSpec
 _MOST_LAYERS = 10_000
 
 ADAPTED = "rowcast_adapted"
-"""In a config, what `rowcast adapt` says of the checkpoint: `density`, and `acceptance` by density."""
+"""In a config, what `rowcast adapt` says of the checkpoint: `density`, `acceptance` by density, and `cut`, of which rungs that is."""
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -51,7 +51,9 @@ def _adapted(fields: Fields) -> AdaptedSpec:
         points = ((0.0, 0.0),)
     if not all(share(each) for point in points for each in point):
         raise fields.wrong("acceptance", "shares by density, both above 0 and up to 1")
-    return AdaptedSpec(float(density), points)
+    if (cut := fields.get("cut", "top")) not in ("top", "threshold"):
+        raise fields.wrong("cut", "top or threshold")
+    return AdaptedSpec(float(density), points, cut)
 
 
 def _head_dim(fields: Fields, hidden: int, heads: int, default: int | None = None) -> int:

@@ -18,18 +18,19 @@ from rowcast.placement.resident import BLOCK_SIZE
 from rowcast.placement.workload import Input, LadderUse, Workload
 from rowcast.runtime.acceptances import Acceptances
 from rowcast.runtime.checkpoint.packing import packing_of
+from rowcast.runtime.checkpoint.safetensors_header import read_directory, tensors_fingerprint
 from rowcast.runtime.checkpoint.shipped import place_of
 from rowcast.runtime.config import spec_from_config
 from rowcast.runtime.hotness import hotness
 from rowcast.runtime.ladder.feasible import check_density, check_kv_budget, check_sparse, check_views, offered, possible
-from rowcast.runtime.ladder.presets import AUTO_KV, DENSITY, OVER, Circumstances, kv_for, resolve, sparse_rung
+from rowcast.runtime.ladder.presets import AUTO_KV, DENSITY, Circumstances, hire_rung, kv_for, resolve, sparse_rung
 from rowcast.runtime.ladder.spec import PRESETS, Ladder, Place, Rung
 from rowcast.runtime.ladder.uses import DraftConfig, plain_work_bytes
 from rowcast.runtime.ladder.uses import gamma_grid as gamma_grid
 from rowcast.runtime.ladder.uses import ladder_use as ladder_use
 from rowcast.runtime.ladder.uses import with_gammas as with_gammas
 from rowcast.runtime.packed_sizes import PackedForms, PackedSizes, forms_of_packing, packed_forms
-from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.artefact import Calibration, beside
 from rowcast.runtime.sparse.sizes import expected_bytes, rung_shares
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 
@@ -97,8 +98,24 @@ def open_model(model: str) -> tuple[ModelSpec, str, PackedForms | None]:
 
 
 def calibration_of(model: str, given: str | Path | None, fingerprint: str | None = None) -> Calibration | None:
-    """As `Calibration.find`, of a model as `open_model` takes it: of random weights there is none but one that was given."""
-    return Calibration.find(given, model if model.startswith(RANDOM) else place_of(model), fingerprint)
+    """As `Calibration.find`, of a model as `open_model` takes it: of random weights there is none but one that was given.
+
+    `fingerprint` None: of the weights that lie where the config does, if any do.
+    """
+    if model.startswith(RANDOM):
+        return Calibration.find(given, model, fingerprint)
+    place = place_of(model)
+    if fingerprint is None and (given is not None or beside(place) is not None):
+        fingerprint = _fingerprint(place)
+    return Calibration.find(given, place, fingerprint)
+
+
+def _fingerprint(directory: Path) -> str | None:
+    """Of the weights in a model's directory; None where there are none, or not whole."""
+    try:
+        return tensors_fingerprint(read_directory(directory))
+    except (OSError, UserError):
+        return None
 
 
 def check_packed(ladder: Ladder) -> None:
@@ -179,8 +196,8 @@ def workload(
 ) -> Workload:
     """What a plan is for, from what was asked for, under the command line's names.
 
-    `context` None: `CONTEXT` tokens at most. `prompt` None: the whole context. `fingerprint`: of the model's weights, where they
-    are at hand, for the calibration to be of. `forms`: its weights are held so. Ladders come with all gammas to choose from.
+    `context` None: `CONTEXT` tokens at most. `prompt` None: the whole context. `fingerprint`: of the model's weights, for the
+    calibration to be of; as of `calibration_of`. `forms`: its weights are held so. Ladders come with all gammas to choose from.
     Raises UserError.
     """
     spec, _ = open_spec(model)
@@ -304,7 +321,7 @@ def _auto(wish: LadderWish, here: Circumstances) -> list[str | Ladder]:
     found: list[tuple[Rung, ...]] = []
     if wish.mode == "approximate":
         if density is not None:
-            found.append((Rung(kind="self", mlp=density, by="q4", over=OVER, lm="hire"),))
+            found.append((hire_rung(density, calibrated, []),))
         for rung in light:
             found += [(rung,), *([(replace(rung, kv=kv, view="retrieval"), rung)] if kv else [])]
         return [Ladder(rungs) for rungs in found]

@@ -35,6 +35,7 @@ from rowcast.runtime.ladder.memory import ladder_needs
 from rowcast.runtime.ladder.spec import Ladder
 from rowcast.runtime.packed_choice import with_weights
 from rowcast.runtime.packed_sizes import PackedForms
+from rowcast.runtime.plan_notes import with_own
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.settings import settings
@@ -133,7 +134,9 @@ def plan_for(
             forms=forms,
         )
         notes = [chosen.told, number_reason, *([why] if why else [])]
-        return _plan(work, chosen, number, calibration_of(model, calibration), tensor_parallel, groups, forms, notes)
+        known = calibration_of(model, calibration)
+        plan = _plan(work, chosen, number, known, tensor_parallel, groups, forms, notes)
+        return plan if calibration is not None else with_own(plan, known)
 
     return with_weights(weights, forms, on_gpu, planned, lambda plan: plan)
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from shlex import quote
 
+from rowcast.placement.plan import Plan
 from rowcast.runtime.ladder.presets import Circumstances
 from rowcast.runtime.ladder.spec import Ladder, Rung
 from rowcast.runtime.lowbit_sizes import HEAD_BITS
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.spec import ModelSpec
 
+OWN_CALIBRATION = "calibration: the model's own"
+"""How a plan's note of it begins."""
 _REACHED = 0.01
 """Shares that are missed by more, as there are no parts of heads and neurons, are told."""
+
+
+def with_own(plan: Plan, own: Calibration | None) -> Plan:
+    """The plan, with a note where it reads a calibration that nobody gave: `own`, the model's."""
+    if own is None or not plan.calibration:
+        return plan
+    return replace(plan, notes=[*plan.notes, f"{OWN_CALIBRATION} ({own.path})"])
 
 
 def quality(rung: Rung, calibration: Calibration | None, model: str) -> str:

@@ -28,9 +28,9 @@ from rowcast.runtime.offloaded.disk import disk_rate
 from rowcast.runtime.offloaded.plan import OffloadWish, offloading_plan
 from rowcast.runtime.packed_choice import planned_forms, with_weights
 from rowcast.runtime.packed_sizes import PackedForms, packed_forms
-from rowcast.runtime.plan_notes import quality, reached_shares, rounded
+from rowcast.runtime.plan_notes import quality, reached_shares, rounded, with_own
 from rowcast.runtime.shard import Shard
-from rowcast.runtime.sparse.artefact import Calibration
+from rowcast.runtime.sparse.artefact import Calibration, beside
 from rowcast.runtime.sparse.sizes import expected_bytes
 from rowcast.runtime.spec import ModelSpec, kv_bytes_per_token
 from rowcast.runtime.tokenizer import Tokenizer
@@ -100,7 +100,8 @@ def make_plan(target: Target, wish: Wish, opened: Mapping[str, Checkpoint]) -> P
     on_gpu = forms is not None and wish.weights == "auto" and _on_gpu(wish)
 
     def make(forms: PackedForms | None, why: str) -> Planned:
-        return _make_plan(target, wish, opened, forms, why)
+        found = _make_plan(target, wish, opened, forms, why)
+        return found if wish.calibration is not None else replace(found, plan=with_own(found.plan, found.calibration))
 
     return with_weights(wish.weights, forms, on_gpu, make, lambda planned: planned.plan)
 
@@ -332,13 +333,24 @@ def _planned_calibration(plan: Plan, ladder: Ladder, target: Target, path: str |
     """What the plan was made with: given, or the model's own. Raises UserError where it is missing or another one was given."""
     calibration = Calibration.find(path, target.checkpoint.path, target.fingerprint) if path or plan.calibration else None
     if plan.calibration and calibration is None:
-        raise UserError("the plan was made with a calibration: give calibration=DIR, or make the plan again without one")
+        raise UserError(f"the plan was made with a calibration{_own_fault(target)}: give calibration=DIR, or make the plan again")
     if calibration is not None and calibration.identity != plan.calibration:
         made = "another calibration" if plan.calibration else "no calibration"
         found = "the model has a calibration of its own" if path is None else f"calibration={path} was given"
         raise UserError(f"{found}, but the plan was made with {made}: make the plan again")
     check_sparse(ladder, target.spec, calibration, plan.adaptive or path is None)
     return calibration
+
+
+def _own_fault(target: Target) -> str:
+    """Why the model's own calibration, if it has one, was left out."""
+    if (own := beside(target.checkpoint.path)) is None:
+        return ""
+    try:
+        Calibration.open(own, target.fingerprint)
+    except UserError as error:
+        return f", and the model's own cannot be used ({str(error).removesuffix('.')})"
+    return ""
 
 
 def _check_executable(plan: Plan, ladder: Ladder, spec: ModelSpec, world: int) -> None:

@@ -53,6 +53,8 @@ class AdaptedSpec:
     """Share of its neurons that its sparse rungs use where nothing else is said."""
     acceptance: tuple[tuple[float, float], ...] = ()
     """By density, ascending: how often what q4 finds is accepted by all of the model's own neurons, as measured."""
+    cut: Literal["top", "threshold"] = "top"
+    """Of the rungs that this was measured of."""
 
 
 @dataclass(frozen=True, slots=True)

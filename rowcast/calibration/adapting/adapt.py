@@ -204,15 +204,20 @@ class _Adapting:
 
     def _sensitivities(self, teacher: Any | None = None) -> list[Tensor]:
         """Of the original, found once. `teacher`: the original, where they may not be on disk yet."""
-        job, spec, path = self.job, self.job.opened.spec, self.job.folder.path / SENSITIVITIES
-        if teacher is not None and job.world.leads and not path.exists():
-            count = max(1, SENSITIVITY_TOKENS[job.device.type] // self.settings.window)
-            found = sensitivities(teacher, spec, job.corpus.batch(0, count), device=job.device, seed=self.settings.seed)
-            save_tensors(path, {name_of(layer): tensor for layer, tensor in enumerate(found)}, {})
+        layers = self.job.opened.spec.num_layers
         if teacher is not None:
-            job.world.wait()
-        tensors, _ = load_tensors(path)
-        return [tensors[name_of(layer)] for layer in range(spec.num_layers)]
+            self.job.lead(lambda: self._find_sensitivities(teacher))
+        tensors, _ = load_tensors(self.job.folder.path / SENSITIVITIES)
+        return [tensors[name_of(layer)] for layer in range(layers)]
+
+    def _find_sensitivities(self, teacher: Any) -> None:
+        job, path = self.job, self.job.folder.path / SENSITIVITIES
+        if path.exists():
+            return
+        windows = job.corpus.batch(0, max(1, SENSITIVITY_TOKENS[job.device.type] // self.settings.window))
+        with job.bar("sensitivities", windows.numel()) as advance:
+            found = sensitivities(teacher, job.opened.spec, windows, device=job.device, seed=self.settings.seed, advance=advance)
+        save_tensors(path, {name_of(layer): tensor for layer, tensor in enumerate(found)}, {})
 
     def _store(self, student: Any) -> Path:
         """The model as it will stand, but for what is still to be measured."""
@@ -248,5 +253,5 @@ class _Adapting:
             shutil.move(path, folder / path.name)
         config = json.loads((folder / "config.json").read_bytes())
         found = {f"{row.density:g}": round(row.draft, 4) for row in rows if row.model == "adapted" and row.by == "q4"}
-        config[ADAPTED]["acceptance"] = found
+        config[ADAPTED] |= {"acceptance": found, "cut": "threshold" if self.levelled else "top"}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rowcast.calibration.fitting import DENSITIES
 from rowcast.calibration.levels import LEVELLED, find_levels
+from rowcast.calibration.owner import CARRIED_BY
 from rowcast.runtime.banks import BankWeights
 from rowcast.runtime.checkpoint import Checkpoint
 from rowcast.runtime.comm import SoloComm
@@ -43,7 +44,7 @@ class Carried:
         self.folder.mkdir(exist_ok=True)
         fingerprint = self.model.source.fingerprint()
         description = {
-            "format": FORMAT, "fingerprint": fingerprint, "model": self.model.path.name, "made_by": "rowcast adapt",
+            "format": FORMAT, "fingerprint": fingerprint, "model": self.model.path.name, "made_by": CARRIED_BY,
             "density": self.density, "densities": self.grid, "layer_densities": self.tensors["densities"].tolist(),
             "judged": [], "scorers": {}, "layers": [], "quality": dict(quality),
         }  # fmt: skip

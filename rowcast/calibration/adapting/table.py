@@ -20,6 +20,7 @@ from rowcast.runtime.lowbit_weights import LowBitWeights
 from rowcast.runtime.protocols import WeightView
 from rowcast.runtime.sparse.artefact import Calibration
 from rowcast.runtime.sparse.build import build_view
+from rowcast.runtime.sparse.checks import check_rung
 
 BY: tuple[ScorerName, ...] = ("oracle", "q4")
 """Exact choice, and what a rung uses where no calibration says otherwise."""
@@ -59,14 +60,18 @@ def measure(
     """Both models with all neurons and with each of the densities below 1, by `BY`; with `bits` also in these.
 
     `windows`: token ids, at least 3 each, every token behind the second is predicted. `calibration`: the adapted model's, whose tokens
-    then use neurons above its levels; the original's always use as many each. `advance` is called after each pass.
+    then use neurons above its levels; the original's always use as many each. `advance` is called after each pass. Raises UserError
+    for a density that the calibration has no levels for.
     """
+    rungs = [Rung(kind="self", mlp=density, by=by) for by in BY for density in densities if density < 1]
+    if calibration is not None:
+        for rung in rungs:
+            check_rung(replace(rung, cut="threshold"), spec_from_config(adapted.config), calibration)
     banks = {
         name: BankWeights(spec_from_config(one.config), one.source, SoloComm(), dtype=dtype, device=device)
         for name, one in (("original", original), ("adapted", adapted))
     }
     settings: dict[str, Any] = {"dtype": dtype, "device": device, "advance": advance}
-    rungs = [Rung(kind="self", mlp=density, by=by) for by in BY for density in densities if density < 1]
     rows = []
     for name, bank in banks.items():
         views: dict[str, WeightView] = {"plain": bank}

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rowcast.errors import UserError
-from rowcast.runtime.checkpoint.safetensors_header import TYPE_NAMES, StoredTensor, read_header, tensors_fingerprint
+from rowcast.runtime.checkpoint.safetensors_header import INDEX_FILE as INDEX_FILE
+from rowcast.runtime.checkpoint.safetensors_header import SINGLE_FILE as SINGLE_FILE
+from rowcast.runtime.checkpoint.safetensors_header import TYPE_NAMES, StoredTensor, read_directory, tensors_fingerprint
 from rowcast.runtime.checkpoint.slices import read_dense
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, name) for kind, name in TYPE_NAMES.items()}
 
 
@@ -32,8 +29,7 @@ class SafetensorsSource:
 
         Reads headers only. Raises UserError for a damaged file and OSError for one that cannot be opened.
         """
-        single = directory / SINGLE_FILE
-        return cls(read_header(single) if os.path.lexists(single) else _read_shards(directory / INDEX_FILE))
+        return cls(read_directory(directory))
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -62,23 +58,3 @@ class SafetensorsSource:
             if DTYPES[tensor.kind].is_floating_point:
                 sizes[str(DTYPES[tensor.kind]).removeprefix("torch.")] += tensor.nbytes
         return max(sizes, key=sizes.__getitem__, default="float32")
-
-
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        files = dict.fromkeys(weight_map.values())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index: it needs a JSON object with a weight_map; fetch the file again.") from error
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for file in files:
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise UserError(f"{index} names {file!r}, which is not a file of its own directory; use a checkpoint that you trust.")
-        if not (index.parent / file).is_file():
-            raise UserError(f"{index} names {file!r}, which is missing from {index.parent}; fetch the missing file.")
-        shards[file] = read_header(index.parent / file)
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise UserError(f"{index} places tensor {name!r} in {file!r}, which does not hold it; fetch both files again.")
-    placed = ((name, file, tensor) for file, tensors in shards.items() for name, tensor in tensors.items())
-    return {name: tensor for name, file, tensor in placed if weight_map.get(name) == file}

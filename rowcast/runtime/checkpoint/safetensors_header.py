@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rowcast.errors import UserError
 from rowcast.runtime.checkpoint.ranged_file import RangedFile, fingerprint
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The bound that the format's own library sets."""
 MAX_EMPTY = 1 << 60
@@ -56,6 +59,12 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, in file order. Raises UserError naming what is wrong with the file, OSError if it cannot be opened."""
     return _read(path)[0]
+
+
+def read_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Of model.safetensors, else of the shards that model.safetensors.index.json names. Raises as `read_header` does."""
+    single = directory / SINGLE_FILE
+    return read_header(single) if os.path.lexists(single) else _read_shards(directory / INDEX_FILE)
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
@@ -131,3 +140,23 @@ def _is_unicode(name: str) -> bool:
 
 def _begin(entry: object) -> tuple[int, ...]:
     return _sizes(entry, "data_offsets") or ()
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files = dict.fromkeys(weight_map.values())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index: it needs a JSON object with a weight_map; fetch the file again.") from error
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for file in files:
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise UserError(f"{index} names {file!r}, which is not a file of its own directory; use a checkpoint that you trust.")
+        if not (index.parent / file).is_file():
+            raise UserError(f"{index} names {file!r}, which is missing from {index.parent}; fetch the missing file.")
+        shards[file] = read_header(index.parent / file)
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise UserError(f"{index} places tensor {name!r} in {file!r}, which does not hold it; fetch both files again.")
+    placed = ((name, file, tensor) for file, tensors in shards.items() for name, tensor in tensors.items())
+    return {name: tensor for name, file, tensor in placed if weight_map.get(name) == file}

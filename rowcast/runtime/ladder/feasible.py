@@ -29,6 +29,7 @@ def offered(calibration: Calibration) -> Calibrated:
         heads="layers.0.heads.own.weight" in calibration,
         over=_over(calibration, density or DENSITY),
         levels=tuple(by for by in get_args(ScorerName) if calibration.levels(by) is not None),
+        predictors="layers.0.dejavu.a" in calibration,
         least=calibration.densities[0],
     )
 

@@ -36,6 +36,8 @@ class Calibrated:
     """Candidates over kept neurons with which q4 reaches its recall, at about its density."""
     levels: tuple[ScorerName, ...] = ()
     """Scorers that it has common levels of, for all layers."""
+    predictors: bool = True
+    """Whether it has those of `dejavu`: what `rowcast adapt` leaves has none."""
     least: float = 0.0
     """The least share of neurons that a level is of."""
 
@@ -118,24 +120,19 @@ def check_mode(ladder: Ladder, mode: str, name: str) -> None:
 
 def _sparse_preset(name: str, here: Circumstances, mode: str, density: float | None, reasons: list[str]) -> Ladder:
     calibrated = here.calibrated
-    if name == "dejavu" and calibrated is None:
+    if name == "dejavu" and (calibrated is None or not calibrated.predictors):
+        lacking = "" if calibrated is None else " with predictors"
         raise UserError(
-            "the ladder dejavu needs a calibration; make one with rowcast calibrate and give calibration=DIR, or use hire"
+            f"the ladder dejavu needs a calibration{lacking}; make one with rowcast calibrate and give calibration=DIR, or use hire"
         )
     mlp = _density(density, here, reasons)
     if name == "hire":
-        over = OVER
-        if calibrated is not None and calibrated.over is not None:
-            known = 1 <= calibrated.over <= _MOST_OVER
-            over = calibrated.over if known else OVER
-            reached = f"the calibration's recall takes {calibrated.over}"
-            reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
-        rung = with_levels(Rung(kind="self", mlp=mlp, by="q4", over=over, lm="hire"), calibrated, reasons)
+        rung = hire_rung(mlp, calibrated, reasons)
     else:
         heads = _HEADS if calibrated is not None and calibrated.heads else None
         if heads is None:
             reasons.append("ladder dejavu with all heads: the calibration does not tell them apart")
-        rung = with_levels(Rung(kind="self", mlp=mlp, by="dejavu", heads=heads), calibrated, reasons)
+        rung = Rung(kind="self", mlp=mlp, by="dejavu", heads=heads)
     return Ladder((rung,) if mode == "approximate" else (rung, Rung(kind="plain")))
 
 
@@ -151,6 +148,20 @@ def _density(density: float | None, here: Circumstances, reasons: list[str]) -> 
         return here.adapted
     reasons.append(f"mlp={DENSITY}: no density was given")
     return DENSITY
+
+
+def hire_rung(mlp: float, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
+    """The sparse rung of `hire`; `reasons` gets more of them. Above levels no candidates are ranked again: levels gain more."""
+    rung = with_levels(Rung(kind="self", mlp=mlp, by="q4", lm="hire"), calibrated, reasons)
+    if rung.cut == "threshold":
+        return rung
+    over = OVER
+    if calibrated is not None and calibrated.over is not None:
+        known = 1 <= calibrated.over <= _MOST_OVER
+        over = calibrated.over if known else OVER
+        reached = f"the calibration's recall takes {calibrated.over}"
+        reasons.append(f"over={over}: {reached}" + ("" if known else f", and {_MOST_OVER} is the most"))
+    return replace(rung, over=over)
 
 
 def sparse_rung(mlp: float, calibrated: Calibrated | None, reasons: list[str]) -> Rung:
