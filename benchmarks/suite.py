@@ -44,6 +44,11 @@ ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "RAY_ADDRESS": "local"}
 """Of jobs: numbers of GPUs are the driver's, a cluster is a job's own."""
 
 
+def _heeds() -> None:
+    """A job is ended by SIGINT, which what a shell runs in the background ignores, as do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(slots=True)
 class Running:
     job: Job
@@ -116,8 +121,9 @@ class Suite:
         mine = {core for gpu in gpus for core in cores[gpu * share : (gpu + 1) * share]} or set(cores)
         with (self.folder / f"{job.name}.out").open("wb") as out, (self.folder / f"{job.name}.err").open("ab") as err:
             process = subprocess.Popen(
-                ["bash", "-c", line], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
+                ["bash", "-c", line], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                preexec_fn=_heeds,
+            )  # fmt: skip
         self.running.append(Running(job, gpus, process, time.monotonic()))
         with suppress(ProcessLookupError):  # it has ended already
             os.sched_setaffinity(process.pid, mine)
